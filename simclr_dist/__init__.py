@@ -1,0 +1,22 @@
+"""Distributed large-batch SimCLR: `from simclr_dist import NTXentLoss, LARS, ShardDataset, load_encoder`."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simclr_dist.data.reader import ShardDataset
+    from simclr_dist.export import load_encoder
+    from simclr_dist.loss import NTXentLoss
+    from simclr_dist.optim import LARS
+
+__version__ = "0.1.0"
+__all__ = ["LARS", "NTXentLoss", "ShardDataset", "load_encoder"]
+
+_HOMES = {"NTXentLoss": "loss", "LARS": "optim", "ShardDataset": "data.reader", "load_encoder": "export"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: `simclr-dist --help` must not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

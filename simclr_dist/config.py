@@ -1,0 +1,514 @@
+"""A run's settings: frozen dataclasses, filled from a strict YAML file, then from the command line.
+
+Every check here works without torch, so that a typo answers at once and before any process starts.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from simclr_dist.errors import ConfigError
+
+ENCODERS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+TORCH_OPTIMIZERS = ("sgd", "adamw")
+# torch_optimizer.get's names: those that train on the tested torch (a test does so), and those that do not, with the reason.
+THIRD_PARTY_OPTIMIZERS = (
+    "accsgd",
+    "adabelief",
+    "adabound",
+    "adamod",
+    "adamp",
+    "aggmo",
+    "diffgrad",
+    "lars",
+    "madgrad",
+    "novograd",
+    "pid",
+    "qhadam",
+    "qhm",
+    "radam",
+    "sgdp",
+    "sgdw",
+    "shampoo",
+    "swats",
+    "yogi",
+)
+REFUSED_OPTIMIZERS = {
+    "lamb": "torch-optimizer's Lamb has no bias correction and clamps the weight norm at 10; it is not the paper's",
+    "lookahead": "torch-optimizer's Lookahead wraps another optimizer, and fails on torch 2.14",
+    **dict.fromkeys(
+        ("ranger", "rangerqh", "rangerva"),
+        "pytorch-ranger calls forms of add_, addcmul_ and addcdiv_ that torch has deprecated; take torch_optimizer.radam",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and who reads them."""
+
+    shards: str = ""
+    """Folder of training shards with their manifest, as `simclr-dist shard` writes it."""
+    workers: int = 2
+    """Reading processes beside each rank; 0 reads in the rank itself."""
+    window: int = 16
+    """Shards that are mixed with each other by the shuffle, and kept open by a reader."""
+    on_bad_sample: Literal["error", "replace"] = "error"
+    """What an unreadable image does: end the run, or give its place to a spare of the same epoch."""
+    max_bad_samples: int = 100
+    """With `replace`: this many different bad images end the run all the same."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """The two random views of an image; what is not set comes from the preset."""
+
+    preset: Literal["imagenet", "small", "blog"] = "imagenet"
+    """Named strengths: the paper's for ImageNet, the paper's for small images, the introductory blog's."""
+    image_size: int | None = None
+    """Side of a view in pixels."""
+    crop_scale: tuple[float, float] | None = None
+    """Smallest and largest part of the image's area that a crop takes."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How a crop is resized (always antialiased)."""
+    flip: float | None = None
+    """Probability of a horizontal flip."""
+    jitter: float | None = None
+    """Probability of colour jitter."""
+    brightness: float | None = None
+    """Strength of brightness jitter."""
+    contrast: float | None = None
+    """Strength of contrast jitter."""
+    saturation: float | None = None
+    """Strength of saturation jitter."""
+    hue: float | None = None
+    """Strength of hue jitter, at most 0.5."""
+    gray: float | None = None
+    """Probability that a view loses its colour."""
+    blur: float | None = None
+    """Probability of Gaussian blur."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and projector."""
+
+    encoder: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    """Architecture; resnet10 is a small one for CPUs (base width 16), the others are torchvision's."""
+    width: Literal[1, 2, 4] = 1
+    """Multiplies every width of the encoder, as in the paper's 2x and 4x."""
+    stem: Literal["imagenet", "small", "small_stride2"] = "imagenet"
+    """First layers: 7x7 stride 2 with max-pool; 3x3 for 32-pixel images; 3x3 with stride 2, four times cheaper."""
+    init: Literal["random", "imagenet", "imagenet_or_random", "file"] = "random"
+    """Start weights; `imagenet` are torchvision's supervised ones (downloaded)."""
+    init_file: str = ""
+    """With `init: file`: an encoder of ours (.safetensors)."""
+    projector_depth: int = 2
+    """Linear layers of the projector; 0 is none."""
+    projector_hidden: int = 2048
+    """Width of the projector's inner layers."""
+    projector_dim: int = 128
+    """Size of the embedding z."""
+    projector_batch_norm: bool = True
+    """BatchNorm after each layer of the projector."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """NT-Xent."""
+
+    temperature: float = 0.1
+    """Divides the cosine similarities; the paper's best: 0.1 on ImageNet, 0.5 on CIFAR-10."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate."""
+
+    name: str = "lars"
+    """`lars`, `sgd`, `adamw`, or `torch_optimizer.NAME` for one of torch-optimizer's."""
+    base_lr: float = 0.3
+    """Learning rate before the rule below."""
+    lr_rule: Literal["linear", "sqrt", "constant"] = "linear"
+    """Peak rate: base_lr * global_batch_size/256, base_lr * sqrt(global_batch_size), or base_lr."""
+    weight_decay: float = 1e-6
+    """L2 weight decay of weights (never of BatchNorm parameters and biases)."""
+    momentum: float = 0.9
+    """Momentum of lars and sgd."""
+    trust_coefficient: float = 0.001
+    """LARS's eta."""
+    warmup_epochs: float = 10.0
+    """Linear warm-up in epochs; ignored only when warmup_steps is set, which then decides."""
+    warmup_steps: int | None = None
+    """Linear warm-up in steps, instead of epochs."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk, in steps."""
+
+    every: int = 500
+    """Steps between full checkpoints (one more at the end)."""
+    keep_last: int = 3
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0 keeps none."""
+    export_every: int = 0
+    """Steps between exported encoders (one more at the end); 0 exports at the end alone."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown, in steps."""
+
+    every: int = 10
+    """Steps between lines of the log, of metrics.jsonl and of TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    run_folder: str = ""
+    """Run folder: resumed when it holds this run, refused when it holds another."""
+    seed: int = 0
+    """Decides start weights, order and views."""
+    global_batch_size: int = 4096
+    """Images a step over all ranks: each anchor has 2 * (global_batch_size - 1) negatives."""
+    micro_batches: int = 1
+    """Pieces that the global batch goes through the encoder in; the BatchNorm group is one piece over all ranks."""
+    epochs: float | None = None
+    """Length of the run in epochs; set this or steps."""
+    steps: int | None = None
+    """Length of the run in steps; set this or epochs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; auto takes CUDA when there is a GPU."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Encoder arithmetic: fp32, bf16 autocast, or fp64 (to prove things)."""
+    channels_last: bool = True
+    """Memory order of images and weights; pays on GPUs and CPUs."""
+    compile: bool = False
+    """torch.compile the encoder."""
+    deterministic: bool = False
+    """CUDA: only deterministic kernels, and gradients summed in rank order; slower."""
+    max_skipped_steps: int = 10
+    """Non-finite steps in a row (each skipped) that end the run as diverged."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others in a collective."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of warm-up, from the rule on the GLOBAL batch (paper, appendix B.1)."""
+        scale = {"linear": self.global_batch_size / 256, "sqrt": math.sqrt(self.global_batch_size), "constant": 1.0}
+        return self.optim.base_lr * scale[self.optim.lr_rule]
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Whole global batches in `samples` images."""
+        return samples // self.global_batch_size
+
+    def total_steps(self, samples: int) -> int:
+        """Length of the run in steps."""
+        return self.steps if self.steps is not None else round((self.epochs or 0) * self.steps_per_epoch(samples))
+
+    def warmup_steps(self, samples: int) -> int:
+        """Length of the warm-up in steps."""
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps
+        return round(self.optim.warmup_epochs * self.steps_per_epoch(samples))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict: what config.yaml and a checkpoint hold."""
+        return dataclasses.asdict(self)
+
+
+# What another start of the same run may set anew; everything else decides the result (the world size is not a setting).
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "run_folder",
+        "epochs",
+        "steps",
+        "max_skipped_steps",
+        "timeout_minutes",
+        "data.shards",
+        "data.workers",
+        "data.max_bad_samples",
+    }
+    | {"checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every"}
+    | {"log.every", "log.tensorboard"}
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans and numbers (PyYAML reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90), no key twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_FLOAT: Any = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver(*_FLOAT)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text like 1e5, which _Loader would take for a number."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that `read_yaml` reads back as it was."""
+    # Plain lists for tuples: safe YAML knows no others.
+    return str(yaml.dump(json.loads(json.dumps(values)), Dumper=_Dumper, sort_keys=False))
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Parse YAML strictly; `source` (a file or "command line") begins the ConfigError."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the others of `!!int x` and deep nesting
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, then `--key value` pairs, and check the whole; raises ConfigError with one line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config: {getattr(error, 'strerror', None) or error}") from None
+    values = read_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    config: Config = _merge(Config(), values, str(path))
+    known = dict(_leaves(Config().to_dict()))
+    for key, value in _pairs(overrides):
+        # Text stands for itself: a folder may be called 2024, or hold a # or a colon.
+        nested: Any = value if isinstance(known.get(key), str) else read_yaml(value, f"command line: --{key}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = _merge(config, nested, "command line")
+    check(config, f"{path} with the command line" if overrides else str(path))
+    return config
+
+
+def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """The Config that a checkpoint or run folder holds as a plain dict."""
+    config: Config = _merge(Config(), values, source)
+    return config
+
+
+def difference(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for each setting that differs and must not change on resume."""
+    before, after = dict(_leaves(old.to_dict())), dict(_leaves(new.to_dict()))
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and key not in MAY_CHANGE_ON_RESUME
+    ]
+
+
+def check(config: Config, source: str) -> None:
+    """Refuse values out of range and settings that contradict each other."""
+
+    def refuse(key: str, why: str) -> typing.NoReturn:
+        value = functools.reduce(getattr, key.split("."), config)
+        raise ConfigError(f"{source}: {key}: {value!r} {why}")
+
+    at_least: dict[str, float] = {
+        "seed": 0, "global_batch_size": 1, "micro_batches": 1, "max_skipped_steps": 1,
+        "data.workers": 0, "data.window": 1, "data.max_bad_samples": 0, "model.projector_depth": 0,
+        "model.projector_hidden": 1, "model.projector_dim": 1, "optim.base_lr": 0, "optim.weight_decay": 0,
+        "optim.trust_coefficient": 0, "optim.warmup_epochs": 0, "optim.clip_norm": 0, "checkpoint.every": 1,
+        "checkpoint.keep_last": 1, "checkpoint.keep_every": 0, "checkpoint.export_every": 0, "log.every": 1,
+    }  # fmt: skip
+    for key, bound in at_least.items():
+        if not functools.reduce(getattr, key.split("."), config) >= bound:  # type: ignore[operator]
+            refuse(key, f"is too small; the least is {bound}")
+    for name in ("flip", "jitter", "gray", "blur"):
+        probability = getattr(config.views, name)
+        if probability is not None and not 0 <= probability <= 1:
+            refuse(f"views.{name}", "is not a probability from 0 to 1")
+    for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+        strength = getattr(config.views, name)
+        if strength is not None and not 0 <= strength <= most:
+            refuse(f"views.{name}", f"is out of range; 0 to {most}")
+    if (scale := config.views.crop_scale) is not None and not 0 < scale[0] <= scale[1] <= 1:
+        refuse("views.crop_scale", "must be two numbers with 0 < smallest <= largest <= 1")
+    if config.views.image_size is not None and config.views.image_size < 8:
+        refuse("views.image_size", "is too small; the least is 8")
+    if config.loss.temperature <= 0:
+        refuse("loss.temperature", "must be above 0")
+    if not 0 <= config.optim.momentum < 1:
+        refuse("optim.momentum", "must be from 0 to below 1")
+    if config.seed >= 2**64:
+        refuse("seed", "is too large; it must be below 2**64")
+    if not 0 < config.timeout_minutes <= 100_000:
+        refuse("timeout_minutes", "must be above 0 and at most 100000")
+    if not config.run_folder:
+        refuse("run_folder", "is empty; name the run folder, like runs/my-run")
+    if not config.data.shards:
+        refuse("data.shards", "is empty; name a folder that `simclr-dist shard` wrote")
+    if (config.steps is None) == (config.epochs is None):
+        raise ConfigError(f"{source}: steps: {config.steps}, epochs: {config.epochs}: set exactly one of the two")
+    if config.steps is not None and config.steps < 1:
+        refuse("steps", "is too small; the least is 1")
+    if config.epochs is not None and config.epochs <= 0:
+        refuse("epochs", "must be above 0")
+    if config.optim.warmup_steps is not None and config.optim.warmup_steps < 0:
+        refuse("optim.warmup_steps", "is too small; the least is 0")
+    if config.global_batch_size % config.micro_batches:
+        refuse("micro_batches", f"does not divide global_batch_size {config.global_batch_size}")
+    if (config.model.init == "file") != bool(config.model.init_file):
+        refuse("model.init_file", f"contradicts model.init: {config.model.init!r}; set both, or neither")
+    model = config.model
+    if (model.init.startswith("imagenet") and (model.width, model.stem) != (1, "imagenet")) or (
+        model.encoder == "resnet10" and model.init.startswith("imagenet")
+    ):
+        refuse("model.init", "needs torchvision's shape: width 1, stem imagenet, and an encoder other than resnet10")
+    _check_optimizer(config, refuse)
+
+
+def _check_optimizer(config: Config, refuse: typing.Callable[[str, str], typing.NoReturn]) -> None:
+    name = config.optim.name
+    prefix, _, third_party = name.partition("torch_optimizer.")
+    if prefix or not third_party:
+        if name not in ("lars", *TORCH_OPTIMIZERS):
+            known = ["lars", *TORCH_OPTIMIZERS, *(f"torch_optimizer.{n}" for n in THIRD_PARTY_OPTIMIZERS)]
+            refuse("optim.name", f"is unknown{_suggest(name, known)}; known: lars, sgd, adamw, torch_optimizer.NAME")
+    elif third_party in REFUSED_OPTIMIZERS:
+        refuse("optim.name", f"is refused: {REFUSED_OPTIMIZERS[third_party]}")
+    elif third_party not in THIRD_PARTY_OPTIMIZERS:
+        refuse("optim.name", f"is unknown; torch_optimizer has {', '.join(THIRD_PARTY_OPTIMIZERS)}")
+    elif third_party == "lars" and config.optim.weight_decay == 0:
+        refuse("optim.name", "turns its own adaptation off at weight_decay 0; use lars, or set optim.weight_decay above 0")
+
+
+def check_fits(config: Config, samples: int, world_size: int) -> None:
+    """Refuse a global batch that the data cannot fill or that ranks and micro-batches do not divide."""
+    batch = config.global_batch_size
+    if batch > samples:
+        raise ConfigError(f"global_batch_size: {batch} is larger than the {samples} images of {config.data.shards}")
+    pieces = config.micro_batches * world_size
+    if batch % pieces:
+        raise ConfigError(
+            f"global_batch_size: {batch} is not divided by {world_size} processes x {config.micro_batches} micro_batches;"
+            f" {max(batch // pieces, 1) * pieces} would be"
+        )
+    total, warmup = config.total_steps(samples), config.warmup_steps(samples)
+    if total < 1:
+        raise ConfigError(f"epochs: {config.epochs} of {samples} images at global_batch_size {batch} is not one step")
+    if warmup > total:
+        raise ConfigError(f"optim: a warm-up of {warmup} steps is longer than the run of {total}; shorten it")
+
+
+def _merge(config: Any, values: Any, source: str, prefix: str = "") -> Any:
+    """`config` with `values` (nested dicts) put in, every key and type checked."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: {prefix[:-1]}: expected settings below it, found {values!r}")
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise ConfigError(f"{source}: {name}: unknown key{_suggest(name, [k for k, _ in _leaves(Config().to_dict())])}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = _merge(current, value, source, f"{name}.")
+        else:
+            changes[key] = _convert(value, hints[key], f"{source}: {name}")
+    return dataclasses.replace(config, **changes)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if not any(value == arg and type(value) is type(arg) for arg in args):
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{_suggest(str(value), args)}")
+        return value
+    if origin in (types.UnionType, typing.Union):  # the latter of `Literal[...] | None`
+        return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise ConfigError(f"{where}: {value!r} is not a list of {len(args)} numbers")
+        return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+        raise ConfigError(f"{where}: {value!r} is not {kind}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value!r} is not a finite number")
+    return value
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """`--key value` and `--key=value`."""
+    rest = list(overrides)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise ConfigError(f"command line: {option!r}: expected --key value")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"command line: --{key}: its value is missing")
+            value = rest.pop(0)
+        yield key.replace("-", "_"), value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _suggest(word: str, known: Sequence[Any]) -> str:
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(word, names, n=1)
+    if not close:  # the right name in the wrong section
+        close = [name for name in names if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,94 @@
+"""Who reads what, when: pure functions of (seed, epoch, position), so a run's place in its data is a step number.
+
+An epoch shuffles the shards, then the samples inside each window of shards, and is cut into global batches. No image is
+in an epoch twice; the N mod B images that do not fill a batch are left out, others every epoch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+
+
+def epoch_order(shard_sizes: Rows, *, seed: int, epoch: int, window: int) -> Rows:
+    """The permutation of all manifest rows that epoch `epoch` reads them in, int64 [N].
+
+    shard_sizes: int64 [shards], samples in each; rows are numbered through the shards. Samples of one window of shards are
+    mixed with each other, so a reader needs no more than two windows' files open.
+    """
+    # Sorting raw counter-based draws, and not Generator.permutation, which numpy may change between versions.
+    draws = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)[:-1]])
+    shards = np.argsort(draws.random_raw(len(shard_sizes)), kind="stable")
+    parts = []
+    for first in range(0, len(shards), window):
+        rows = np.concatenate([np.arange(starts[s], starts[s] + shard_sizes[s]) for s in shards[first : first + window]])
+        parts.append(rows[np.argsort(draws.random_raw(len(rows)), kind="stable")])
+    return np.concatenate(parts).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run's order, cut for one rank; `plan[step]` needs no state but the epoch in hand.
+
+    A global batch is cut into `micro_batches` pieces and each piece into the ranks' equal slices, so piece k holds the same
+    images at any world size. Both must divide global_batch_size.
+    """
+
+    shard_sizes: Rows
+    seed: int
+    global_batch_size: int
+    micro_batches: int = 1
+    window: int = 16
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Images in the data set."""
+        return int(self.shard_sizes.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return self.samples // self.global_batch_size
+
+    @property
+    def left_over(self) -> int:
+        """Images that an epoch leaves out, other ones each time."""
+        return self.samples % self.global_batch_size
+
+    def order(self, epoch: int) -> Rows:
+        """The epoch's permutation, kept until another epoch is asked for."""
+        cached = self.__dict__.get("_order")
+        if cached is None or cached[0] != epoch:
+            order = epoch_order(self.shard_sizes, seed=self.seed, epoch=epoch, window=self.window)
+            self.__dict__["_order"] = cached = (epoch, order)
+        rows: Rows = cached[1]
+        return rows
+
+    def slots(self) -> Rows:
+        """This rank's positions in a global batch, int64 [micro_batches * images a piece], piece after piece."""
+        slots = np.arange(self.global_batch_size).reshape(self.micro_batches, self.world_size, -1)
+        return slots[:, self.rank].ravel()
+
+    def __getitem__(self, step: int) -> tuple[int, Rows]:
+        """(epoch, this rank's manifest rows) of a global step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        return epoch, self.order(epoch)[start : start + self.global_batch_size][self.slots()]
+
+    def spares(self, step: int, slot: int) -> Rows:
+        """Rows that may stand in for the image at `slot` (its place in the global batch), best first.
+
+        The epoch's images are dealt into global_batch_size columns, one a slot, the left-over ones included. A spare comes
+        from its slot's own column: first the left-over image, then those of the following steps, cyclically. Columns are
+        disjoint, so whatever fails on whatever rank, nothing is in one batch twice, and no rank needs to ask another.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        column = self.order(epoch)[slot :: self.global_batch_size]
+        steps = self.steps_per_epoch
+        following = [(position + k) % steps for k in range(1, steps)]
+        return np.concatenate([column[steps:], column[following]]).astype(np.int64)

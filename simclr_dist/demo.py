@@ -1,0 +1,81 @@
+"""The first run: built-in images, a short pre-training, and what it learned, beside what no training gives."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from simclr_dist.atomic import write_atomically
+from simclr_dist.config import load_config
+from simclr_dist.data.shards import write_shards
+from simclr_dist.demo_images import write_demo_images
+from simclr_dist.launcher import torchrun
+from simclr_dist.run import check_run_folder
+
+CONFIG = Path(__file__).with_name("demo.yaml")
+DATA = Path("data/demo")
+LEARNED_POINTS = 20.0  # a linear probe gains some 50 points over an untrained encoder; less than this is no learning
+
+
+def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
+    """Generate, shard, train, evaluate and show; what is there already is not done again. Returns the exit code."""
+    overrides = ["--run_folder", str(run), "--seed", str(seed)]
+    config = load_config(CONFIG, overrides)
+    done = check_run_folder(config) and (run / "summary.json").exists()
+    if done:
+        print(f"{run} is a finished run; remove the folder to start anew\n")
+    else:
+        _prepare_images()
+        command = ["-m", "simclr_dist.train", str(CONFIG), *overrides]
+        if code := torchrun(processes, command, run):
+            return code
+        _measure(run)
+    summary: dict[str, dict[str, float]] = json.loads((run / "summary.json").read_text())
+    print(_table(summary))
+    encoder = _encoder(run)
+    print(f"\npicture: {run / 'demo.png'}\n\nNext:\n  tensorboard --logdir {run / 'tb'}")
+    print(f"  simclr-dist eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
+    print("  simclr-dist shard YOUR_IMAGES data/mine")
+    gained = summary["linear"]["trained"] - summary["linear"]["untrained"]
+    if gained < LEARNED_POINTS:
+        print(f"\nThis run did not learn: the linear probe gained {gained:.1f} points of at least {LEARNED_POINTS:.0f}.")
+        return 1
+    return 0
+
+
+def _prepare_images() -> None:
+    if (DATA / "test" / "manifest.parquet").exists():
+        return
+    images = DATA / "images"
+    print("generating 6,000 images", flush=True)
+    write_demo_images(images)
+    for split in ("train", "test"):
+        shutil.rmtree(DATA / split, ignore_errors=True)
+        write_shards(images / split, DATA / split, shard_size=500, seed=0, processes=1, strict=True, progress=False)
+    shutil.rmtree(images)
+
+
+def _measure(run: Path) -> None:
+    from simclr_dist.demo_picture import draw
+    from simclr_dist.evaluate.job import evaluate
+    from simclr_dist.evaluate.report import summary
+
+    encoder = _encoder(run)
+    result: dict[str, Any] = evaluate(encoder, DATA / "train", DATA / "test", workers=0)
+    draw(run, encoder, DATA / "test")
+    write_atomically(run / "summary.json", json.dumps(summary(result), indent=2).encode() + b"\n")
+
+
+def _encoder(run: Path) -> Path:
+    return max((run / "encoders").glob("step-*.safetensors"))
+
+
+def _table(summary: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'test accuracy, %':32s}{'kNN':>8s}{'linear':>8s}"]
+    for key, name in (
+        ("raw_pixels", "raw pixels"),
+        ("untrained", "the encoder before training"),
+        ("trained", "the encoder after SimCLR"),
+    ):
+        lines.append(f"{name:32s}{summary['knn'][key]:8.1f}{summary['linear'][key]:8.1f}")
+    return "\n".join(lines)

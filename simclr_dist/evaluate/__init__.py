@@ -1,0 +1,1 @@
+"""The evaluation job: frozen features, kNN, a linear probe, and their report."""

@@ -1,0 +1,133 @@
+"""What learns: model, gradient exchange and optimizer, and the step that changes them."""
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr_dist.config import Config
+from simclr_dist.distributed import World, all_gather_objects, all_sum, data_parallel
+from simclr_dist.errors import ConfigError
+from simclr_dist.export import start_weights
+from simclr_dist.loss import NTXentLoss
+from simclr_dist.microbatch import LossFunction, contrastive_backward
+from simclr_dist.model import ResNet, SimCLR, build_projector, frozen_running_statistics, use_global_batch_norm
+from simclr_dist.optim import build_optimizer, parameter_groups, step_unless
+
+
+@dataclass
+class Learner:
+    """All that a training step changes."""
+
+    model: SimCLR
+    parallel: nn.Module  # DDP around the model, or the model itself
+    optimizer: torch.optim.Optimizer
+    counters: dict[str, Tensor]  # int64 device scalars
+    init: str  # what the encoder really started from
+
+
+def build_learner(config: Config, here: World) -> Learner:
+    """Model, DDP and optimizer, the same on every rank."""
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.manual_seed(config.seed)
+    m = config.model
+    encoder = ResNet(m.encoder, width=m.width, stem=m.stem)
+    projector = build_projector(
+        encoder.feature_size,
+        depth=m.projector_depth,
+        hidden=m.projector_hidden,
+        dim=m.projector_dim,
+        batch_norm=m.projector_batch_norm,
+    )
+    init = start_weights(encoder, m.encoder, m.init, m.init_file)
+    if len(set(all_gather_objects(init))) > 1:
+        raise ConfigError("model.init: some ranks could load the start weights and others could not; put them on every node")
+    model = SimCLR(encoder, projector, torch.bfloat16 if config.precision == "bf16" else None)
+    model.to(here.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    use_global_batch_norm(model, here.device)
+    optimizer = build_optimizer(
+        config.optim.name,
+        parameter_groups(model, config.optim.weight_decay),
+        lr=config.peak_lr,
+        momentum=config.optim.momentum,
+        trust_coefficient=config.optim.trust_coefficient,
+    )
+    if config.compile:
+        model.encoder.compile()
+    parallel = data_parallel(model, here, in_rank_order=here.device.type == "cpu" or config.deterministic)
+    counters = {
+        name: torch.zeros((), dtype=torch.int64, device=here.device)
+        for name in ("skipped", "skipped_in_a_row", "longest_skip", "clipped")
+    }
+    return Learner(model, parallel, optimizer, counters, init)
+
+
+def backward(
+    learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, loss_function: LossFunction | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the global batch's loss, from this rank's views; returns (global loss, z_a, z_b)."""
+    dtype = next(learner.model.parameters()).dtype
+    order = torch.channels_last if config.channels_last else torch.contiguous_format
+    views = (view.to(dtype).contiguous(memory_format=order).chunk(config.micro_batches) for view in (view_a, view_b))
+    return contrastive_backward(
+        learner.parallel,
+        list(zip(*views, strict=True)),
+        loss_function or NTXentLoss(config.loss.temperature),
+        no_sync=getattr(learner.parallel, "no_sync", contextlib.nullcontext),
+        first_pass=functools.partial(frozen_running_statistics, learner.model),
+    )
+
+
+def training_step(learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, lr: float) -> dict[str, Tensor]:
+    """One update of the parameters, or none when loss or gradient is not finite; no host sync.
+
+    All ranks decide alike: the loss is the global one and the gradient is already averaged.
+    """
+    optimizer, counters = learner.optimizer, learner.counters
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    statistics = [buffer for buffer in learner.model.buffers() if buffer.is_floating_point()]
+    before = [buffer.clone() for buffer in statistics]
+    loss, z_a, z_b = backward(learner, view_a, view_b, config)
+    clip_norm = config.optim.clip_norm or torch.inf
+    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), clip_norm)
+    bad = ~(loss.isfinite() & norm.isfinite())
+    step_unless(optimizer, bad)
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(torch.where(bad, old, buffer))  # a non-finite batch must not stay in the running statistics
+    counters["skipped"] += bad
+    counters["clipped"] += norm > clip_norm
+    counters["skipped_in_a_row"].add_(1).mul_(bad)
+    counters["longest_skip"] = torch.maximum(counters["longest_skip"], counters["skipped_in_a_row"])
+    return {"loss": loss, "gradient_norm": norm, "z_a": z_a, "z_b": z_b}
+
+
+def step_metrics(
+    outcome: dict[str, Tensor], learner: Learner, config: Config, step: int, lr: float, bad_samples: int
+) -> dict[str, float]:
+    """Numbers after a step; each is a function of the run's state alone, so a resumed run repeats them."""
+    similarity = F.cosine_similarity(outcome["z_a"].float(), outcome["z_b"].float())
+    count = all_sum(torch.stack([similarity.sum(), torch.full_like(similarity.sum(), len(similarity))]))
+    negatives = 2 * (config.global_batch_size - 1)
+    counters = {name: int(value) for name, value in learner.counters.items()}
+    return {
+        "loss/nt_xent": float(outcome["loss"]),
+        "loss/chance": math.log(negatives + 1),
+        "loss/negatives_an_anchor": negatives,
+        "similarity/positive": float(count[0] / count[1]),
+        "optim/learning_rate": lr,
+        "optim/gradient_norm": float(outcome["gradient_norm"]),
+        "optim/clipped_share": counters["clipped"] / step,
+        "optim/skipped_steps": counters["skipped"],
+        "optim/longest_skip": counters["longest_skip"],
+        "data/bad_samples": bad_samples,
+    }

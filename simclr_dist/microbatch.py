@@ -1,0 +1,49 @@
+"""A global batch through the encoder in pieces, with the gradient of the whole (GradCache; Gao et al. 2021)."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def contrastive_backward(
+    model: nn.Module,
+    pieces: Sequence[tuple[Tensor, Tensor]],
+    loss_function: LossFunction,
+    *,
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    first_pass: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the gradient of loss_function(z_a, z_b) over all pieces to the parameters.
+
+    `pieces` are this rank's (view_a, view_b), float [n, 3, s, s] each. Both views of a piece go through the model in ONE
+    forward, so BatchNorm's statistics are over both. With one piece this is plain forward and backward. With more, z is
+    first computed without a graph, the loss gives dL/dz, and a second pass over the pieces, with a graph, carries it into
+    the parameters: one piece of activations is alive at a time, and the loss still sees every embedding.
+
+    `no_sync` holds DDP's gradient exchange back for all pieces but the last. `first_pass` surrounds the pass without a
+    graph (there BatchNorm must not move its running statistics twice).
+    Returns (loss, z_a, z_b), detached; z is [n of all pieces, d].
+    """
+    if len(pieces) == 1:
+        z_a, z_b = model(torch.cat(pieces[0])).chunk(2)
+        loss = loss_function(z_a, z_b)
+        loss.backward()
+        return loss.detach(), z_a.detach(), z_b.detach()
+
+    # The bare module: DDP's forward would arm its gradient exchange.
+    bare = getattr(model, "module", model)
+    with torch.no_grad(), first_pass():
+        z = [bare(torch.cat(piece)) for piece in pieces]
+    z_a, z_b = (torch.cat(view).requires_grad_() for view in zip(*(part.chunk(2) for part in z), strict=True))
+    loss = loss_function(z_a, z_b)
+    gradients = torch.autograd.grad(loss, (z_a, z_b))
+    sizes = [len(a) for a, _ in pieces]
+    parts = list(zip(*(gradient.split(sizes) for gradient in gradients), strict=True))
+    for i, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+        with no_sync() if i < len(pieces) - 1 else nullcontext():
+            model(torch.cat(piece)).backward(torch.cat(part))
+    return loss.detach(), z_a.detach(), z_b.detach()

@@ -1,0 +1,149 @@
+"""LARS in its official form, parameter groups by module type, the learning-rate schedule, and steps that can be skipped."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+import torch_optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up that reaches `peak` in its last step, then a cosine to 0 without restarts."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
+    """Two groups: weights (decayed, adapted by LARS), and every BatchNorm parameter and bias (neither).
+
+    By module type, not by name: `downsample.1.weight` of a ResNet is a BatchNorm weight.
+    """
+    weights: list[Tensor] = []
+    excluded: list[Tensor] = []
+    for module in model.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)
+        for name, parameter in module.named_parameters(recurse=False):
+            (excluded if is_norm or name == "bias" else weights).append(parameter)
+    return [
+        {"params": weights, "weight_decay": weight_decay, "adapt": True},
+        {"params": excluded, "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+class LARS(Optimizer):
+    """LARS as in SimCLR's official code (google-research/simclr, `lars_optimizer.py`; You et al. 2017).
+
+    For a group with `adapt`: g += weight_decay * w; trust = eta * |w| / |g| (1 if either norm is 0); then classic momentum
+    with the rate inside the buffer, v = momentum * v + rate * trust * g; w -= v. Without `adapt`: the same with trust 1.
+    One multi-tensor pass over a group, no host sync. With `found_inf` set to a device scalar, as torch.amp does, a step
+    where it is 1 changes nothing.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[Group],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        adapt: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "trust_coefficient": trust_coefficient,
+                "adapt": adapt,
+            },
+        )
+        self._step_supports_amp_scaling = True
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update from the parameters' .grad."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def _update(self, group: Group) -> None:
+        weights = [p for p in group["params"] if p.grad is not None]
+        if not weights:
+            return
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+        gradients: tuple[Tensor, ...] | list[Tensor] = [p.grad for p in weights]
+        if group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        if group["adapt"]:
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            gradient_norms = torch.stack(torch._foreach_norm(gradients))
+            trust = group["trust_coefficient"] * weight_norms / gradient_norms
+            trust = torch.where((weight_norms > 0) & (gradient_norms > 0), trust, 1.0)
+            updates = torch._foreach_mul(gradients, list((group["lr"] * trust).unbind()))
+        else:
+            updates = torch._foreach_mul(gradients, group["lr"])
+        torch._foreach_add_(updates, buffers, alpha=group["momentum"])
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            torch._foreach_copy_(buffers, updates)
+            torch._foreach_sub_(weights, updates)
+        else:
+            skip = found_inf.bool()
+            for weight, buffer, update in zip(weights, buffers, updates, strict=True):
+                weight.sub_(torch.where(skip, 0.0, update))
+                buffer.copy_(torch.where(skip, buffer, update))
+
+
+def build_optimizer(
+    name: str, groups: list[Group], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
+) -> Optimizer:
+    """`lars`, `sgd` (Nesterov off), `adamw`, or `torch_optimizer.NAME`, over the groups of `parameter_groups`."""
+    if name == "lars":
+        return LARS(groups, lr, momentum=momentum, trust_coefficient=trust_coefficient)
+    plain = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
+    if name == "sgd":
+        sgd = torch.optim.SGD(plain, lr, momentum=momentum, fused=True)
+        for group in sgd.param_groups if momentum else ():
+            for p in group["params"]:  # fused SGD leaves uninitialised memory here when the very first step is skipped
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
+    if name == "adamw":
+        return torch.optim.AdamW(plain, lr, fused=True)
+    third_party = name.removeprefix("torch_optimizer.")
+    make: Callable[..., Optimizer] = torch_optimizer.get(third_party)
+    if third_party == "lars":
+        # Its documented default is .001, its real one .01; its adaptation is off exactly where weight_decay is 0, which
+        # here is the group that wants none.
+        return make(plain, lr=lr, momentum=momentum, trust_coefficient=trust_coefficient)
+    return make(plain, lr=lr)
+
+
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Take an optimizer step unless the device scalar `skip` (bool) is true.
+
+    Decided on the device, without a host sync, by LARS and torch's fused optimizers; torch-optimizer's, which sync the
+    host anyway, are asked from the host.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skip.item():
+        optimizer.step()

@@ -1,0 +1,168 @@
+"""Exact epochs, the same at every world size; spares that can never put an image into a batch twice."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simclr_dist.data.order import Plan, Rows, epoch_order
+
+SIZES = np.array([40, 41, 7, 40, 40, 37])  # 205 images
+
+
+class Case(NamedTuple):
+    """A run's order, and every world size up to 8 that it can be read with."""
+
+    sizes: Rows
+    seed: int
+    batch: int
+    micro_batches: int
+    window: int
+    worlds: list[int]
+
+    def plan(self, rank: int = 0, world_size: int = 1) -> Plan:
+        return Plan(self.sizes, self.seed, self.batch, self.micro_batches, self.window, rank, world_size)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    micro_batches = draw(st.integers(1, 4))
+    piece = draw(st.integers(1, 24))
+    batch = micro_batches * piece
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=9))
+    if sum(sizes) < batch:
+        sizes.append(batch - sum(sizes))
+    worlds = [size for size in range(1, 9) if piece % size == 0]
+    seed = draw(st.sampled_from([0, 1, 12345, 2**64 - 1]))
+    return Case(np.array(sizes), seed, batch, micro_batches, draw(st.integers(1, 5)), worlds)
+
+
+def epoch_rows(plan: Plan, epoch: int) -> list[int]:
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return [row for step in steps for row in plan[step][1].tolist()]
+
+
+@given(cases(), st.integers(0, 3))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_an_epoch_is_exact_and_each_piece_of_a_batch_the_same_at_every_world_size(case: Case, epoch: int) -> None:
+    alone = case.plan()
+    seen = epoch_rows(alone, epoch)
+    samples = int(case.sizes.sum())
+    assert len(seen) == len(set(seen)) == samples - samples % case.batch
+    assert set(seen) <= set(range(samples))
+    assert alone.left_over == samples % case.batch
+
+    plans = {size: [case.plan(rank, size) for rank in range(size)] for size in case.worlds}
+    for step in range(epoch * alone.steps_per_epoch, (epoch + 1) * alone.steps_per_epoch):
+        pieces = alone[step][1].reshape(case.micro_batches, -1)
+        for size, ranks in plans.items():
+            assert {plan[step][0] for plan in ranks} == {epoch}
+            shares = [plan[step][1].reshape(case.micro_batches, -1) for plan in ranks]
+            assert {share.shape for share in shares} == {(case.micro_batches, case.batch // case.micro_batches // size)}
+            # In rank order even, so that ranks' rows concatenate to what one process sees.
+            assert np.array_equal(np.concatenate(shares, axis=1), pieces)
+
+
+@given(cases(), st.integers(0, 3))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_samples_stay_within_their_window_of_shards(case: Case, epoch: int) -> None:
+    order = epoch_order(case.sizes, seed=case.seed, epoch=epoch, window=case.window)
+    assert sorted(order) == list(range(case.sizes.sum()))
+    shard = np.repeat(np.arange(len(case.sizes)), case.sizes)[order]
+    start = 0
+    while start < len(order):
+        window = list(dict.fromkeys(shard[start:].tolist()))[: case.window]
+        end = start + case.sizes[window].sum()
+        assert set(shard[start:end]) == set(window)
+        start = end
+
+
+def test_shards_are_shuffled_and_samples_mixed_within_the_window() -> None:
+    shard_of_row = np.repeat(np.arange(6), 20)
+    shard_orders, changes = [], []
+    for epoch in range(8):
+        shards = shard_of_row[epoch_order(np.full(6, 20), seed=0, epoch=epoch, window=1)]
+        shard_orders.append(tuple(dict.fromkeys(shards.tolist())))
+        changes.append(np.count_nonzero(np.diff(shard_of_row[epoch_order(np.full(6, 20), seed=0, epoch=epoch, window=6)])))
+    assert len(set(shard_orders)) == 8
+    # 119 neighbours, each of another shard with probability 100/119.
+    assert all(80 < change < 118 for change in changes)
+
+
+def test_other_images_are_left_out_each_epoch_and_all_are_seen_over_a_few() -> None:
+    plan = Plan(SIZES, seed=3, global_batch_size=24, window=2)
+    assert (plan.samples, plan.steps_per_epoch, plan.left_over) == (205, 8, 13)
+    left = [set(range(205)) - set(epoch_rows(plan, epoch)) for epoch in range(4)]
+    assert [len(rows) for rows in left] == [13] * 4
+    assert len({frozenset(rows) for rows in left}) == 4
+    assert not set.intersection(*left)
+
+
+def test_every_image_is_left_out_equally_often() -> None:
+    plan = Plan(np.array([4, 1, 2, 3]), seed=0, global_batch_size=8, window=2)
+    misses = np.zeros(10)
+    for epoch in range(1000):
+        misses[list(set(range(10)) - set(epoch_rows(plan, epoch)))] += 1
+    # Left-over images come from the last window, so shards of windows that are small are hit a little more often.
+    assert misses.sum() == 2000
+    assert misses.min() > 120
+    assert misses.max() < 320
+
+
+def test_order_differs_by_seed_and_by_epoch() -> None:
+    orders = [tuple(epoch_order(SIZES, seed=seed, epoch=epoch, window=3)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert len(set(orders)) == 9
+
+
+def test_a_step_needs_nothing_but_its_number() -> None:
+    plan = Plan(SIZES, seed=5, global_batch_size=24, micro_batches=2, window=2, rank=1, world_size=3)
+    forwards = [plan[step] for step in range(20)]
+    for step in (19, 0, 8, 7, 19, 3):
+        for again in (plan, Plan(SIZES, 5, 24, 2, 2, 1, 3)):
+            epoch, rows = again[step]
+            assert epoch == forwards[step][0] == step // 8
+            assert np.array_equal(rows, forwards[step][1])
+
+
+def test_the_random_stream_is_the_one_that_runs_were_begun_with() -> None:
+    # Should these change, a run begun before could not be resumed: it would see images twice.
+    sizes = np.array([3, 4, 2])
+    assert epoch_order(sizes, seed=1, epoch=0, window=2).tolist() == [7, 0, 2, 1, 8, 4, 5, 3, 6]
+    assert epoch_order(sizes, seed=1, epoch=1, window=2).tolist() == [7, 2, 0, 1, 8, 5, 6, 4, 3]
+    assert epoch_order(sizes, seed=2**64 - 1, epoch=0, window=1).tolist() == [1, 0, 2, 8, 7, 3, 4, 5, 6]
+    plan = Plan(sizes, seed=1, global_batch_size=4, micro_batches=2, window=2, rank=1, world_size=2)
+    assert [(epoch, rows.tolist()) for epoch, rows in map(plan.__getitem__, range(4))] == [
+        (0, [0, 1]),
+        (0, [4, 3]),
+        (1, [2, 1]),
+        (1, [5, 4]),
+    ]
+    assert plan.spares(2, 0).tolist() == [3, 8]
+    assert plan.spares(2, 3).tolist() == [4]
+
+
+@given(cases(), st.integers(0, 30), st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_whatever_fails_no_image_is_in_a_batch_twice(case: Case, step: int, data: st.DataObject) -> None:
+    plan = case.plan()
+    _, rows = plan[step]
+    columns = [[int(row), *plan.spares(step, slot).tolist()] for slot, row in enumerate(rows)]
+    everything = [row for column in columns for row in column]
+    assert sorted(everything) == list(range(plan.samples)), "columns are disjoint, and nothing is in none"
+
+    unreadable = data.draw(st.sets(st.sampled_from(everything)))
+    used = [next((row for row in column if row not in unreadable), None) for column in columns]
+    readable = [row for row in used if row is not None]
+    assert len(readable) == len(set(readable))
+
+
+@pytest.mark.parametrize("step", [2, 10])
+def test_the_left_over_image_stands_in_first_then_those_of_the_following_steps(step: int) -> None:
+    plan = Plan(SIZES, seed=7, global_batch_size=24, window=2)
+    order = plan.order(step // 8)
+    for slot in (0, 12, 13, 23):
+        spares = plan.spares(step, slot).tolist()
+        following = [order[24 * ((step + k) % 8) + slot] for k in range(1, 8)]
+        assert spares == ([order[24 * 8 + slot]] if slot < plan.left_over else []) + following

@@ -1,0 +1,150 @@
+"""BatchNorm over all ranks on the CPU, against torch's own over the whole batch in one process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from torch import Tensor, nn
+
+from simclr_dist.distributed import World, rank, world_size
+from simclr_dist.model import frozen_running_statistics, use_global_batch_norm
+
+SHAPES = {"4-d": (12, 5, 4, 3), "2-d": (12, 5)}
+CASES = [
+    (shape, order, offset, dtype)
+    for shape, order in (("2-d", "plain"), ("4-d", "plain"), ("4-d", "channels_last"))
+    for offset in (0.0, 100.0)
+    for dtype in (torch.float64, torch.float32)
+]
+
+
+def _case(shape: str, order: str, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, nn.Module]:
+    """Input and upstream gradient of the whole batch, and torch's own BatchNorm with no trivial parameter."""
+    generator = torch.Generator().manual_seed(7)
+    x, upstream = (torch.randn(SHAPES[shape], generator=generator, dtype=torch.float64) for _ in range(2))
+    deviation = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64).view(1, 5, *[1] * (x.dim() - 2))
+    x = (x + offset) * deviation
+    norm = nn.BatchNorm1d(5) if x.dim() == 2 else nn.BatchNorm2d(5)
+    norm = norm.double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -1.0, 1.5, 2.0, 0.0]))
+        norm.bias.copy_(torch.arange(5.0))
+    x, upstream = x.to(dtype), upstream.to(dtype)
+    if order == "channels_last":
+        x, upstream = (t.contiguous(memory_format=torch.channels_last) for t in (x, upstream))
+    return x, upstream, norm.to(dtype)
+
+
+def _my_rows(rows: int, here_rank: int, size: int) -> slice:
+    """Uneven: rank 0 has 2 rows, the last rank what the others leave."""
+    edges = [0, 2, 7, rows] if size == 3 else [0, 2, rows]
+    return slice(edges[here_rank], edges[here_rank + 1])
+
+
+def _pass(norm: nn.Module, x: Tensor, upstream: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = norm(x)
+    y.backward(upstream)
+    return {
+        "output": y.detach().to(dtype),
+        "input gradient": x.grad.to(dtype),  # type: ignore[union-attr]
+        "weight gradient": norm.weight.grad.to(dtype),
+        "bias gradient": norm.bias.grad.to(dtype),
+        "running mean": norm.running_mean.to(dtype),
+        "running variance": norm.running_var.to(dtype),
+        "batches": norm.num_batches_tracked.to(dtype),
+    }
+
+
+def _on_ranks(here: World) -> list[dict[str, Tensor]]:
+    found = []
+    for case in CASES:
+        x, upstream, norm = _case(*case)
+        wrapped = nn.Sequential(norm)
+        use_global_batch_norm(wrapped, here.device)
+        mine = _my_rows(len(x), here.rank, here.size)
+        result = _pass(wrapped[0], x[mine], upstream[mine], torch.float64)
+        wrapped.eval()
+        result["evaluated"] = wrapped(x[mine]).detach().double()
+        found.append(result)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_equals_torch_on_the_whole_batch(size: int) -> None:
+    by_rank = ranks.run(_on_ranks, size)
+    for i, case in enumerate(CASES):
+        x, upstream, norm = _case(*case)
+        truth = _pass(norm.double(), x.double(), upstream.double(), torch.float64)
+        truth["evaluated"] = norm.eval()(x.double()).detach()
+        tolerance = 1e-12 if case[3] == torch.float64 else 1e-4
+        if case[2] and case[3] == torch.float64:
+            tolerance = 1e-11  # 100 deviations away from 0, x itself carries two digits fewer
+        for name, expected in truth.items():
+            parts = [result[i][name] for result in by_rank]
+            if name in ("output", "input gradient", "evaluated"):
+                found = [torch.cat(parts)]
+            elif "gradient" in name:
+                found = [torch.stack(parts).sum(0)]  # each rank's part, which DDP adds up
+            else:
+                found = parts  # the same on every rank
+            for value in found:
+                error = float((value - expected).norm() / expected.norm())
+                assert error < tolerance, f"{case}, {name}: relative error {error:.2e}"
+
+
+def _other_uses(here: World) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(here.rank)
+    x = torch.randn(6, 3, 8, 8, generator=generator)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3), nn.BatchNorm1d(3))
+    use_global_batch_norm(model, here.device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+
+    def statistics() -> list[Tensor]:
+        return [buffer.clone() for buffer in model.buffers()]
+
+    start = statistics()
+    with frozen_running_statistics(model), torch.no_grad():
+        first = model(x)
+    frozen = statistics()
+    second = model(x)
+    after = statistics()
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = model(x)
+    halved.float().square().sum().backward()
+    return {
+        "kept": all(map(torch.equal, start, frozen)),
+        "moved": not any(map(torch.equal, start, after)),
+        "batches": int(model[1].num_batches_tracked) - int(start[2]),
+        "same": torch.equal(first, second),
+        "half": halved.detach().float(),
+        "full": second.detach(),
+        "gradients": [p.grad for p in model.parameters()],
+        "world": (rank(), world_size()),
+    }
+
+
+def test_frozen_statistics_and_bfloat16() -> None:
+    for i, result in enumerate(ranks.run(_other_uses, 2)):
+        assert result["world"] == (i, 2)
+        assert result["kept"], "the pass without a graph moved the running statistics"
+        assert result["moved"]
+        assert result["batches"] == 2  # one forward in float32, one in bfloat16, none while frozen
+        assert result["same"], "both passes must give the same z, bit for bit"
+        assert (result["half"] - result["full"]).abs().max() < 0.1
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in result["gradients"])
+
+
+def _naive(x: Tensor) -> Iterator[Tensor]:
+    yield x.mean(0)
+    yield x.square().mean(0) - x.mean(0).square()
+
+
+def test_the_offset_case_would_notice_naive_sums() -> None:
+    """E[x^2] - E[x]^2 in float32 is far off where the mean is 100 deviations: the tolerance above is not idle."""
+    x, _, _ = _case("2-d", "plain", 100.0, torch.float32)
+    _, naive = _naive(x)
+    assert ((naive - x.double().var(0, unbiased=False)) / x.double().var(0, unbiased=False)).abs().max() > 1e-3

@@ -1,0 +1,267 @@
+"""One global batch, one gradient: what W processes compute is what one process with the whole batch computes.
+
+The trainer's own step (order, views, micro-batches, global BatchNorm, loss, DDP) on real ranks, against the plain
+definition in one process: torch's BatchNorm, the whole similarity matrix, autograd.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
+from simclr_dist.data.order import Plan
+from simclr_dist.data.reader import Sample, ShardDataset, StepDataset, two_views
+from simclr_dist.distributed import World, all_gather
+from simclr_dist.learner import Learner, backward, build_learner, training_step
+from simclr_dist.train import view_settings
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+SHARDS = np.array([20, 31, 49])
+CONFIG = Config(
+    seed=3,
+    global_batch_size=48,
+    steps=30,
+    precision="fp64",
+    model=ModelConfig(encoder="resnet10", stem="small_stride2", projector_hidden=32, projector_dim=16),
+    views=ViewsConfig(preset="imagenet", image_size=12),
+    loss=LossConfig(temperature=0.2),
+    optim=OptimConfig(base_lr=2.0, warmup_steps=3),
+)
+BREAKS = ("factor W dropped", "gathered gradient dropped", "local statistics")
+
+
+class _Images(ShardDataset):
+    """Generated images of several sizes, each a function of its row."""
+
+    def __init__(self) -> None:
+        self.manifest = SimpleNamespace(shard_sizes=SHARDS)  # type: ignore[assignment]
+
+    def __getitem__(self, row: int) -> Sample:
+        generator = torch.Generator().manual_seed(row)
+        coarse = torch.rand(1, 3, 3 + row % 2, 4, generator=generator)
+        smooth = F.interpolate(coarse, scale_factor=5, mode="bilinear")[0]
+        return Sample((smooth * 255).to(torch.uint8), -1, row)
+
+
+def _views(config: Config, here: World, step: int) -> tuple[Tensor, Tensor]:
+    """This rank's two views in a step, as train.py makes them."""
+    plan = Plan(SHARDS, config.seed, config.global_batch_size, config.micro_batches, rank=here.rank, world_size=here.size)
+    settings = view_settings(config)
+    return two_views(StepDataset(_Images(), plan, settings)[step], settings, here.device)
+
+
+def _learner(config: Config, here: World, *, smooth: bool = False) -> Learner:
+    """The trainer's, no parameter at a special value (0, 1) and, if asked, SiLU for ReLU."""
+    learner = build_learner(config, here)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    for module in list(learner.model.modules()) if smooth else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.SiLU())
+    return learner
+
+
+def _flat_gradient(learner: Learner) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
+
+
+def _detached_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """The gather of most peers: right value, and no gradient through the columns."""
+    z, n = F.normalize(torch.cat([z_a, z_b])), len(z_a)
+    columns = all_gather(z.detach()).flatten(0, 1)
+    own = torch.arange(2 * n) + torch.distributed.get_rank() * 2 * n
+    logits = (z @ columns.T / CONFIG.loss.temperature).scatter(1, own[:, None], -torch.inf)
+    return F.cross_entropy(logits, own.roll(n))
+
+
+@contextlib.contextmanager
+def _broken(fault: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if fault == "factor W dropped":
+            stack.enter_context(mock.patch("simclr_dist.loss.world_size", lambda: 1))
+        elif fault == "gathered gradient dropped":
+            stack.enter_context(mock.patch("simclr_dist.learner.NTXentLoss", lambda _: _detached_loss))
+        elif fault == "local statistics":
+            stack.enter_context(mock.patch("simclr_dist.learner.use_global_batch_norm", lambda *_: None))
+        yield
+
+
+def _cases() -> Iterator[tuple[str, Config, bool, str]]:
+    for pieces in (1, 2, 4):
+        config = dataclasses.replace(CONFIG, micro_batches=pieces)
+        yield f"float64, ReLU, {pieces} micro-batches", config, False, ""
+        yield f"float32, SiLU, {pieces} micro-batches", dataclasses.replace(config, precision="fp32"), True, ""
+    for fault in BREAKS:
+        yield fault, CONFIG, False, fault
+
+
+def _gradients(here: World) -> dict[str, Tensor]:
+    found = {}
+    for name, config, smooth, fault in _cases():
+        with _broken(fault):
+            learner = _learner(config, here, smooth=smooth)
+            backward(learner, *_views(config, here, step=1), config)
+        found[name] = _flat_gradient(learner)
+    return found
+
+
+def _trajectory(here: World) -> dict[str, Any]:
+    """Thirty steps, every fifth of them in two micro-batches."""
+    learner = _learner(CONFIG, here)
+    for step in range(30):
+        config = dataclasses.replace(CONFIG, micro_batches=1 if step % 5 else 2)
+        outcome = training_step(learner, *_views(config, here, step), config, lr=config.peak_lr)
+    state = learner.model.state_dict()
+    return {
+        "parameters": torch.cat([p.detach().flatten() for p in learner.model.parameters()]),
+        "statistics": torch.cat([value.flatten() for name, value in state.items() if "running" in name]),
+        "batches": int(state["encoder.bn1.num_batches_tracked"]),
+        "loss": outcome["loss"],
+        "clipped": int(learner.counters["clipped"]),
+    }
+
+
+def _everything(here: World) -> dict[str, Any]:
+    return {"gradients": _gradients(here), "trajectory": _trajectory(here)}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, list[dict[str, Any]]]:
+    """By world size, each rank's results."""
+    return {size: ranks.run(_everything, size) for size in (1, 2, 3, 4)}
+
+
+def _definition(learner: Learner, view_a: Tensor, view_b: Tensor, pieces: int, temperature: float) -> Tensor:
+    """The gradient by equation 1 of the paper, on one process's own torch BatchNorm; a block of anchors at a time."""
+    dtype = next(learner.model.parameters()).dtype
+    halves = [
+        learner.model(torch.cat(piece)).chunk(2)
+        for piece in zip(view_a.to(dtype).chunk(pieces), view_b.to(dtype).chunk(pieces), strict=True)
+    ]
+    z = torch.cat([torch.cat(view) for view in zip(*halves, strict=True)])
+    leaf = z.detach().requires_grad_()
+    for anchors in torch.arange(len(z)).split(1024):
+        unit = leaf / leaf.norm(dim=1, keepdim=True)
+        logits = unit[anchors] @ unit.T / temperature
+        logits = logits.masked_fill(anchors[:, None] == torch.arange(len(z)), -torch.inf)
+        positive = (anchors + len(z) // 2) % len(z)
+        (F.cross_entropy(logits, positive, reduction="sum") / len(z)).backward()
+    z.backward(leaf.grad)
+    return _flat_gradient(learner)
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, Tensor]:
+    found = {}
+    for name, config, smooth, _ in _cases():
+        # The float32 gradient is held against float64's: two float32 results could be wrong alike.
+        exact = dataclasses.replace(config, precision="fp64")
+        learner = _learner(exact, ALONE, smooth=smooth)
+        views = _views(exact, ALONE, step=1)
+        found[name] = _definition(learner, *views, config.micro_batches, config.loss.temperature)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize(("kind", "tolerance"), [("float64, ReLU", 1e-12), ("float32, SiLU", 5e-5)])
+def test_gradient_is_that_of_one_process(
+    results: dict[int, Any], truths: dict[str, Tensor], kind: str, tolerance: float, pieces: int
+) -> None:
+    name = f"{kind}, {pieces} micro-batches"
+    for size, by_rank in results.items():
+        errors = [_error(result["gradients"][name].double(), truths[name]) for result in by_rank]
+        print(f"{name}, {size} processes: relative error {max(errors):.2e}")
+        assert max(errors) < tolerance, f"{size} processes"
+        assert all(torch.equal(result["gradients"][name], by_rank[0]["gradients"][name]) for result in by_rank)
+
+
+def test_micro_batches_are_another_objective(truths: dict[str, Tensor]) -> None:
+    """Through BatchNorm's statistics: so the test above does compare unlike things."""
+    whole, quarters = (truths[f"float64, ReLU, {pieces} micro-batches"] for pieces in (1, 4))
+    assert _error(quarters, whole) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_gradient_is_noticed(results: dict[int, Any], truths: dict[str, Tensor], fault: str) -> None:
+    if fault != "gathered gradient dropped":
+        assert _error(results[1][0]["gradients"][fault], truths[fault]) < 1e-12  # in one process the others are no faults
+    for size in (2, 3, 4):
+        found = results[size][0]["gradients"][fault]
+        print(f"{fault}, {size} processes: relative error {_error(found, truths[fault]):.3f}")
+        assert _error(found, truths[fault]) > 0.01
+        if fault == "factor W dropped":
+            assert _error(found * size, truths[fault]) < 1e-12
+
+
+@pytest.mark.slow
+def test_thirty_steps_end_alike(results: dict[int, Any]) -> None:
+    alone = results[1][0]["trajectory"]
+    start = torch.cat([p.detach().flatten() for p in _learner(CONFIG, ALONE).model.parameters()])
+    assert _error(alone["parameters"], start) > 1e-3, "nothing was learned, so nothing is compared"
+    assert alone["clipped"] > 0, "clipping was never at work"
+    assert alone["batches"] == 36
+    for size, by_rank in results.items():
+        for end in (result["trajectory"] for result in by_rank):
+            for what in ("parameters", "statistics", "loss"):
+                error = _error(end[what], alone[what])
+                print(f"{size} processes, {what}: relative error {error:.2e}")
+                assert error < 1e-11
+            assert (end["batches"], end["clipped"]) == (alone["batches"], alone["clipped"])
+
+
+class _TinyEncoder(nn.Sequential):
+    """What a global batch of 4096 leaves room for in a test: one layer with BatchNorm."""
+
+    feature_size = 24
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(48, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU())
+
+
+LARGE = dataclasses.replace(CONFIG, global_batch_size=4096, micro_batches=4, channels_last=False)
+LARGE_SHARDS = np.array([3000, 2000])
+
+
+def _large_learner(here: World) -> Learner:
+    with mock.patch("simclr_dist.learner.ResNet", _TinyEncoder):
+        return _learner(LARGE, here)
+
+
+def _large_views(here: World) -> Iterator[Tensor]:
+    rows = Plan(LARGE_SHARDS, LARGE.seed, 4096, 4, rank=here.rank, world_size=here.size)[0][1]
+    pixels = torch.randn(5000, 2, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    pixels[:, 1] += 2 * pixels[:, 0]
+    return iter(pixels[rows].unbind(1))
+
+
+def _large_gradient(here: World) -> Tensor:
+    learner = _large_learner(here)
+    backward(learner, *_large_views(here), LARGE)
+    return _flat_gradient(learner)
+
+
+@pytest.mark.slow
+def test_gradient_of_4096_images_on_4_processes() -> None:
+    truth = _definition(_large_learner(ALONE), *_large_views(ALONE), 4, LARGE.loss.temperature)
+    for found in ranks.run(_large_gradient, 4):
+        print(f"4096 images, 4 processes: relative error {_error(found, truth):.2e}")
+        assert _error(found, truth) < 1e-12

@@ -1,0 +1,46 @@
+"""The harness itself: it returns what the ranks return, and a rank that fails fails the test, soon."""
+
+import time
+
+import pytest
+import ranks
+import torch
+
+from simclr_dist.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
+from simclr_dist.errors import DataError
+
+
+def _collectives(here: World) -> dict[str, object]:
+    mine = torch.arange(here.rank + 1.0)
+
+    def fail() -> None:
+        raise DataError("only rank 0 knows")
+
+    try:
+        on_rank_0(fail)
+        told = ""
+    except DataError as error:
+        told = str(error)
+    return {
+        "gathered": all_gather(mine[:1] + here.rank),
+        "sum": all_sum(mine[-1]),
+        "rows": all_gather_rows(mine),
+        "objects": all_gather_objects(f"rank {here.rank}"),
+        "told": told,
+    }
+
+
+def test_collectives_in_rank_order() -> None:
+    for result in ranks.run(_collectives, 3):
+        assert result["gathered"].tolist() == [[0], [1], [2]]
+        assert result["sum"] == 3
+        assert result["rows"].tolist() == [0, 0, 1, 0, 1, 2]
+        assert result["objects"] == ["rank 0", "rank 1", "rank 2"]
+        assert result["told"] == "only rank 0 knows"
+
+
+def test_a_failing_rank_ends_all() -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*as it should"):
+        ranks.run(ranks.failing, 2)
+    assert time.monotonic() - start < 60

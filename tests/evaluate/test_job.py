@@ -1,0 +1,154 @@
+"""The evaluation end to end on small shards: the numbers, the file, the processes, and each mistake as one line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import draw_images
+
+from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.evaluate.__main__ import main
+from simclr_dist.evaluate.job import evaluate
+from simclr_dist.evaluate.report import summary
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def sets(make_shards: Make) -> tuple[Path, Path]:
+    return make_shards("train", *draw_images(91, seed=0)), make_shards("test", *draw_images(47, seed=1))
+
+
+def without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_seconds(part) for key, part in value.items() if key not in ("seconds", "hardware")}
+    return value
+
+
+def test_a_result_holds_all_that_it_depends_on(make_encoder: Make, sets: tuple[Path, Path]) -> None:
+    encoder = make_encoder()
+    result = evaluate(encoder, *sets, k=10, workers=0, device="cpu")
+    written = json.loads((encoder.parent.parent / "eval" / "step-00001200.json").read_text())
+    assert written == result
+    assert result["encoder"]["sha256"] == hashlib.sha256(encoder.read_bytes()).hexdigest()
+    assert (result["encoder"]["name"], result["encoder"]["step"], result["encoder"]["init"]) == ("resnet10", 1200, "random")
+    assert (result["train"]["images"], result["test"]["images"], result["classes"]) == (91, 47, 3)
+    assert len({result["train"]["digest"], result["test"]["digest"]}) == 2
+    assert result["protocols"]["knn"]["settings"]["k_used"] == 10
+    assert result["protocols"]["knn"]["settings"]["temperature"] == 0.1
+    assert all(row["converged"] for row in result["protocols"]["linear"]["results"].values())
+    assert result["largest_class_percent"] == pytest.approx(100 * 16 / 47)
+    assert {"device", "threads", "world_size"} <= set(result["hardware"])
+    assert {"torch", "torchvision", "python"} <= set(result["versions"])
+    assert result["seconds"]["total"] > 0
+
+
+def test_the_numbers_measure_the_features(make_encoder: Make, make_shards: Make, sets: tuple[Path, Path]) -> None:
+    found = summary(evaluate(make_encoder(), *sets, k=10, workers=0, device="cpu"))
+    assert set(found) == {"knn", "linear"}
+    assert found["knn"]["trained"] > 80
+    assert found["linear"]["trained"] > 80
+    images, labels = draw_images(91, seed=0)
+    shuffled = make_shards("shuffled", images, np.random.default_rng(1).permutation(labels))
+    control = summary(evaluate(make_encoder(run="control"), shuffled, sets[1], k=10, workers=0, device="cpu"))
+    assert all(value < 60 for protocol in control.values() for value in protocol.values())
+
+
+def test_the_seed_is_of_the_untrained_encoder_alone(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = {"k": 10, "workers": 0, "device": "cpu"}
+    first = evaluate(make_encoder(), *sets, seed=1, out=tmp_path / "1.json", **settings)
+    again = evaluate(make_encoder(), *sets, seed=1, out=tmp_path / "2.json", **settings)
+    other = evaluate(make_encoder(), *sets, seed=2, out=tmp_path / "3.json", **settings)
+    assert without_seconds(first) == without_seconds(again)
+    a, b = (without_seconds(result["protocols"]["linear"]["results"]) for result in (first, other))
+    assert a["trained"] == b["trained"]
+    assert a["raw_pixels"] == b["raw_pixels"]
+    assert a["untrained"] != b["untrained"]
+
+
+def test_without_baselines(make_encoder: Make, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = map(str, sets)
+    arguments = [str(make_encoder()), "--train", train, "--test", test, "--workers", "0", "--no-baselines"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    out, progress = capsys.readouterr()
+    assert "features of 138 images" in progress
+    assert "trained encoder, step 1200" in out
+    assert "raw pixels" not in out
+    assert "k=91 (all training images; 200 asked)" in out
+    assert out.splitlines()[-1].endswith("run/eval/step-00001200.json")
+
+
+def test_unlabelled_and_shared_images_are_counted(make_encoder: Make, make_shards: Make) -> None:
+    images, labels = draw_images(60, seed=0)
+    train = make_shards("train", images, [-1] * 5 + labels[5:].tolist())
+    test = make_shards("test", images[40:], [*labels[40:-1].tolist(), -1])
+    result = evaluate(make_encoder(), train, test, workers=0, device="cpu", baselines=False)
+    assert (result["train"]["images"], result["train"]["labelled"]) == (60, 55)
+    assert (result["test"]["images"], result["test"]["labelled"]) == (20, 19)
+    assert result["protocols"]["knn"]["settings"]["k_used"] == 55
+    assert result["test_images_in_train"] == 20
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_result_like_one_process(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    encoder, out = make_encoder(), tmp_path / "two.json"
+    alone = evaluate(encoder, *sets, k=10, workers=0, device="cpu")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = ["-m", "simclr_dist.evaluate", encoder, "--train", sets[0], "--test", sets[1], "--k", "10"]
+    command = [*launcher, *map(str, [*job, "--workers", "1", "--device", "cpu", "--out", out])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained encoder, step 1200") == 1
+    both = json.loads(out.read_text())
+    assert both["hardware"]["world_size"] == 2
+    assert summary(both) == summary(alone)
+
+
+def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    images, labels = draw_images(9, seed=2)
+    encoder = make_encoder()
+    not_one = tmp_path / "notes.safetensors"
+    not_one.write_text("no encoder")
+    other = make_shards("other", images, labels, ("bright", "dark", "spotted"))
+    swapped = make_shards("swapped", images, labels, ("dark", "bright", "striped"))
+    unlabelled = make_shards("unlabelled", images, [-1] * 9, ())
+    cases = [
+        ((not_one, *sets), r"notes\.safetensors"),
+        ((tmp_path / "none.safetensors", *sets), r"none\.safetensors"),
+        ((encoder, sets[0], tmp_path / "nowhere"), "nowhere"),
+        ((encoder, sets[0], other), "other: its 3 classes are not the 3 of .*train: 'spotted' is in one of them only"),
+        ((encoder, sets[0], swapped), "their order differs"),
+        ((encoder, unlabelled, sets[1]), "unlabelled: no image has a label"),
+        ((encoder, sets[0], unlabelled), "unlabelled: no image has a label"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(DataError, match=message) as caught:
+            evaluate(*arguments, workers=0, device="cpu")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="is a folder"):
+        evaluate(encoder, *sets, workers=0, device="cpu", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("k", 0), ("temperature", 0.0), ("l2", -1.0), ("l2", float("nan")), ("batch_size", 0)]
+)
+def test_settings_out_of_range_are_refused_first(setting: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^{setting}: {value}: must be"):
+        evaluate("no-encoder", "no-train", "no-test", **{setting: value})
+
+
+def test_help_and_wrong_settings_do_without_torch() -> None:
+    imports = "import sys; from simclr_dist.evaluate.__main__ import main; "
+    probe = imports + "code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", probe, "x", "--train", "a", "--test", "b", "--k", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.split() == ["2", "False"]
+    assert done.stderr == "simclr-dist: k: 0: must be 1 or more\n"

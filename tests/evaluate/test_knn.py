@@ -1,0 +1,94 @@
+"""Weighted kNN against scikit-learn, and what scikit-learn leaves open: ties, limits, overflow."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from simclr_dist.evaluate.knn import weighted_knn
+
+
+def blobs(n: int, d: int, classes: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    labels = torch.randint(classes, (n,), generator=generator)
+    return centres[labels] + spread * torch.randn(n, d, generator=generator, dtype=torch.float64), labels
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(200, 0.1), (20, 0.1), (200, 0.01), (1, 0.1), (50, 1.0)])
+def test_same_predictions_as_scikit_learn(k: int, temperature: float) -> None:
+    train_h, train_y = blobs(700, 12, 6, seed=0, spread=3)
+    test_h, test_y = blobs(400, 12, 6, seed=1, spread=3)
+    oracle = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    expected = oracle.fit(train_h.numpy(), train_y.numpy()).predict(test_h.numpy())
+    found = weighted_knn(train_h, train_y, test_h, k=k, temperature=temperature, classes=6)
+    assert found.dtype == torch.int64
+    assert (found.numpy() == expected).all()
+    assert 0.3 < (found == test_y).double().mean() < 0.95  # neither trivial nor chance: the vote decides
+
+
+def test_the_weights_decide() -> None:
+    near, far = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.8])
+    train_h, train_y = torch.stack([near, far, far * 2]), torch.tensor([1, 0, 0])
+    query = near[None] * 3
+    assert weighted_knn(train_h, train_y, query, k=3, temperature=0.1, classes=2).tolist() == [1]
+    assert weighted_knn(train_h, train_y, query, k=3, temperature=10, classes=2).tolist() == [0]
+
+
+def test_a_row_is_classified_alone_as_among_others() -> None:
+    train_h, train_y = blobs(300, 8, 4, seed=0)
+    test_h, _ = blobs(20, 8, 4, seed=1)
+    together = weighted_knn(train_h, train_y, test_h, k=30, classes=4)
+    alone = torch.cat([weighted_knn(train_h, train_y, row[None], k=30, classes=4) for row in test_h])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("k", [3, 40, 300, 700])
+def test_of_equally_near_rows_the_first_vote(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    train_h = torch.eye(4)[torch.randint(4, (1000,), generator=generator)]  # four places only: ties at every k
+    train_y = torch.randint(50, (1000,), generator=generator)
+    test_h = torch.tensor([[0.6, 0.8, 0, 0], [0, 0, 1, 0], [0.8, 0, 0, 0.6], [0, 0, 0, 1]])
+    first = np.argsort(-(test_h @ train_h.T).numpy(), axis=1, kind="stable")[:, :k]
+    weight = np.exp(np.take_along_axis((test_h @ train_h.T).numpy(), first, axis=1).astype(np.float64))
+    votes = [np.bincount(train_y.numpy()[i], w, minlength=50) for i, w in zip(first, weight, strict=True)]
+    expected = np.round(votes, 9).argmax(axis=1)
+    assert weighted_knn(train_h, train_y, test_h, k=k, temperature=1.0, classes=50).tolist() == expected.tolist()
+
+
+def test_of_equal_votes_the_lower_class_wins() -> None:
+    assert weighted_knn(torch.ones(4, 2), torch.tensor([2, 1, 2, 1]), torch.ones(1, 2), k=4, classes=3).tolist() == [1]
+
+
+def test_k_is_limited_to_the_training_rows() -> None:
+    train_h, train_y = blobs(50, 8, 4, seed=0)
+    test_h, _ = blobs(20, 8, 4, seed=1)
+    limited = weighted_knn(train_h, train_y, test_h, k=10_000, classes=4)
+    assert torch.equal(limited, weighted_knn(train_h, train_y, test_h, k=50, classes=4))
+
+
+def test_a_tiny_temperature_asks_the_nearest_and_does_not_overflow() -> None:
+    train_h, train_y = blobs(200, 8, 4, seed=0)
+    test_h, _ = blobs(50, 8, 4, seed=1)
+    nearest = weighted_knn(train_h.float(), train_y, test_h.float(), k=1, classes=4)
+    assert torch.equal(weighted_knn(train_h.float(), train_y, test_h.float(), temperature=1e-5, classes=4), nearest)
+
+
+def test_shuffled_labels_give_chance() -> None:
+    train_h, train_y = blobs(2000, 16, 5, seed=0)
+    test_h, test_y = blobs(1000, 16, 5, seed=1)
+    shuffled = train_y[torch.randperm(2000, generator=torch.Generator().manual_seed(3))]
+    found = weighted_knn(train_h, train_y, test_h, k=20, classes=5)
+    control = weighted_knn(train_h, shuffled, test_h, k=20, classes=5)
+    assert (found == test_y).double().mean() > 0.8
+    assert abs((control == test_y).double().mean() - 0.2) < 0.06
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(0, 0.1), (5, 0.0)])
+def test_senseless_settings_are_refused(k: int, temperature: float) -> None:
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        weighted_knn(
+            torch.ones(3, 2), torch.zeros(3, dtype=torch.int64), torch.ones(1, 2), k=k, temperature=temperature, classes=1
+        )

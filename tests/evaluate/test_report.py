@@ -1,0 +1,107 @@
+"""Where a result goes, what its table says, and that it is written whole or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simclr_dist.errors import DataError
+from simclr_dist.evaluate.report import claim, result_path, summary, table, write_result
+
+
+def result(**encoder: Any) -> dict[str, Any]:
+    fitted = {"converged": True}
+    return {
+        "encoder": {"name": "resnet10", "width": 1, "file": "runs/a/encoders/step-7.safetensors", "step": 7, "init": "random"}
+        | encoder,
+        "train": {"images": 100, "labelled": 100},
+        "test": {"images": 50, "labelled": 50},
+        "classes": 10,
+        "largest_class_percent": 12.0,
+        "test_images_in_train": 0,
+        "protocols": {
+            "knn": {
+                "settings": {"k": 20, "k_used": 20, "temperature": 0.1},
+                "results": {"raw_pixels": {"top1": 30.0}, "untrained": {"top1": 22.5}, "trained": {"top1": 67.125}},
+            },
+            "linear": {
+                "settings": {"l2": 0.001},
+                "results": {
+                    "raw_pixels": {"top1": 16.0, **fitted},
+                    "untrained": {"top1": 27.0, **fitted},
+                    "trained": {"top1": 100.0, **fitted},
+                },
+            },
+        },
+    }
+
+
+def test_the_table() -> None:
+    assert table(result()).splitlines() == [
+        "resnet10, width 1, runs/a/encoders/step-7.safetensors",
+        "100 training and 50 test images, 10 classes, largest class 12.0 % of the test images",
+        "top-1 %                     kNN  linear",
+        "raw pixels                30.00   16.00",
+        "untrained encoder         22.50   27.00",
+        "trained encoder, step 7   67.12  100.00",
+        "kNN: k=20, temperature 0.1; linear: l2 0.001",
+    ]
+
+
+def test_the_table_says_what_a_reader_must_know() -> None:
+    odd = result(init="imagenet, supervised (torchvision V2)")
+    odd["protocols"]["knn"]["settings"] |= {"k": 200, "k_used": 90}
+    odd["protocols"]["linear"]["results"]["untrained"]["converged"] = False
+    odd["train"]["labelled"] = 90
+    odd["test_images_in_train"] = 3
+    text = table(odd)
+    assert "trained encoder, step 7, started from imagenet, supervised (torchvision V2)   67.12  100.00" in text
+    assert "k=90 (all training images; 200 asked)" in text
+    assert "stopped before it had converged: untrained encoder" in text
+    assert "left out: 10 training images without a label" in text
+    assert "3 test images are among the training images" in text
+
+
+def test_the_summary_has_the_percentages_alone() -> None:
+    assert summary(result()) == {
+        "knn": {"raw_pixels": 30.0, "untrained": 22.5, "trained": 67.125},
+        "linear": {"raw_pixels": 16.0, "untrained": 27.0, "trained": 100.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("encoder", "out", "expected"),
+    [
+        ("runs/a/encoders/step-7.safetensors", None, "runs/a/eval/step-7.json"),
+        ("elsewhere/mine.safetensors", None, "elsewhere/mine.eval.json"),
+        ("runs/a/encoders/step-7.safetensors", "b/c.json", "b/c.json"),
+    ],
+)
+def test_where_a_result_goes(encoder: str, out: str | None, expected: str) -> None:
+    assert result_path(encoder, out) == Path(expected)
+
+
+def test_inside_the_folder_of_encoders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "encoders").mkdir()
+    monkeypatch.chdir(tmp_path / "encoders")
+    assert result_path("step-7.safetensors").resolve() == tmp_path / "eval" / "step-7.json"
+
+
+def test_a_result_is_json_and_a_failed_one_leaves_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "eval" / "step-7.json"
+    claim(path)
+    write_result(path, result())
+    assert json.loads(path.read_text()) == result()
+    with pytest.raises(ValueError, match="JSON"):
+        write_result(path, {"top1": float("nan")})
+    assert json.loads(path.read_text()) == result()
+    assert [p.name for p in path.parent.iterdir()] == ["step-7.json"]
+
+
+def test_an_impossible_place_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="folder"):
+        claim(tmp_path / "file" / "step-7.json")
+    with pytest.raises(DataError, match="is a folder"):
+        claim(tmp_path)

@@ -1,0 +1,186 @@
+"""Tiny training runs for the tests: their images, their config, and `python -m simclr_dist.train` as real processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from simclr_dist.data.shards import write_shards
+from simclr_dist.demo_images import CLASSES, render
+from simclr_dist.train import main
+
+# As in ranks.py: a server that has imported torch once forks the ranks.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["simclr_dist.train", "torch.distributed.nn", "torch._dynamo"])
+
+SETTINGS: dict[str, Any] = {
+    "run_folder": "run",
+    "global_batch_size": 24,
+    "steps": 6,
+    "device": "cpu",
+    "data": {"workers": 0, "window": 2},
+    "views": {"preset": "small", "image_size": 16},
+    "model": {"encoder": "resnet10", "stem": "small_stride2", "projector_hidden": 32, "projector_dim": 16},
+    "loss": {"temperature": 0.2},
+    "optim": {"name": "lars", "base_lr": 3.0, "warmup_steps": 2},
+    "checkpoint": {"every": 5},
+    "log": {"every": 1, "tensorboard": False},
+}
+
+
+def make_shards(folder: Path, *, images: int = 205, seed: int = 0) -> Path:
+    """`folder`/shards: pictures of 18x18 pixels in shards of 40, so that the last one is smaller; 24 do not divide 205."""
+    for k in range(images):
+        path = folder / "images" / CLASSES[k % 3] / f"{k:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(k % 3, np.random.default_rng((seed, k)), size=18)).save(path)
+    write_shards(folder / "images", folder / "shards", shard_size=40, processes=1)
+    return folder / "shards"
+
+
+def write_config(folder: Path, shards: Path, **changes: Any) -> Path:
+    """`folder`/config.yaml: SETTINGS with `changes`, which are dicts for sections."""
+    settings = SETTINGS | {"data": SETTINGS["data"] | {"shards": str(shards)}}
+    for key, value in changes.items():
+        settings[key] = settings[key] | value if isinstance(value, dict) else value
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+class Ranks:
+    """The processes of a run, one process group with all that they start in turn."""
+
+    def __init__(self, processes: Sequence[BaseProcess], log: Path) -> None:
+        self._processes = processes
+        self._log = log
+
+    @property
+    def output(self) -> str:
+        """What all ranks have printed."""
+        return self._log.read_text()
+
+    def wait(self, seconds: float = 120.0) -> list[int | None]:
+        """Exit codes by rank, once all have ended; None where one has not in this time."""
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self._processes]
+
+    def children(self, rank: int) -> list[int]:
+        """Process ids of what a rank has started."""
+        pid = self._processes[rank].pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def kill(self) -> None:
+        """kill -9 of everybody at once."""
+        try:
+            os.killpg(self._processes[0].pid or 0, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        for process in self._processes:
+            process.join()
+
+
+@contextmanager
+def started(folder: Path, world_size: int, *arguments: str) -> Iterator[Ranks]:
+    """`python -m simclr_dist.train config.yaml ARGUMENTS` in `folder` on `world_size` ranks; nobody is left at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "output"
+    log.write_text("")
+    processes: list[BaseProcess] = []
+    try:
+        for rank in range(world_size):
+            group = processes[0].pid if rank else 0
+            torchrun = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            process = _CONTEXT.Process(target=_rank, args=(folder, torchrun, group, ["config.yaml", *arguments]))
+            process.start()
+            processes.append(process)
+            _until(lambda pid=process.pid, leader=group or process.pid: _group(pid) in (leader, None))
+        yield Ranks(processes, log)
+    finally:
+        if processes:
+            Ranks(processes, log).kill()
+
+
+def train(folder: Path, world_size: int, *arguments: str) -> str:
+    """A run from start to end, which must be good; returns what it printed."""
+    with started(folder, world_size, *arguments) as ranks:
+        codes = ranks.wait()
+        assert codes == [0] * world_size, f"exit codes {codes}\n{ranks.output}"
+        return ranks.output
+
+
+def killed_after(folder: Path, world_size: int, step: int) -> None:
+    """A run that is killed from outside as soon as its metrics show `step`."""
+    with started(folder, world_size) as ranks:
+        _until(lambda: last_step(folder / "run") >= step or ranks.wait(0) != [None] * world_size)
+        ranks.kill()
+        assert ranks.wait() == [-signal.SIGKILL] * world_size, ranks.output
+
+
+def last_step(run: Path) -> int:
+    """The newest step in a metrics.jsonl that may be growing; 0 for none."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the part that the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's content."""
+    state: dict[str, Any] = torch.load(run / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+    return state
+
+
+def _rank(folder: Path, variables: dict[str, Any], group: int, arguments: list[str]) -> None:
+    os.setpgid(0, group)
+    os.environ |= {key: str(value) for key, value in variables.items()}
+    os.chdir(folder)
+    with Path("output").open("a") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+    sys.exit(main(arguments))
+
+
+def _until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def _group(pid: int | None) -> int | None:
+    try:
+        return os.getpgid(pid or 0)
+    except ProcessLookupError:
+        return None

@@ -1,0 +1,368 @@
+"""The command line: quick to answer, and every mistake is one line and exit code 2."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr_dist import __version__
+from simclr_dist.cli import main
+from simclr_dist.config import Config, load_config, read_yaml
+from simclr_dist.data.shards import write_shards
+from simclr_dist.run import open_run
+
+IMAGES = 24
+
+CONFIG = """
+run_folder: run
+global_batch_size: 8
+micro_batches: 2
+steps: 3
+device: cpu
+data: {shards: shards, workers: 0}
+views: {preset: small, image_size: 16}
+model: {encoder: resnet10, stem: small_stride2, projector_hidden: 8, projector_dim: 4}
+optim: {warmup_steps: 1}
+"""
+
+Answer = tuple[int, str, str]
+Command = Callable[..., Answer]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    random = np.random.default_rng(0)
+    for i in range(IMAGES):
+        path = folder / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    write_shards(folder / "images", folder / "shards", shard_size=10, processes=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def here(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with config.yaml, shards/ and images/."""
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """`simclr-dist ARGUMENTS` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> Answer:
+        capfd.readouterr()
+        try:
+            code = main(arguments)
+        except SystemExit as ended:
+            code = 2 if ended.code is None else int(ended.code)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def refused(answer: Answer) -> str:
+    """The one line of a command that was refused."""
+    code, out, err = answer
+    assert code == 2, (out, err)
+    assert out == ""
+    assert err.startswith("simclr-dist: ")
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    return err.removeprefix("simclr-dist: ").rstrip("\n")
+
+
+# Bad input
+
+
+def test_missing_shards(here: Path, command: Command) -> None:
+    shutil.rmtree("shards")
+    assert refused(command("train", "config.yaml")).startswith("shards: no such folder of shards; make one with")
+    assert refused(command("train", "config.yaml", "--data.shards", "other")).startswith("other: no such folder")
+    assert refused(command("plan", "config.yaml")).startswith("data.shards: 'shards' is not here; give the number of images")
+    assert not Path("run").exists()
+
+
+def test_a_missing_shard_and_a_manifest_that_does_not_match_its_tars(here: Path, command: Command) -> None:
+    tar = sorted(Path("shards").glob("*.tar"))[1]
+    with tar.open("ab") as file:
+        file.write(b"\0" * 512)
+    assert str(tar) in refused(command("train", "config.yaml"))
+    tar.unlink()
+    assert str(tar) in refused(command("train", "config.yaml"))
+    Path("shards/manifest.parquet").write_bytes(b"not parquet")
+    assert refused(command("train", "config.yaml")).startswith("shards/manifest.parquet: not a readable Parquet file")
+    assert not Path("run").exists()
+
+
+def test_empty_folders(here: Path, command: Command) -> None:
+    Path("empty").mkdir()
+    line = refused(command("train", "config.yaml", "--data.shards", "empty"))
+    assert line.startswith("empty: has no manifest.parquet")
+    assert refused(command("shard", "empty", "new", "--processes", "1")).startswith("empty")
+    assert refused(command("shard", "nowhere", "new", "--processes", "1")).startswith("nowhere")
+    assert not Path("new").exists()
+
+
+def test_the_folder_above_the_shards_is_met_with_the_right_one(here: Path, command: Command) -> None:
+    assert "name one of shards" in refused(command("train", "config.yaml", "--data.shards", "."))
+
+
+def test_a_text_file_that_is_called_jpg(here: Path, command: Command) -> None:
+    Path("images/class0/letter.jpg").write_text("Dear reader")
+    assert "letter.jpg" in refused(command("shard", "images", "new", "--processes", "1", "--strict"))
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("split", ["0.8", "0.8/0.3", "0.5/0.3/0.2", "x/y", "1/0", ""])
+def test_a_bad_split(here: Path, command: Command, split: str) -> None:
+    line = refused(command("shard", "images", "new", "--split", split))
+    assert line == f"--split: {split!r} is not two shares that add up to 1, like 0.8/0.2"
+
+
+def test_a_config_typo(here: Path, command: Command) -> None:
+    Path("config.yaml").write_text(CONFIG + "loss: {temprature: 0.1}\n")
+    for verb in ("train", "plan", "check"):
+        line = refused(command(verb, "config.yaml"))
+        assert line == "config.yaml: loss.temprature: unknown key; did you mean 'loss.temperature'?"
+    assert refused(command("train", "none.yaml")) == "none.yaml: cannot read the config: No such file or directory"
+
+
+def test_a_global_batch_larger_than_the_data(here: Path, command: Command) -> None:
+    line = refused(command("train", "config.yaml", "--global_batch_size", "26"))
+    assert line == "global_batch_size: 26 is larger than the 24 images of shards"
+
+
+def test_a_global_batch_that_is_not_divided(here: Path, command: Command) -> None:
+    line = refused(command("train", "config.yaml", "--processes", "3"))
+    assert line == "global_batch_size: 8 is not divided by 3 processes x 2 micro_batches; 6 would be"
+    assert "micro_batches: 3 does not divide" in refused(command("train", "config.yaml", "--micro_batches", "3"))
+    assert refused(command("plan", "config.yaml", "--processes", "3")) == line
+
+
+def test_a_global_batch_that_the_gpus_of_this_machine_do_not_divide(
+    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert "not divided by 3 processes" in refused(command("train", "config.yaml", "--device", "auto"))
+
+
+def test_a_run_folder_of_another_run(here: Path, command: Command) -> None:
+    open_run(load_config("config.yaml", ["--seed", "5"]), {})
+    line = refused(command("train", "config.yaml"))
+    assert line == "run_folder: 'run' holds another run (seed: 5 -> 0); name another folder, or undo the change"
+    assert "is not a run folder" in refused(command("train", "config.yaml", "--run_folder", "images"))
+
+
+@pytest.mark.parametrize("content", [b"not an encoder", b""])
+def test_an_encoder_file_that_is_not_one(here: Path, command: Command, content: bytes) -> None:
+    Path("e.safetensors").write_bytes(content)
+    line = refused(command("eval", "e.safetensors", "--train", "shards", "--test", "shards", "--device", "cpu"))
+    assert line.startswith("e.safetensors: ")
+    assert refused(command("eval", "none.safetensors", "--train", "shards", "--test", "shards")).startswith(
+        "none.safetensors: "
+    )
+
+
+@pytest.mark.parametrize("card", ["{}", "[]", "null", '{"encoder": "vgg", "width": 1, "stem": "small"}'])
+def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, "e.safetensors", metadata={"card": card})
+    line = refused(command("eval", "e.safetensors", "--train", "shards", "--test", "shards", "--device", "cpu"))
+    assert line.startswith("e.safetensors: not an encoder that this program exported")
+
+
+# The command line itself
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        (["--bogus"], "--bogus"),
+        (["shard", "a", "b", "--bogus", "1"], "unrecognized arguments: --bogus"),
+        (["shard", "a"], "the following arguments are required: destination"),
+        (["shard", "a", "b", "--shard-size", "0"], "--shard-size: 0: the least is 1"),
+        (["shard", "a", "b", "--shard-size", "many"], "invalid int value: 'many'"),
+        (["eval", "e", "--train", "a"], "required: --test"),
+        (["eval", "e", "--train", "a", "--test", "b", "--bogus", "1"], "unrecognized arguments: --bogus"),
+        (["train"], "usage: simclr-dist train CONFIG"),
+        (["train", "config.yaml", "--processes", "0"], "--processes: 0: the least is 1"),
+        (["train", "config.yaml", "--bogus", "1"], "command line: bogus: unknown key"),
+        (["train", "config.yaml", "--proc", "2"], "command line: proc: unknown key"),
+        (["train", "config.yaml", "--seed"], "command line: --seed: its value is missing"),
+        (["train", "config.yaml", "seed", "3"], "command line: 'seed': expected --key value"),
+        (["plan"], "required: config"),
+        (["plan", "config.yaml", "--samples", "0"], "--samples: 0: the least is 1"),
+        (["check", "--only", "everything"], "invalid choice: 'everything'"),
+        (["check", "--seed=3"], "unrecognized arguments: --seed=3"),
+    ],
+)
+def test_wrong_command_lines(here: Path, command: Command, arguments: list[str], part: str) -> None:
+    assert part in refused(command(*arguments))
+
+
+def test_overrides_and_options_may_be_mixed(here: Path, command: Command) -> None:
+    """Each is read, whatever stands between; -1e-3 is a value and no option."""
+    given = ["--seed", "3", "--processes", "2", "--optim.weight_decay", "-1e-3", "--log.every=2"]
+    assert "optim.weight_decay: -0.001 is too small" in refused(command("train", "config.yaml", *given))
+    given[5] = "1e-3"
+    assert "not divided by 5 processes" in refused(command("train", "config.yaml", *given, "--processes", "5"))
+    open_run(load_config("config.yaml"), {})
+    line = refused(command("train", "config.yaml", *given))
+    assert "(seed: 0 -> 3; optim.weight_decay: 1e-06 -> 0.001)" in line
+
+
+def test_no_verb_shows_the_verbs_and_is_no_success(command: Command) -> None:
+    code, out, err = command()
+    assert (code, err) == (2, "")
+    assert all(verb in out for verb in ("demo", "shard", "train", "eval", "plan", "check"))
+
+
+def test_help_and_version(command: Command) -> None:
+    assert command("--version") == (0, f"simclr-dist {__version__}\n", "")
+    for verb in ("demo", "shard", "eval", "plan", "check"):
+        code, out, err = command(verb, "--help")
+        assert (code, err) == (0, "")
+        assert out.startswith(f"usage: simclr-dist {verb}")
+
+
+def test_train_help_lists_every_setting_with_its_meaning(here: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = command("train", "--help")
+    assert (code, err) == (0, "")
+    for section, values in Config().to_dict().items():
+        names = [f"{section}.{name}" for name in values] if isinstance(values, dict) else [section]
+        for name in names:
+            assert f"--{name.replace('_', '-')} " in out, name
+    assert "--no-compile" not in out, "true and false are values, as in YAML"
+    for meaning in (
+        "Divides the cosine similarities",
+        "Images a step over all ranks",
+        "(default: 4096)",
+        "linear,sqrt,constant",
+    ):
+        assert meaning in out
+    code, out, _ = command("train", "config.yaml", "--help")
+    assert code == 0
+    assert "(default: 8)" in out
+    assert "(default: 4096)" not in out
+    Path("config.yaml").write_text(CONFIG + "sead: 1\n")
+    assert "did you mean 'seed'" in refused(command("train", "config.yaml", "--help"))
+
+
+def test_plan_prints_a_table(here: Path, command: Command) -> None:
+    code, out, err = command("plan", "config.yaml", "--processes", "2", "--global-batch-size", "12")
+    assert (code, err) == (0, "")
+    assert "24; 2 steps an epoch, 0 left over" in out
+    assert "12 = 2 micro-batches x 2 ranks x 3" in out
+    shutil.rmtree("shards")
+    code, out, _ = command("plan", "config.yaml", "--samples", "1000")
+    assert code == 0
+    assert "1000; 125 steps an epoch" in out
+
+
+def test_shard_says_what_it_did_and_writes_what_train_takes(here: Path, command: Command) -> None:
+    for i in range(12):
+        Path(f"images/class0/letter{i:02d}.jpg").write_text(f"Dear reader {i}")
+    arguments = ["--split", "0.75/0.25", "--shard-size", "5", "--processes", "1"]
+    code, out, _ = command("shard", "images", "new", *arguments)
+    assert code == 0
+    assert "24 images in 6 shards" in out
+    assert "2 classes" in out
+    assert out.count("left out: ") == 11, "ten, and how many in all"
+    assert "letter00.jpg: " in out
+    assert "left out: 12 in all, listed in new/rejected.jsonl" in out
+    assert f"written to {here}/new/train, {here}/new/test" in out or "written to new/train, new/test" in out
+    assert len(Path("new/rejected.jsonl").read_text().splitlines()) == 12
+    line = refused(command("train", "config.yaml", "--data.shards", "new/train", "--global_batch_size", "20"))
+    assert "larger than the 18 images" in line
+
+
+# Quick
+
+
+WITHOUT_TORCH = """
+import sys
+from simclr_dist.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as ended:
+    code = ended.code
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["eval", "--help"], 0),
+        (["train", "--help"], 0),
+        (["train", "config.yaml", "--help"], 0),
+        (["train", "config.yaml", "--sead", "1"], 2),
+        (["train", "config.yaml", "--data.shards", "none"], 2),
+        (["train", "config.yaml", "--global_batch_size", "26"], 2),
+        (["train", "config.yaml", "--run_folder", "images"], 2),
+        (["check", "config.yaml", "--sead", "1"], 2),
+        (["shard", "none", "new"], 2),
+    ],
+)
+def test_answers_without_torch(here: Path, arguments: list[str], code: int) -> None:
+    """A tenth of a second each, where importing torch takes seconds; the limit is for a busy machine."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (1 if code else 0), done.stderr
+
+
+def test_the_installed_command_exits_with_the_code(here: Path) -> None:
+    program = Path(sys.executable).with_name("simclr-dist")
+    done = subprocess.run([program, "train", "config.yaml", "--sead", "1"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "simclr-dist: command line: sead: unknown key; did you mean 'seed'?\n"
+
+
+def launch(processes: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "simclr_dist.train", "config.yaml", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_rank_says_it(here: Path) -> None:
+    """torchrun adds its own noise; what is wrong is still one line, from one rank."""
+    done = launch(2, "--global_batch_size", "26")
+    assert done.returncode == 1, "torchrun's code for any failure"
+    ours = [line for line in done.stderr.splitlines() if "simclr-dist: " in line]
+    assert ours == ["simclr-dist: global_batch_size: 26 is larger than the 24 images of shards"]
+    assert 'simclr_dist/train.py", line' not in done.stderr, "no traceback of ours"
+
+
+@pytest.mark.slow
+def test_a_run_is_entered_again_from_the_command_line(here: Path, command: Command) -> None:
+    """3 steps, then 5 of the same run, in fresh processes; the code is that of the run."""
+    program = Path(sys.executable).with_name("simclr-dist")
+    for steps in ("3", "5"):
+        arguments = ["train", "config.yaml", "--steps", steps, "--views.interpolation", "bilinear", "--log.every", "1"]
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "resumed at step 3" in done.stdout
+    metrics = [read_yaml(line, "metrics")["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert metrics == [1, 2, 3, 4, 5]
+    assert "done: 5 steps" in done.stdout

@@ -1,0 +1,175 @@
+"""NT-Xent against the formula of the text that this project began with, against its own definition, and at its edges."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simclr_dist.distributed import World
+from simclr_dist.loss import NTXentLoss, nt_xent_reference
+
+Z_A = torch.tensor([[0.8, 0.6], [-0.7, 0.7]], dtype=torch.float64)
+Z_B = torch.tensor([[0.9, 0.4], [-0.8, 0.6]], dtype=torch.float64)
+
+
+def _blog_rows(z_a: Tensor, z_b: Tensor, temperature: float, *, normalise: bool = True) -> Tensor:
+    """The blog's formula: each anchor's cross-entropy, with eps 1e-6 and -1e9 on the diagonal."""
+    if normalise:
+        z_a, z_b = (F.normalize(z, dim=1, eps=1e-6) for z in (z_a, z_b))
+    n, z = len(z_a), torch.cat([z_a, z_b])
+    similarity = z @ z.T / temperature
+    similarity = torch.where(torch.eye(2 * n, dtype=torch.bool), -1e9, similarity)
+    targets = torch.cat([torch.arange(n) + n, torch.arange(n)])
+    return F.cross_entropy(similarity, targets, reduction="none")
+
+
+def _pair(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z_a = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    z_b = z_a + 0.7 * torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return z_a.to(dtype).requires_grad_(), z_b.to(dtype).requires_grad_()
+
+
+def _value_and_gradient(loss: Tensor, *inputs: Tensor) -> tuple[float, Tensor]:
+    return loss.item(), torch.cat([g.double() for g in torch.autograd.grad(loss, inputs)])
+
+
+def _assert_equal(found: tuple[float, Tensor], expected: tuple[float, Tensor], tolerance: float) -> None:
+    """To a relative tolerance, or an absolute one where all is next to nothing."""
+    assert found[0] == pytest.approx(expected[0], rel=tolerance, abs=tolerance)
+    assert (found[1] - expected[1]).norm() <= tolerance * max(float(expected[1].norm()), 1e-3)
+
+
+def test_worked_example() -> None:
+    unnormalised = _blog_rows(Z_A, Z_B, 0.5, normalise=False)
+    assert unnormalised.tolist() == pytest.approx([0.1778, 0.1625, 0.1213, 0.1261], abs=5e-5)
+    assert float(unnormalised.mean()) == pytest.approx(0.1469, abs=5e-5)
+    for loss in (_blog_rows(Z_A, Z_B, 0.5).mean(), nt_xent_reference(Z_A, Z_B, 0.5), NTXentLoss(0.5)(Z_A, Z_B)):
+        assert loss.item() == pytest.approx(0.142547, abs=5e-7)
+
+
+@pytest.mark.parametrize(("n", "temperature"), list(itertools.product([2, 7, 300], [0.05, 0.1, 0.5, 5.0])))
+def test_equals_the_blogs_formula(n: int, temperature: float) -> None:
+    z_a, z_b = _pair(n, 16, seed=n)
+    expected = _value_and_gradient(_blog_rows(z_a, z_b, temperature).mean(), z_a, z_b)
+    _assert_equal(_value_and_gradient(NTXentLoss(temperature)(z_a, z_b), z_a, z_b), expected, 1e-12)
+    low = [z.detach().float().requires_grad_() for z in (z_a, z_b)]
+    _assert_equal(_value_and_gradient(NTXentLoss(temperature)(*low), *low), expected, 2e-5)
+
+
+@pytest.mark.parametrize(("n", "temperature"), list(itertools.product([1, 2, 7, 300], [0.05, 0.5, 5.0])))
+def test_equals_the_reference(n: int, temperature: float) -> None:
+    z_a, z_b = _pair(n, 24, seed=n + 1)
+    expected = _value_and_gradient(nt_xent_reference(z_a, z_b, temperature), z_a, z_b)
+    _assert_equal(_value_and_gradient(NTXentLoss(temperature)(z_a, z_b), z_a, z_b), expected, 1e-12)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 5000, 2**30])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, tile_bytes: int) -> None:
+    z_a, z_b = _pair(37, 8)
+    expected = _value_and_gradient(nt_xent_reference(z_a, z_b, 0.2), z_a, z_b)
+    monkeypatch.setattr("simclr_dist.loss._TILE_BYTES", tile_bytes)
+    _assert_equal(_value_and_gradient(NTXentLoss(0.2)(z_a, z_b), z_a, z_b), expected, 1e-12)
+
+
+def test_gradcheck() -> None:
+    z_a, z_b = _pair(5, 3)
+    assert torch.autograd.gradcheck(lambda a, b: NTXentLoss(0.3)(a, b) * 2.5, (z_a, z_b))
+
+
+def test_symmetries() -> None:
+    z_a, z_b = _pair(40, 8)
+    loss = NTXentLoss(0.1)
+    value, gradient = _value_and_gradient(loss(z_a, z_b), z_a, z_b)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    _assert_equal((loss(z_a[order], z_b[order]).item(), gradient), (value, gradient), 1e-13)
+    swapped = _value_and_gradient(loss(z_b, z_a), z_a, z_b)
+    _assert_equal(swapped, (value, gradient), 1e-13)
+    a, b = (z_a[order].detach().requires_grad_(), z_b[order].detach().requires_grad_())
+    both = torch.cat([order, order + 40])
+    _assert_equal(_value_and_gradient(loss(a, b), a, b), (value, gradient[both]), 1e-13)
+    scaled = loss(z_a * 7, z_b * torch.rand(40, 1, generator=torch.Generator().manual_seed(2)).double()).item()
+    assert scaled == pytest.approx(value, rel=1e-13)
+
+
+def test_chance_level() -> None:
+    """Embeddings that say nothing cost ln(2N - 1)."""
+    z_a, z_b = (torch.ones(64, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert NTXentLoss(0.1)(z_a, z_b).item() == pytest.approx(math.log(127), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_image_has_no_negatives(dtype: torch.dtype) -> None:
+    z_a, z_b = _pair(1, 8, dtype=dtype)
+    value, gradient = _value_and_gradient(NTXentLoss(0.1)(z_a, z_b), z_a, z_b)
+    assert value == 0
+    assert not gradient.any()
+
+
+def test_half_precision_inputs() -> None:
+    z_a, z_b = _pair(64, 16, dtype=torch.bfloat16)
+    exact = [z.detach().double().requires_grad_() for z in (z_a, z_b)]
+    expected = _value_and_gradient(nt_xent_reference(*exact, 0.1), *exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = NTXentLoss(0.1)(z_a, z_b)
+    assert loss.dtype == torch.float32
+    value, gradient = _value_and_gradient(loss, z_a, z_b)
+    assert value == pytest.approx(expected[0], rel=1e-5)
+    assert (gradient - expected[1]).norm() < 0.01 * expected[1].norm()  # the gradient itself is rounded to bfloat16
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 100.0, 1e6])
+def test_extreme_temperatures(temperature: float) -> None:
+    z_a, z_b = _pair(50, 8)
+    expected = _value_and_gradient(nt_xent_reference(z_a, z_b, temperature), z_a, z_b)
+    _assert_equal(_value_and_gradient(NTXentLoss(temperature)(z_a, z_b), z_a, z_b), expected, 1e-11)
+    low = [z.detach().float().requires_grad_() for z in (z_a, z_b)]
+    value, gradient = _value_and_gradient(NTXentLoss(temperature)(*low), *low)
+    assert value == pytest.approx(expected[0], rel=1e-3)
+    assert gradient.isfinite().all()
+
+
+def test_small_losses_keep_their_digits() -> None:
+    """Once pairs agree the textbook form loses digits in 1 - softmax; sums over negatives alone do not."""
+    z_a, z_b = (torch.eye(32, dtype=torch.float64) + 0.01 * torch.randn(32, 32, dtype=torch.float64) for _ in range(2))
+    exact = [z.requires_grad_() for z in (z_a, z_b)]
+    expected = _value_and_gradient(NTXentLoss(0.06)(*exact), *exact)
+    assert expected[0] < 1e-4
+    low = [z.detach().float().requires_grad_() for z in exact]
+    value, gradient = _value_and_gradient(NTXentLoss(0.06)(*low), *low)
+    assert value == pytest.approx(expected[0], rel=1e-5)
+    assert (gradient - expected[1]).norm() < 1e-5 * expected[1].norm()
+
+
+def test_bad_values_stay_visible() -> None:
+    z_a, z_b = _pair(4, 3)
+    with torch.no_grad():
+        z_a[2, 1] = torch.nan
+    assert NTXentLoss(0.1)(z_a, z_b).isnan()
+
+
+def _on_ranks(here: World, n: int) -> dict[str, Any]:
+    z_a, z_b = _pair(n * here.size, 16, seed=n)
+    mine = slice(here.rank * n, (here.rank + 1) * n)
+    a, b = (z[mine].detach().requires_grad_() for z in (z_a, z_b))
+    loss = NTXentLoss(0.2)(a, b)
+    gradient = torch.cat(torch.autograd.grad(loss, (a, b)))
+    return {"loss": loss.detach(), "gradient": gradient}
+
+
+@pytest.mark.parametrize(("size", "n"), [(2, 9), (3, 1)])
+def test_ranks_share_one_value(size: int, n: int) -> None:
+    z_a, z_b = _pair(n * size, 16, seed=n)
+    value, gradient = _value_and_gradient(nt_xent_reference(z_a, z_b, 0.2), z_a, z_b)
+    found = ranks.run(_on_ranks, size, n)
+    for i, result in enumerate(found):
+        assert torch.equal(result["loss"], found[0]["loss"])
+        mine = torch.arange(n) + i * n
+        rows = torch.cat([mine, mine + n * size])
+        # A rank's own share carries the factor world_size, so that DDP's mean over ranks is the gradient of the mean.
+        _assert_equal((float(result["loss"]), result["gradient"] / size), (value, gradient[rows]), 1e-12)
