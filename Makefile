@@ -38,7 +38,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

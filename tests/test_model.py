@@ -88,7 +88,7 @@ def test_starts_as_torchvision_does(name: str) -> None:
             assert not module.bias.any()
         elif isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] ** 2
-            assert module.weight.std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,7 @@ def test_a_diverging_run_ends_and_names_the_last_good_checkpoint(shards: Path, c
         assert torch.equal(value, state["model"][name]) or name.endswith("num_batches_tracked")
 
 
+@pytest.mark.slow
 def test_tensorboard_goes_on_where_the_checkpoint_was(shards: Path) -> None:
     assert start(shards, steps=12, log={"tensorboard": True}) == 0
     go_back_to(5)
@@ -277,6 +278,7 @@ def test_a_bad_image_ends_all_ranks_with_one_line(shards: Path, capfd: pytest.Ca
     assert status()["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_bad_images_are_replaced_and_listed(shards: Path) -> None:
     m = load_manifest(shards)
     rows = [rows_of_step(m, 1)[3], rows_of_step(m, 4)[0]]

@@ -103,10 +103,8 @@ def evaluate(
             start = time.perf_counter()
             fitted, info = linear_probe(learn.h, learn.label, ask.h, classes=classes, l2=l2, max_iter=max_iter)
             linear[name] = {"top1": _top1(fitted, ask.label), **info, "seconds": time.perf_counter() - start}
-            seconds = knn[name]["seconds"], linear[name]["seconds"]
-            say(
-                f"{name}: kNN {knn[name]['top1']:.2f} in {seconds[0]:.0f} s, linear {linear[name]['top1']:.2f} in {seconds[1]:.0f} s"
-            )
+            for protocol, measured in (("kNN", knn[name]), ("linear", linear[name])):
+                say(f"{name}: {protocol} {measured['top1']:.2f} % in {measured['seconds']:.0f} s")
         described = {"train": _describe_set(train_set), "test": _describe_set(test_set)}
         k_used = min(k, described["train"]["labelled"])
         result = {

@@ -35,7 +35,7 @@ CONFIG = Config(
     model=ModelConfig(encoder="resnet10", stem="small_stride2", projector_hidden=32, projector_dim=16),
     views=ViewsConfig(preset="imagenet", image_size=12),
     loss=LossConfig(temperature=0.2),
-    optim=OptimConfig(base_lr=2.0, warmup_steps=3),
+    optim=OptimConfig(base_lr=8.0),
 )
 BREAKS = ("factor W dropped", "gathered gradient dropped", "local statistics")
 
@@ -91,11 +91,11 @@ def _detached_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 def _broken(fault: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if fault == "factor W dropped":
-            stack.enter_context(mock.patch("simclr_dist.loss.world_size", lambda: 1))
+            stack.enter_context(mock.patch("simclr_dist.loss.world_size", return_value=1))
         elif fault == "gathered gradient dropped":
-            stack.enter_context(mock.patch("simclr_dist.learner.NTXentLoss", lambda _: _detached_loss))
+            stack.enter_context(mock.patch("simclr_dist.learner.NTXentLoss", return_value=_detached_loss))
         elif fault == "local statistics":
-            stack.enter_context(mock.patch("simclr_dist.learner.use_global_batch_norm", lambda *_: None))
+            stack.enter_context(mock.patch("simclr_dist.learner.use_global_batch_norm"))
         yield
 
 
@@ -216,7 +216,8 @@ def test_a_broken_gradient_is_noticed(results: dict[int, Any], truths: dict[str,
 def test_thirty_steps_end_alike(results: dict[int, Any]) -> None:
     alone = results[1][0]["trajectory"]
     start = torch.cat([p.detach().flatten() for p in _learner(CONFIG, ALONE).model.parameters()])
-    assert _error(alone["parameters"], start) > 1e-3, "nothing was learned, so nothing is compared"
+    print(f"the parameters changed by {_error(alone['parameters'], start):.3f} of their norm")
+    assert _error(alone["parameters"], start) > 0.1, "nothing was learned, so nothing is compared"
     assert alone["clipped"] > 0, "clipping was never at work"
     assert alone["batches"] == 36
     for size, by_rank in results.items():

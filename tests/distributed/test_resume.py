@@ -41,7 +41,7 @@ def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
 
 
 # Three processes, since only there do the bits of a sum depend on the order of its terms: with DDP's own all-reduce in the
-# place of data_parallel's hook this test fails at 3, and at 3 alone.
+# place of data_parallel's hook this test fails at 3 (seen), and not at 2.
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_killed_and_started_again_a_run_ends_with_the_same_bits(shards: Path, tmp_path: Path, world_size: int) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -86,7 +86,7 @@ def test_resumed_at_another_world_size_a_run_goes_on_as_it_would_have(shards: Pa
             for key, value in expected.items():
                 assert math.isclose(line[key], value, rel_tol=1e-6, abs_tol=1e-6), f"{name}: step {line['step']}: {key}"
     losses = [line["loss/nt_xent"] for line in curves["1"]]
-    assert losses[-1] < losses[0] - 0.1, "a run that learns nothing would be alike in any case"
+    assert np.std(losses) > 0.1, "other images, or other parameters, would show"
 
 
 def test_every_step_sees_the_same_images_at_any_world_size(shards: Path, tmp_path: Path) -> None:
