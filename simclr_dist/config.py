@@ -4,20 +4,15 @@ Every check here works without torch, so that a typo answers at once and before 
 """
 
 import dataclasses
-import difflib
 import functools
-import json
 import math
-import re
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from simclr_dist.config_reader import leaves, merge, pairs, read_yaml, suggest
 from simclr_dist.errors import ConfigError
 
 ENCODERS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -243,6 +238,8 @@ class Config:
         return dataclasses.asdict(self)
 
 
+_KEYS = tuple(key for key, _ in leaves(Config().to_dict()))
+
 # What another start of the same run may set anew; everything else decides the result (the world size is not a setting).
 MAY_CHANGE_ON_RESUME = frozenset(
     {
@@ -260,57 +257,6 @@ MAY_CHANGE_ON_RESUME = frozenset(
 )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans and numbers (PyYAML reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90), no key twice."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
-_FLOAT: Any = (
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver(*_FLOAT)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text like 1e5, which _Loader would take for a number."""
-
-
-_Dumper.add_implicit_resolver(*_FLOAT)
-
-
-def write_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that `read_yaml` reads back as it was."""
-    # Plain lists for tuples: safe YAML knows no others.
-    return str(yaml.dump(json.loads(json.dumps(values)), Dumper=_Dumper, sort_keys=False))
-
-
-def read_yaml(text: str, source: str) -> Any:
-    """Parse YAML strictly; `source` (a file or "command line") begins the ConfigError."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the others of `!!int x` and deep nesting
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, then `--key value` pairs, and check the whole; raises ConfigError with one line."""
     path = Path(path)
@@ -321,27 +267,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    config: Config = _merge(Config(), values, str(path))
-    known = dict(_leaves(Config().to_dict()))
-    for key, value in _pairs(overrides):
+    config: Config = merge(Config(), values, str(path), known=_KEYS)
+    known = dict(leaves(Config().to_dict()))
+    for key, value in pairs(overrides):
         # Text stands for itself: a folder may be called 2024, or hold a # or a colon.
         nested: Any = value if isinstance(known.get(key), str) else read_yaml(value, f"command line: --{key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        config = _merge(config, nested, "command line")
+        config = merge(config, nested, "command line", known=_KEYS)
     check(config, f"{path} with the command line" if overrides else str(path))
     return config
 
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     """The Config that a checkpoint or run folder holds as a plain dict."""
-    config: Config = _merge(Config(), values, source)
+    config: Config = merge(Config(), values, source, known=_KEYS)
     return config
 
 
 def difference(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for each setting that differs and must not change on resume."""
-    before, after = dict(_leaves(old.to_dict())), dict(_leaves(new.to_dict()))
+    before, after = dict(leaves(old.to_dict())), dict(leaves(new.to_dict()))
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in before
@@ -416,12 +362,16 @@ def _check_optimizer(config: Config, refuse: typing.Callable[[str, str], typing.
     if prefix or not third_party:
         if name not in ("lars", *TORCH_OPTIMIZERS):
             known = ["lars", *TORCH_OPTIMIZERS, *(f"torch_optimizer.{n}" for n in THIRD_PARTY_OPTIMIZERS)]
-            refuse("optim.name", f"is unknown{_suggest(name, known)}; known: lars, sgd, adamw, torch_optimizer.NAME")
+            refuse("optim.name", f"is unknown{suggest(name, known)}; known: lars, sgd, adamw, torch_optimizer.NAME")
     elif third_party in REFUSED_OPTIMIZERS:
         refuse("optim.name", f"is refused: {REFUSED_OPTIMIZERS[third_party]}")
     elif third_party not in THIRD_PARTY_OPTIMIZERS:
         refuse("optim.name", f"is unknown; torch_optimizer has {', '.join(THIRD_PARTY_OPTIMIZERS)}")
-    elif third_party == "lars" and config.optim.weight_decay == 0:
+    if config.optim.momentum != OptimConfig.momentum and name not in ("lars", "sgd", "torch_optimizer.lars"):
+        refuse("optim.momentum", f"has no effect on {name}; leave it out")
+    if config.optim.trust_coefficient != OptimConfig.trust_coefficient and name not in ("lars", "torch_optimizer.lars"):
+        refuse("optim.trust_coefficient", f"has no effect on {name}; leave it out")
+    if third_party == "lars" and config.optim.weight_decay == 0:
         refuse("optim.name", "turns its own adaptation off at weight_decay 0; use lars, or set optim.weight_decay above 0")
 
 
@@ -441,74 +391,3 @@ def check_fits(config: Config, samples: int, world_size: int) -> None:
         raise ConfigError(f"epochs: {config.epochs} of {samples} images at global_batch_size {batch} is not one step")
     if warmup > total:
         raise ConfigError(f"optim: a warm-up of {warmup} steps is longer than the run of {total}; shorten it")
-
-
-def _merge(config: Any, values: Any, source: str, prefix: str = "") -> Any:
-    """`config` with `values` (nested dicts) put in, every key and type checked."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: {prefix[:-1]}: expected settings below it, found {values!r}")
-    hints = typing.get_type_hints(type(config))
-    changes = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            raise ConfigError(f"{source}: {name}: unknown key{_suggest(name, [k for k, _ in _leaves(Config().to_dict())])}")
-        current = getattr(config, key)
-        if dataclasses.is_dataclass(current):
-            changes[key] = _merge(current, value, source, f"{name}.")
-        else:
-            changes[key] = _convert(value, hints[key], f"{source}: {name}")
-    return dataclasses.replace(config, **changes)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if not any(value == arg and type(value) is type(arg) for arg in args):
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{_suggest(str(value), args)}")
-        return value
-    if origin in (types.UnionType, typing.Union):  # the latter of `Literal[...] | None`
-        return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ConfigError(f"{where}: {value!r} is not a list of {len(args)} numbers")
-        return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-        raise ConfigError(f"{where}: {value!r} is not {kind}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: {value!r} is not a finite number")
-    return value
-
-
-def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`--key value` and `--key=value`."""
-    rest = list(overrides)
-    while rest:
-        option = rest.pop(0)
-        if not option.startswith("--"):
-            raise ConfigError(f"command line: {option!r}: expected --key value")
-        key, equals, value = option[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"command line: --{key}: its value is missing")
-            value = rest.pop(0)
-        yield key.replace("-", "_"), value
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _suggest(word: str, known: Sequence[Any]) -> str:
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(word, names, n=1)
-    if not close:  # the right name in the wrong section
-        close = [name for name in names if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from simclr_dist.atomic import write_atomically
-from simclr_dist.config import Config, config_from_dict, difference, read_yaml, write_yaml
+from simclr_dist.config import Config, config_from_dict, difference
+from simclr_dist.config_reader import read_yaml, write_yaml
 from simclr_dist.errors import ConfigError, DivergedError, RankError, UserError
 
 

@@ -76,7 +76,6 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_
     try:
         with world("cpu", timeout_minutes=4) as here:
             torch.save(function(here, *args), Path(folder, f"{rank}.pt"))
-            open("/tmp/cpu.log","a").write(f"{time.process_time()} {function.__name__} {world_size}\n")#TMP
     except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise SystemExit(1) from None

@@ -12,7 +12,8 @@ from PIL import Image
 
 from simclr_dist import __version__
 from simclr_dist.cli import main
-from simclr_dist.config import Config, load_config, read_yaml
+from simclr_dist.config import Config, load_config
+from simclr_dist.config_reader import read_yaml
 from simclr_dist.data.shards import write_shards
 from simclr_dist.run import open_run
 

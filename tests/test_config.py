@@ -25,9 +25,8 @@ from simclr_dist.config import (
     config_from_dict,
     difference,
     load_config,
-    read_yaml,
-    write_yaml,
 )
+from simclr_dist.config_reader import read_yaml, write_yaml
 from simclr_dist.errors import ConfigError
 
 LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"

@@ -169,6 +169,7 @@ def test_no_more_shards_are_open_than_asked_for(images: Path) -> None:
     for shard in np.random.default_rng(0).integers(0, 5, 40):
         assert dataset[first[shard]].row == first[shard]
         assert len(open_files(images) - before) <= 2
+    dataset = ShardDataset(images, open_shards=2)
     for shard in (0, 1, 0, 2):
         dataset.read(first[shard])
     assert open_files(images) - before == {dataset.manifest.shards[0], dataset.manifest.shards[2]}, "the least used goes first"
