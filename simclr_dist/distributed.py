@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_dist.errors import ConfigError, UserError
+from simclr_dist.errors import RankError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class World:
 def world(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World]:
     """Join the world that torchrun (or nobody) set up, and leave it at the end.
 
-    NCCL on CUDA, gloo on CPU. Raises ConfigError when CUDA is asked for and absent, or a node has more ranks than GPUs.
+    NCCL on CUDA, gloo on CPU. Raises RankError when CUDA is asked for and absent, or a node has more ranks than GPUs.
     """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda:
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"device: {device!r}: rank {rank} needs GPU {local_rank}, of {torch.cuda.device_count()} here")
+            raise RankError(f"device: {device!r}: rank {rank} needs GPU {local_rank}, of {torch.cuda.device_count()} here")
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ:
@@ -128,16 +130,22 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def together(action: Callable[[], T]) -> T:
+    """Do something on every rank; a UserError of any of them is raised on all, so that rank 0 can say it."""
+    result: T | None = None
+    error: UserError | None = None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    if raised := [e for e in all_gather_objects(error) if e is not None]:
+        raise raised[0]
+    return cast(T, result)
+
+
 def on_rank_0(action: Callable[[], None]) -> None:
     """Do something on rank 0 while the others wait; its UserError is raised on every rank."""
-    error: UserError | None = None
-    if rank() == 0:
-        try:
-            action()
-        except UserError as caught:
-            error = caught
-    if first := all_gather_objects(error)[0]:
-        raise first
+    together(action if rank() == 0 else lambda: None)
 
 
 def data_parallel(model: nn.Module, here: World, *, in_rank_order: bool) -> nn.Module:

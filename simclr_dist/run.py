@@ -31,9 +31,18 @@ def check_run_folder(config: Config) -> bool:
 
 
 def open_run(config: Config, environment: Mapping[str, Any]) -> None:
-    """Create the run folder, or enter it again; for rank 0. Raises ConfigError when it belongs to another run."""
+    """Create the run folder, or enter it again; for rank 0.
+
+    `environment` (with the `data_digest`) goes into env.json. Raises ConfigError when the folder belongs to another run, and
+    when the run began with other images.
+    """
     run = Path(config.run_folder)
-    check_run_folder(config)
+    if check_run_folder(config) and (run / "env.json").exists():
+        before = json.loads((run / "env.json").read_text()).get("data_digest")
+        if before != environment.get("data_digest"):
+            raise ConfigError(
+                f"data.shards: {config.data.shards!r} holds other images than the run began with; name another run_folder"
+            )
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.yaml", write_yaml(config.to_dict()).encode())  # first: it makes the run
     (run / "checkpoints").mkdir(exist_ok=True)

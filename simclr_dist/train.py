@@ -18,7 +18,7 @@ from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.data.draws import PRESETS, ViewSettings
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset, StepDataset, load_steps, two_views
-from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, world
+from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, together, world
 from simclr_dist.errors import ConfigError, DataError, DivergedError, RankError, UserError
 from simclr_dist.export import export_encoder
 from simclr_dist.learner import Learner, build_learner, step_metrics, training_step
@@ -29,9 +29,9 @@ from simclr_dist.run import open_run, recorded, truncate_metrics
 
 def train(config: Config, here: World) -> None:
     """Train (or resume) the run that `config` names. Raises UserError or DivergedError."""
-    images = ShardDataset(config.data.shards, open_shards=2 * config.data.window)
+    images = together(lambda: ShardDataset(config.data.shards, open_shards=2 * config.data.window))
     check_fits(config, len(images), here.size)
-    on_rank_0(lambda: open_run(config, environment(here)))
+    on_rank_0(lambda: open_run(config, {**environment(here), "data_digest": images.manifest.digest}))
     with recorded(Path(config.run_folder), writer=here.is_main), ExitStack() as at_end:
         _train(config, here, images, at_end)
 
@@ -41,7 +41,7 @@ def _train(config: Config, here: World, images: ShardDataset, at_end: ExitStack)
     settings = view_settings(config)
     learner = build_learner(config, here)
     total, warmup = config.total_steps(samples), config.warmup_steps(samples)
-    step, bad_samples = resume(learner, config, here, digest)
+    step, bad_samples = resume(learner, config, here)
 
     plan = Plan(
         images.manifest.shard_sizes,
@@ -96,7 +96,8 @@ def _train(config: Config, here: World, images: ShardDataset, at_end: ExitStack)
                 good = [saved for saved in checkpoint.saved_steps(run / "checkpoints") if saved <= before]
                 raise DivergedError(
                     f"step {step}: {config.max_skipped_steps} steps in a row were not finite; last good checkpoint:"
-                    f" {run / 'checkpoints' / f'step-{good[-1]:08d}.pt' if good else 'none'}; lower optim.base_lr"
+                    f" {run / 'checkpoints' / f'step-{good[-1]:08d}.pt' if good else 'none'};"
+                    " lower optim.base_lr, in another run_folder"
                 )
         if last or step % config.checkpoint.every == 0:
             save()
@@ -131,15 +132,14 @@ def full_state(
     }
 
 
-def resume(learner: Learner, config: Config, here: World, digest: str) -> tuple[int, dict[str, str]]:
+def resume(learner: Learner, config: Config, here: World) -> tuple[int, dict[str, str]]:
     """Put the newest whole checkpoint into the learner; returns (steps done, bad samples so far)."""
 
     def report(line: str) -> None:
         if here.is_main:
             print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
-    folder = Path(config.run_folder) / "checkpoints"
-    state = checkpoint.load_newest(folder, report=report)
+    state = together(lambda: checkpoint.load_newest(Path(config.run_folder) / "checkpoints", report=report))
     step = 0 if state is None else int(state["step"])
     if len(set(all_gather_objects(step))) > 1:
         raise DataError(
@@ -147,8 +147,6 @@ def resume(learner: Learner, config: Config, here: World, digest: str) -> tuple[
         )
     if state is None:
         return 0, {}
-    if state["data_digest"] != digest:
-        raise DataError(f"data.shards: {config.data.shards!r} holds other images than the run began with; name another run")
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     for name, value in state["counters"].items():

@@ -218,9 +218,11 @@ def test_all_ranks_skip_when_one_is_not_finite() -> None:
             _assert_skipped(result)
 
 
-def test_no_bfloat16_surprise() -> None:
+def test_bfloat16() -> None:
     config = dataclasses.replace(CONFIG, precision="bf16")
-    outcome = training_step(build_learner(config, ALONE), *_views(8, 8, torch.float32), config, lr=0.1)
+    # Not 8 pixels: oneDNN leaves parts of a stride-2 convolution's bfloat16 weight gradient unwritten on a 1x1 input.
+    outcome = training_step(build_learner(config, ALONE), *_views(8, 16, torch.float32), config, lr=0.1)
+    exact = training_step(build_learner(CONFIG, ALONE), *_views(8, 16, torch.float32), CONFIG, lr=0.1)
     assert outcome["loss"].dtype == torch.float32
-    assert outcome["loss"].isfinite()
-    assert outcome["gradient_norm"].isfinite()
+    assert outcome["loss"] == pytest.approx(exact["loss"].item(), rel=0.05)
+    assert outcome["gradient_norm"] == pytest.approx(exact["gradient_norm"].item(), rel=0.2)
