@@ -31,9 +31,9 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
             return code
         _measure(run)
     summary: dict[str, dict[str, float]] = json.loads((run / "summary.json").read_text())
-    print(_table(summary))
     encoder = _encoder(run)
-    print(f"\npicture: {run / 'demo.png'}\n\nNext:\n  tensorboard --logdir {run / 'tb'}")
+    print((run / "summary.txt").read_text())
+    print(f"picture: {run / 'demo.png'}\n\nNext:\n  tensorboard --logdir {run / 'tb'}")
     print(f"  simclr-dist eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
     print("  simclr-dist shard YOUR_IMAGES data/mine")
     gained = summary["linear"]["trained"] - summary["linear"]["untrained"]
@@ -58,24 +58,14 @@ def _prepare_images() -> None:
 def _measure(run: Path) -> None:
     from simclr_dist.demo_picture import draw
     from simclr_dist.evaluate.job import evaluate
-    from simclr_dist.evaluate.report import summary
+    from simclr_dist.evaluate.report import summary, table
 
     encoder = _encoder(run)
     result: dict[str, Any] = evaluate(encoder, DATA / "train", DATA / "test", workers=0)
     draw(run, encoder, DATA / "test")
+    write_atomically(run / "summary.txt", table(result).encode() + b"\n")
     write_atomically(run / "summary.json", json.dumps(summary(result), indent=2).encode() + b"\n")
 
 
 def _encoder(run: Path) -> Path:
     return max((run / "encoders").glob("step-*.safetensors"))
-
-
-def _table(summary: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'test accuracy, %':32s}{'kNN':>8s}{'linear':>8s}"]
-    for key, name in (
-        ("raw_pixels", "raw pixels"),
-        ("untrained", "the encoder before training"),
-        ("trained", "the encoder after SimCLR"),
-    ):
-        lines.append(f"{name:32s}{summary['knn'][key]:8.1f}{summary['linear'][key]:8.1f}")
-    return "\n".join(lines)

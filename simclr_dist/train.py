@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -242,6 +243,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if speaks or isinstance(error, RankError):
             print(f"simclr-dist: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends the other ranks once one has exited: let rank 0 speak first
         return 2
     except DivergedError as error:
         if speaks:
