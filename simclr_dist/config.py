@@ -367,6 +367,8 @@ def _check_optimizer(config: Config, refuse: typing.Callable[[str, str], typing.
         refuse("optim.name", f"is refused: {REFUSED_OPTIMIZERS[third_party]}")
     elif third_party not in THIRD_PARTY_OPTIMIZERS:
         refuse("optim.name", f"is unknown; torch_optimizer has {', '.join(THIRD_PARTY_OPTIMIZERS)}")
+    if third_party in ("adamp", "sgdp", "swats") and config.channels_last:
+        refuse("optim.name", "cannot update weights in channels_last order; set channels_last to false, or take another")
     if config.optim.momentum != OptimConfig.momentum and name not in ("lars", "sgd", "torch_optimizer.lars"):
         refuse("optim.momentum", f"has no effect on {name}; leave it out")
     if config.optim.trust_coefficient != OptimConfig.trust_coefficient and name not in ("lars", "torch_optimizer.lars"):

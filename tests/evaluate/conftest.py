@@ -10,36 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluated import CARD, CLASSES
 from PIL import Image
 
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.export import export_encoder, untrained_encoder
-
-CLASSES = ("bright", "dark", "striped")
-CARD: dict[str, Any] = {
-    "encoder": "resnet10",
-    "width": 1,
-    "stem": "small_stride2",
-    "feature_size": 128,
-    "image_size": 16,
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.25, 0.25, 0.25],
-    "step": 1200,
-    "init": "random",
-    "data_digest": "0" * 64,
-    "config": {"seed": 0},
-}
-
-
-def draw_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, 20, 16, 3] of three classes that differ in brightness and in stripes, and their labels."""
-    random = np.random.default_rng(seed)
-    labels = np.arange(n) % 3
-    images = random.normal(128, 40, (n, 20, 16, 3))
-    images[labels == 0] += 50
-    images[labels == 1] -= 50
-    images[labels == 2, ::4] = 250
-    return images.clip(0, 255).astype(np.uint8), labels
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CARD, draw_images
+from evaluated import CARD, draw_images
 from torch import nn
 
 from simclr_dist.data.reader import Sample, ShardDataset
