@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from simclr_dist.config import Config, ModelConfig, ViewsConfig, load_config
 from simclr_dist.distributed import World, all_gather, all_sum, rank, world, world_size
-from simclr_dist.errors import UserError
+from simclr_dist.errors import RankError, UserError
 from simclr_dist.learner import backward, build_learner
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.microbatch import LossFunction
+from simclr_dist.model import build_simclr
 
 TOLERANCE = 1e-11
 _SMALL = Config(
@@ -82,18 +83,7 @@ def _one_process(model: nn.Module, view_a: Tensor, view_b: Tensor, config: Confi
 
 def build_plain(model: nn.Module, config: Config) -> nn.Module:
     """The same model with the same parameters and torch's own BatchNorm over what one process sees."""
-    from simclr_dist.model import ResNet, SimCLR, build_projector
-
-    m = config.model
-    encoder = ResNet(m.encoder, width=m.width, stem=m.stem)
-    projector = build_projector(
-        encoder.feature_size,
-        depth=m.projector_depth,
-        hidden=m.projector_hidden,
-        dim=m.projector_dim,
-        batch_norm=m.projector_batch_norm,
-    )
-    plain = SimCLR(encoder, projector).double()
+    plain = build_simclr(**config.model.shape).double()
     plain.load_state_dict(model.state_dict())
     return plain.to(next(model.parameters()).device)
 
@@ -111,7 +101,10 @@ def main(argv: Sequence[str]) -> int:
     """`[CONFIG [--key value ...]]`; returns the exit code."""
     try:
         config = load_config(argv[0], argv[1:]) if argv else _SMALL
-        with world(config.device, config.timeout_minutes) as here:
+        device = config.device
+        if device == "auto" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+            device = "cpu"  # more ranks than GPUs prove the same
+        with world(device, config.timeout_minutes) as here:
             text, exact = gradient_report(config, here)
             if here.is_main:
                 print(text)
@@ -119,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
                     print("one process: nothing is distributed; start it with --processes 2 or under torchrun")
                 print("ok: the distributed gradient is one process's" if exact else "FAILED: the gradient is not one process's")
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"simclr-dist: {error}", file=sys.stderr)
         return 2
     return 0 if exact else 1

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", help="first run: generate a small data set, train on it, show what was learned")
     demo.add_argument("--folder", default="runs/demo", help="where everything goes (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of images, weights, order and views (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights, order and views (default: %(default)s)")
     demo.add_argument("--processes", type=_at_least(1), default=2, help="training processes (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
@@ -223,8 +223,7 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from simclr_dist.check import main as check_main
 
         return check_main(command[2:])
-    processes = arguments.processes or (_gpus(config) if config else 1)
-    return torchrun(max(processes, 2) if arguments.processes is None else processes, command)
+    return torchrun(arguments.processes or max(2, _gpus(config or Config())), command)
 
 
 if __name__ == "__main__":

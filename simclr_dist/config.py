@@ -39,6 +39,7 @@ THIRD_PARTY_OPTIMIZERS = (
     "swats",
     "yogi",
 )
+CONTIGUOUS_OPTIMIZERS = ("adamp", "sgdp", "swats")  # these fail on weights in channels_last order
 REFUSED_OPTIMIZERS = {
     "lamb": "torch-optimizer's Lamb has no bias correction and clamps the weight norm at 10; it is not the paper's",
     "lookahead": "torch-optimizer's Lookahead wraps another optimizer, and fails on torch 2.14",
@@ -62,7 +63,7 @@ class DataConfig:
     on_bad_sample: Literal["error", "replace"] = "error"
     """What an unreadable image does: end the run, or give its place to a spare of the same epoch."""
     max_bad_samples: int = 100
-    """With `replace`: this many different bad images end the run all the same."""
+    """With `replace`: more different bad images than this end the run all the same."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class ViewsConfig:
     """Side of a view in pixels."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest part of the image's area that a crop takes."""
+    crop_ratio: tuple[float, float] | None = None
+    """Smallest and largest width / height of a crop before it is resized."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
     """How a crop is resized (always antialiased)."""
     flip: float | None = None
@@ -93,6 +96,12 @@ class ViewsConfig:
     """Probability that a view loses its colour."""
     blur: float | None = None
     """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] | None = None
+    """Smallest and largest standard deviation of the blur, in pixels."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of red, green and blue on the scale 0-1."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of red, green and blue on the scale 0-1."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,11 @@ class ModelConfig:
     """Size of the embedding z."""
     projector_batch_norm: bool = True
     """BatchNorm after each layer of the projector."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The arguments of `model.build_simclr`."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if not key.startswith("init")}
 
 
 @dataclass(frozen=True)
@@ -322,6 +336,12 @@ def check(config: Config, source: str) -> None:
             refuse(f"views.{name}", f"is out of range; 0 to {most}")
     if (scale := config.views.crop_scale) is not None and not 0 < scale[0] <= scale[1] <= 1:
         refuse("views.crop_scale", "must be two numbers with 0 < smallest <= largest <= 1")
+    for name in ("crop_ratio", "blur_sigma"):
+        bounds = getattr(config.views, name)
+        if bounds is not None and not 0 < bounds[0] <= bounds[1]:
+            refuse(f"views.{name}", "must be two numbers with 0 < smallest <= largest")
+    if config.views.std is not None and min(config.views.std) <= 0:
+        refuse("views.std", "must be above 0")
     if config.views.image_size is not None and config.views.image_size < 8:
         refuse("views.image_size", "is too small; the least is 8")
     if config.loss.temperature <= 0:
@@ -367,7 +387,7 @@ def _check_optimizer(config: Config, refuse: typing.Callable[[str, str], typing.
         refuse("optim.name", f"is refused: {REFUSED_OPTIMIZERS[third_party]}")
     elif third_party not in THIRD_PARTY_OPTIMIZERS:
         refuse("optim.name", f"is unknown; torch_optimizer has {', '.join(THIRD_PARTY_OPTIMIZERS)}")
-    if third_party in ("adamp", "sgdp", "swats") and config.channels_last:
+    if third_party in CONTIGUOUS_OPTIMIZERS and config.channels_last:
         refuse("optim.name", "cannot update weights in channels_last order; set channels_last to false, or take another")
     if config.optim.momentum != OptimConfig.momentum and name not in ("lars", "sgd", "torch_optimizer.lars"):
         refuse("optim.momentum", f"has no effect on {name}; leave it out")

@@ -48,7 +48,8 @@ def _prepare_images() -> None:
         return
     images = DATA / "images"
     print("generating 6,000 images", flush=True)
-    write_demo_images(images)
+    if not images.exists():  # a killed start may have left them; they appear whole
+        write_demo_images(images)
     for split in ("train", "test"):
         shutil.rmtree(DATA / split, ignore_errors=True)
         write_shards(images / split, DATA / split, shard_size=500, seed=0, processes=1, strict=True, progress=False)

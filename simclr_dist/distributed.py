@@ -58,11 +58,10 @@ def world(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=place if on_cuda else None,
         )
-    try:
-        yield World(rank, size, local_rank, place)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield World(rank, size, local_rank, place)
+    # After an error the process ends anyway, and NCCL would wait here for ranks that are elsewhere.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def environment(here: World) -> dict[str, Any]:
@@ -88,12 +87,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def all_gather(tensor: Tensor) -> Tensor:
     """Stack the ranks' tensors of one shape, [...] -> [world_size, ...], in rank order; no gradient."""
     if world_size() == 1:
@@ -108,7 +101,15 @@ def all_sum(tensor: Tensor) -> Tensor:
     """Sum over the ranks in rank order: the same bits wherever the elements stand in a buffer."""
     if world_size() == 1:
         return tensor
-    return all_gather(tensor).sum(0)
+    return _sum_in_order(all_gather(tensor))
+
+
+def _sum_in_order(ranks: Tensor) -> Tensor:
+    # Not .sum(0): from 5 ranks up its order of summation depends on where an element stands.
+    total = ranks[0].clone()
+    for part in ranks[1:]:
+        total += part
+    return total
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
@@ -175,8 +176,8 @@ def _sum_in_rank_order(_: object, bucket: GradBucket) -> torch.futures.Future[Te
     chunks = torch.nn.functional.pad(flat, (0, -len(flat) % size))
     received = torch.empty_like(chunks)
     dist.all_to_all_single(received, chunks)
-    total = received.view(size, -1).sum(0).div_(size)
+    total = _sum_in_order(received.view(size, -1)).div_(size)
     flat.copy_(all_gather(total).flatten()[: len(flat)])
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
     future.set_result(flat)
     return future

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_dist.config import Config
-from simclr_dist.distributed import World, all_gather_objects, all_sum, data_parallel
+from simclr_dist.distributed import World, all_gather_objects, all_sum, data_parallel, together
 from simclr_dist.errors import ConfigError
 from simclr_dist.export import start_weights
 from simclr_dist.loss import NTXentLoss
 from simclr_dist.microbatch import LossFunction, contrastive_backward
-from simclr_dist.model import ResNet, SimCLR, build_projector, frozen_running_statistics, use_global_batch_norm
+from simclr_dist.model import SimCLR, build_simclr, frozen_running_statistics, use_global_batch_norm
 from simclr_dist.optim import build_optimizer, parameter_groups, step_unless
 
 
@@ -33,23 +34,19 @@ class Learner:
 def build_learner(config: Config, here: World) -> Learner:
     """Model, DDP and optimizer, the same on every rank."""
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; who wants speed takes bf16
     torch.manual_seed(config.seed)
     m = config.model
-    encoder = ResNet(m.encoder, width=m.width, stem=m.stem)
-    projector = build_projector(
-        encoder.feature_size,
-        depth=m.projector_depth,
-        hidden=m.projector_hidden,
-        dim=m.projector_dim,
-        batch_norm=m.projector_batch_norm,
-    )
-    init = start_weights(encoder, m.encoder, m.init, m.init_file)
+    model = build_simclr(**m.shape)
+    init = together(lambda: start_weights(model.encoder, m.encoder, m.init, m.init_file))
     if len(set(all_gather_objects(init))) > 1:
         raise ConfigError("model.init: some ranks could load the start weights and others could not; put them on every node")
-    model = SimCLR(encoder, projector, torch.bfloat16 if config.precision == "bf16" else None)
+    model.autocast = torch.bfloat16 if config.precision == "bf16" else None
     model.to(here.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    model.channels_last = config.channels_last
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     use_global_batch_norm(model, here.device)
@@ -74,12 +71,9 @@ def backward(
     learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, loss_function: LossFunction | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the global batch's loss, from this rank's views; returns (global loss, z_a, z_b)."""
-    dtype = next(learner.model.parameters()).dtype
-    order = torch.channels_last if config.channels_last else torch.contiguous_format
-    views = (view.to(dtype).contiguous(memory_format=order).chunk(config.micro_batches) for view in (view_a, view_b))
     return contrastive_backward(
         learner.parallel,
-        list(zip(*views, strict=True)),
+        list(zip(view_a.chunk(config.micro_batches), view_b.chunk(config.micro_batches), strict=True)),
         loss_function or NTXentLoss(config.loss.temperature),
         no_sync=getattr(learner.parallel, "no_sync", contextlib.nullcontext),
         first_pass=functools.partial(frozen_running_statistics, learner.model),
@@ -87,8 +81,9 @@ def backward(
 
 
 def training_step(learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, lr: float) -> dict[str, Tensor]:
-    """One update of the parameters, or none when loss or gradient is not finite; no host sync.
+    """One update of the parameters, or none when loss or gradient is not finite.
 
+    No host sync of ours (torch's SyncBatchNorm has one).
     All ranks decide alike: the loss is the global one and the gradient is already averaged.
     """
     optimizer, counters = learner.optimizer, learner.counters

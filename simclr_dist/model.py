@@ -89,7 +89,12 @@ def build_projector(
 
 
 class SimCLR(nn.Module):
-    """Encoder and projector: float [n, 3, s, s] to z [n, dim]; `autocast` (bfloat16, say) is for both."""
+    """Encoder and projector: float [n, 3, s, s] to z [n, dim]; `autocast` (bfloat16, say) is for both.
+
+    Images are brought to the weights' type, and with `channels_last` to that order, here: a piece at a time.
+    """
+
+    channels_last = False
 
     def __init__(self, encoder: ResNet, projector: nn.Module, autocast: torch.dtype | None = None) -> None:
         super().__init__()
@@ -98,9 +103,33 @@ class SimCLR(nn.Module):
         self.autocast = autocast
 
     def forward(self, x: Tensor) -> Tensor:
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=order)
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             z: Tensor = self.projector(self.encoder(x))
         return z
+
+
+def build_simclr(
+    encoder: str,
+    *,
+    width: int = 1,
+    stem: str = "imagenet",
+    projector_depth: int = 2,
+    projector_hidden: int = 2048,
+    projector_dim: int = 128,
+    projector_batch_norm: bool = True,
+) -> SimCLR:
+    """The model by the names of the settings."""
+    network = ResNet(encoder, width=width, stem=stem)
+    projector = build_projector(
+        network.feature_size,
+        depth=projector_depth,
+        hidden=projector_hidden,
+        dim=projector_dim,
+        batch_norm=projector_batch_norm,
+    )
+    return SimCLR(network, projector)
 
 
 class _GlobalNorm(torch.autograd.Function):

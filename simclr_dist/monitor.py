@@ -1,6 +1,7 @@
 """What a run shows of itself: console and train.log, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -58,7 +59,8 @@ class Monitor:
         """The metrics after `step` steps; `timing` apart, since it alone differs when a run is repeated."""
         if not self._active:
             return
-        print(json.dumps({"step": step, **metrics, "timing": dict(timing)}), file=self._metrics, flush=True)
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        print(json.dumps({"step": step, **finite, "timing": dict(timing)}), file=self._metrics, flush=True)
         if self._board is not None:
             for name, value in {**metrics, **timing}.items():
                 self._board.add_scalar(name, value, step)
@@ -73,11 +75,6 @@ class Monitor:
             print(line, file=self._log, flush=True)
         else:
             self.say(line)
-
-    def flush(self) -> None:
-        """Let readers see what there is."""
-        if self._active and self._board is not None:
-            self._board.flush()
 
     def close(self) -> None:
         """Close the files."""

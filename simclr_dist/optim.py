@@ -87,7 +87,10 @@ class LARS(Optimizer):
         weights = [p for p in group["params"] if p.grad is not None]
         if not weights:
             return
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         gradients: tuple[Tensor, ...] | list[Tensor] = [p.grad for p in weights]
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from simclr_dist.config import Config, check_fits
+from simclr_dist.data.draws import PRESETS
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.errors import ConfigError
-from simclr_dist.model import ResNet, build_projector
+from simclr_dist.model import build_simclr
 
 _OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "adamw": 2}
 
@@ -23,20 +24,15 @@ def plan(config: Config, *, world_size: int = 1, samples: int | None = None) -> 
         samples = len(load_manifest(config.data.shards))
     check_fits(config, samples, world_size)
     with torch.device("meta"):
-        encoder = ResNet(config.model.encoder, width=config.model.width, stem=config.model.stem)
-        projector = build_projector(
-            encoder.feature_size,
-            depth=config.model.projector_depth,
-            hidden=config.model.projector_hidden,
-            dim=config.model.projector_dim,
-            batch_norm=config.model.projector_batch_norm,
-        )
+        model = build_simclr(**config.model.shape)
+    encoder, projector = model.encoder, model.projector
     sizes = [sum(p.numel() for p in part.parameters()) for part in (encoder, projector)]
     batch, number = config.global_batch_size, 8 if config.precision == "fp64" else 4
     piece = batch // config.micro_batches
     buffers = _OPTIMIZER_BUFFERS.get(config.optim.name)
     dim = config.model.projector_dim if config.model.projector_depth else encoder.feature_size
     rows, local = 2 * batch, 2 * batch // world_size
+    side = config.views.image_size or PRESETS[config.views.preset].image_size
     total, an_epoch = config.total_steps(samples), config.steps_per_epoch(samples)
     width = max(8, len(str(total)))
     lines = [
@@ -61,6 +57,7 @@ def plan(config: Config, *, world_size: int = 1, samples: int | None = None) -> 
             f"{_mib((rows + 3 * local) * dim * number + 3 * min(64 * 2**20, local * rows * number))}"
             f" (the whole {rows} x {rows} matrix would be {_mib(rows * rows * number)})",
         ),
+        ("memory a rank: views", f"{_mib(local * 3 * side * side * 4)}, as float32, of one step"),
         ("memory a rank: activations", f"not counted; they are those of {2 * piece // world_size} views at a time"),
     ]
     return "\n".join(f"{name:28s}{value}" for name, value in lines)

@@ -1,6 +1,7 @@
 """Pre-training, top to bottom: `torchrun -m simclr_dist.train CONFIG [--key value]`, or `python -m` for one process."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import time
@@ -32,17 +33,21 @@ def train(config: Config, here: World) -> None:
     """Train (or resume) the run that `config` names. Raises UserError or DivergedError."""
     images = together(lambda: ShardDataset(config.data.shards, open_shards=2 * config.data.window))
     check_fits(config, len(images), here.size)
-    on_rank_0(lambda: open_run(config, {**environment(here), "data_digest": images.manifest.digest}))
+    if len({str(seen) for seen in all_gather_objects((data_identity(images), config.to_dict()))}) > 1:
+        raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
+    on_rank_0(lambda: open_run(config, {**environment(here), "data_digest": data_identity(images)}))
     with recorded(Path(config.run_folder), writer=here.is_main), ExitStack() as at_end:
         _train(config, here, images, at_end)
 
 
 def _train(config: Config, here: World, images: ShardDataset, at_end: ExitStack) -> None:
-    run, samples, digest = Path(config.run_folder), len(images), images.manifest.digest
+    run, samples = Path(config.run_folder), len(images)
     settings = view_settings(config)
     learner = build_learner(config, here)
     total, warmup = config.total_steps(samples), config.warmup_steps(samples)
     step, bad_samples = resume(learner, config, here)
+    if step > total:
+        raise ConfigError(f"steps: the run in {run} has done {step} steps already, more than the {total} asked for")
 
     plan = Plan(
         images.manifest.shard_sizes,
@@ -62,14 +67,14 @@ def _train(config: Config, here: World, images: ShardDataset, at_end: ExitStack)
 
     def save() -> None:
         if here.is_main:
-            state = full_state(learner, config, here, step, bad_samples, digest)
+            state = full_state(learner, config, here, step, bad_samples, data_identity(images))
             keep = config.checkpoint
             path = checkpoint.save(run / "checkpoints", step, state, keep_last=keep.keep_last, keep_every=keep.keep_every)
             monitor.say(f"step {step}: saved {path}")
 
     def export() -> None:
         if here.is_main:
-            card = encoder_card(config, learner, settings, step, digest)
+            card = encoder_card(config, learner, settings, step, images.manifest.digest)
             export_encoder(run / "encoders" / f"step-{step:08d}.safetensors", learner.model.encoder, card)
 
     clock = Clock()
@@ -107,6 +112,11 @@ def _train(config: Config, here: World, images: ShardDataset, at_end: ExitStack)
     if not any((run / "encoders").glob(f"step-{step:08d}.safetensors")):
         export()  # killed between the last checkpoint and its encoder
     monitor.say(f"done: {step} steps; encoder {run / 'encoders' / f'step-{step:08d}.safetensors'}")
+
+
+def data_identity(images: ShardDataset) -> str:
+    """Names the images and their order: the same images cut into other shards are read in another order."""
+    return hashlib.sha256(images.manifest.digest.encode() + images.manifest.shard_sizes.tobytes()).hexdigest()
 
 
 def view_settings(config: Config) -> ViewSettings:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from simclr_dist import config as config_module
 from simclr_dist.config import (
+    CONTIGUOUS_OPTIMIZERS,
     MAY_CHANGE_ON_RESUME,
     REFUSED_OPTIMIZERS,
     THIRD_PARTY_OPTIMIZERS,
@@ -36,8 +37,9 @@ OPTIONS = [
     "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision", "channels_last",
     "compile", "deterministic", "max_skipped_steps", "timeout_minutes", "data.shards", "data.workers", "data.window",
     "data.on_bad_sample", "data.max_bad_samples", "views.preset", "views.image_size", "views.crop_scale",
-    "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast", "views.saturation",
-    "views.hue", "views.gray", "views.blur", "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",
+    "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
+    "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
+    "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",
     "model.projector_depth", "model.projector_hidden", "model.projector_dim", "model.projector_batch_norm",
     "loss.temperature", "optim.name", "optim.base_lr", "optim.lr_rule", "optim.weight_decay", "optim.momentum",
     "optim.trust_coefficient", "optim.warmup_epochs", "optim.warmup_steps", "optim.clip_norm", "checkpoint.every",
@@ -349,7 +351,13 @@ def test_refused_optimizers_come_with_the_reason(file: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", *(f"torch_optimizer.{name}" for name in THIRD_PARTY_OPTIMIZERS)])
 def test_the_other_optimizers_are_taken(file: Path, name: str) -> None:
-    assert load_config(file, ["--optim.name", name]).optim.name == name
+    assert load_config(file, ["--optim.name", name, "--channels_last", "false"]).optim.name == name
+
+
+@pytest.mark.parametrize("name", CONTIGUOUS_OPTIMIZERS)
+def test_an_optimizer_that_fails_on_channels_last_is_refused_with_it(file: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="set channels_last to false"):
+        load_config(file, ["--optim.name", f"torch_optimizer.{name}"])
 
 
 # The command line

@@ -12,7 +12,7 @@ import torch_optimizer
 import torchvision
 from torch import Tensor, nn
 
-from simclr_dist.config import REFUSED_OPTIMIZERS, THIRD_PARTY_OPTIMIZERS
+from simclr_dist.config import CONTIGUOUS_OPTIMIZERS, REFUSED_OPTIMIZERS, THIRD_PARTY_OPTIMIZERS
 from simclr_dist.optim import LARS, build_optimizer, learning_rate, parameter_groups, step_unless
 
 
@@ -208,6 +208,9 @@ def every_warning() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", *(f"torch_optimizer.{n}" for n in THIRD_PARTY_OPTIMIZERS)])
 def test_every_optimizer_steps_and_is_saved(name: str) -> None:
     model = _model()
+    contiguous = name.removeprefix("torch_optimizer.") in CONTIGUOUS_OPTIMIZERS
+    order = torch.contiguous_format if contiguous else torch.channels_last
+    model.to(memory_format=order)
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = build_optimizer(name, parameter_groups(model, 1e-4), lr=1e-3)
     for step in range(5):
@@ -220,7 +223,7 @@ def test_every_optimizer_steps_and_is_saved(name: str) -> None:
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    resumed = _model()
+    resumed = _model().to(memory_format=order)
     resumed.load_state_dict(state["model"])
     other = build_optimizer(name, parameter_groups(resumed, 1e-4), lr=1e-3)
     other.load_state_dict(state["optimizer"])

@@ -107,9 +107,6 @@ class StepDataset(Dataset[Views]):
         self.settings = settings
         self.replace_bad = replace_bad
 
-    def __len__(self) -> int:
-        return self.plan.steps_per_epoch
-
     def __getitem__(self, step: int) -> Views:
         epoch, rows = self.plan[step]
         bad: list[tuple[int, str]] = []
@@ -156,7 +153,6 @@ def load_steps(dataset: StepDataset, steps: range, *, workers: int, pin_memory: 
         sampler=steps,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if workers else None,
     )
     for views in loader:
         if views.failed is not None:
@@ -171,10 +167,6 @@ def two_views(views: Views, settings: ViewSettings, device: torch.device) -> tup
         for crops, draws in zip(views.crops, views.draws, strict=True)
     )
     return a, b
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _as_it_is(views: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.distributed import world
+from simclr_dist.distributed import together, world
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate import options
 from simclr_dist.evaluate.features import RAW_PIXELS, Features, extract
@@ -64,9 +64,9 @@ def evaluate(
     options.check_settings(k=k, temperature=temperature, l2=l2, max_iter=max_iter, batch_size=batch_size, workers=workers)
     begin = time.perf_counter()
     with world(device) as here:
-        trained = load_encoder(encoder, here.device)
+        trained = together(lambda: load_encoder(encoder, here.device))
         card: dict[str, Any] = trained.card  # type: ignore[assignment]
-        sets = {"train": ShardDataset(train), "test": ShardDataset(test)}
+        sets = together(lambda: {"train": ShardDataset(train), "test": ShardDataset(test)})
         train_set, test_set = sets["train"].manifest, sets["test"].manifest
         classes = _count_classes(train_set, test_set)
         path = result_path(encoder, out)

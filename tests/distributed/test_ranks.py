@@ -30,6 +30,19 @@ def _collectives(here: World) -> dict[str, object]:
     }
 
 
+def _summed_at_two_places(here: World) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.randn(1003, generator=torch.Generator().manual_seed(here.rank))
+    return all_sum(values), all_sum(values.roll(500)).roll(-500)
+
+
+def test_a_sum_has_the_same_bits_wherever_its_elements_stand() -> None:
+    # torch's own sum over 5 rows and more adds the last columns in another order.
+    alone, moved = ranks.run(_summed_at_two_places, 5)[0]
+    in_order = sum(torch.randn(1003, generator=torch.Generator().manual_seed(rank)) for rank in range(5))
+    assert torch.equal(alone, in_order)
+    assert torch.equal(moved, in_order)
+
+
 def test_collectives_in_rank_order() -> None:
     for result in ranks.run(_collectives, 3):
         assert result["gathered"].tolist() == [[0], [1], [2]]
