@@ -243,7 +243,7 @@ LARGE_SHARDS = np.array([3000, 2000])
 
 
 def _large_learner(here: World) -> Learner:
-    with mock.patch("simclr_dist.learner.ResNet", _TinyEncoder):
+    with mock.patch("simclr_dist.model.ResNet", _TinyEncoder):
         return _learner(LARGE, here)
 
 
