@@ -5,11 +5,11 @@ import math
 from typing import Any
 
 import pytest
-import ranks
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ranks
 from simclr_dist.distributed import World
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 

@@ -5,10 +5,10 @@ import functools
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from torch import Tensor, nn
 
+import ranks
 from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig
 from simclr_dist.distributed import World
 from simclr_dist.learner import Learner, build_learner, training_step

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import runs
+import training_runs as runs
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.export import load_encoder

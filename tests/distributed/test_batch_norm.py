@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from torch import Tensor, nn
 
+import ranks
 from simclr_dist.distributed import World, rank, world_size
 from simclr_dist.model import frozen_running_statistics, use_global_batch_norm
 

@@ -5,8 +5,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import ranks
 
+import ranks
 from simclr_dist.check import gradient_report
 from simclr_dist.config import Config, ModelConfig, ViewsConfig
 from simclr_dist.distributed import World

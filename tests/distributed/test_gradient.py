@@ -13,11 +13,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import ranks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ranks
 from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import Sample, ShardDataset, StepDataset, two_views

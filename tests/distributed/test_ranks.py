@@ -3,9 +3,9 @@
 import time
 
 import pytest
-import ranks
 import torch
 
+import ranks
 from simclr_dist.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
 from simclr_dist.errors import DataError
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import runs
+import training_runs as runs
 from simclr_dist.config import load_config
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset, StepDataset, load_steps

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluated import CARD, CLASSES
 from PIL import Image
 
+from evaluated import CARD, CLASSES
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.export import export_encoder, untrained_encoder
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from evaluated import CARD, draw_images
 from torch import nn
 
+from evaluated import CARD, draw_images
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.views import eval_view, normalise
 from simclr_dist.errors import DataError, RankError

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluated import draw_images
 
+from evaluated import draw_images
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluate.__main__ import main
 from simclr_dist.evaluate.job import evaluate
