@@ -7,15 +7,17 @@ If accuracy rose here too, it would come from something else than what SimCLR te
 import sys
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from simclr_dist import train
-from simclr_dist.data.reader import two_views
+from simclr_dist.data.draws import ViewSettings
+from simclr_dist.data.reader import Views, two_views
 
 
-def views_of_different_images(*arguments: object) -> tuple[Tensor, Tensor]:
+def views_of_different_images(views: Views, settings: ViewSettings, device: torch.device) -> tuple[Tensor, Tensor]:
     """View b moves on by one image."""
-    view_a, view_b = two_views(*arguments)  # type: ignore[arg-type]
+    view_a, view_b = two_views(views, settings, device)
     return view_a, view_b.roll(1, 0)
 
 

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import training_runs as runs
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
+from simclr_dist.data.shards import write_shards
 from simclr_dist.export import load_encoder
 from simclr_dist.launcher import torchrun
 from simclr_dist.train import main
@@ -153,6 +154,26 @@ def test_a_run_can_be_made_longer(shards: Path, capsys: pytest.CaptureFixture[st
     assert [line["step"] for line in runs.metrics(Path("run"))] == list(range(1, 10))
     assert status()["state"] == "done"
     assert Path("run/encoders/step-00000009.safetensors").exists()
+
+
+def test_the_same_images_in_other_shards_are_another_order(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(shards, steps=3) == 0
+    write_shards(shards.parent / "images", Path("recut"), shard_size=50, processes=1)
+    assert load_manifest("recut").digest == load_manifest(shards).digest
+    before = files("*.*", "checkpoints/*")
+    capsys.readouterr()
+    assert start(Path("recut").resolve(), steps=4) == 2
+    assert "holds other images than the run began with" in capsys.readouterr().err
+    assert files("*.*", "checkpoints/*") == before
+
+
+def test_fewer_steps_than_are_done_are_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(shards, steps=4) == 0
+    before = files("checkpoints/*", "encoders/*")
+    capsys.readouterr()
+    assert start(shards, steps=3) == 2
+    assert "has done 4 steps already, more than the 3 asked for" in capsys.readouterr().err
+    assert files("checkpoints/*", "encoders/*") == before
 
 
 def test_another_seed_is_another_run(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
