@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-fast lint bench clean
+.PHONY: help install demo test test-fast lint bench bench-faults clean
 
 help:
 	@echo "make demo       the first run: small built-in data set, training, result"
 	@echo "make test       all tests          make test-fast   those of a few seconds"
-	@echo "make lint       ruff and mypy      make bench       measurements into benchmarks/"
+	@echo "make lint       ruff and mypy      make bench       measurements of what a run learns"
+	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (half an hour, root, SLURM)"
 
 install: $(VENV)/.installed
 
@@ -39,6 +40,11 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev demo
 	$(BIN)/python benchmarks/demo_seeds.py
+
+# Prints the tables that benchmarks/RESULTS.md holds.
+bench-faults: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/faults_slurm.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,7 +1,7 @@
 """The verbs of `simclr-dist`; the only place, with `__main__` blocks, that exits.
 
-Exit codes: 0 done, 1 crash, 2 usage, config or data error, 3 diverged. Nothing here imports torch before the arguments,
-the config and the data have been checked.
+Exit codes: 0 done, 1 crash, 2 usage, config or data error, 3 diverged, 75 stopped with all saved. Nothing here imports
+torch before the arguments, the config and the data have been checked.
 """
 
 import argparse
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simclr_dist import __version__
+from simclr_dist import __version__, stopping
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.errors import ConfigError, UserError
+from simclr_dist.evaluate import command as evaluate_command
 from simclr_dist.evaluate.options import add_arguments as add_evaluate_arguments
 from simclr_dist.launcher import torchrun
+from simclr_dist.rendezvous import Nodes
+from simclr_dist.slurm import command as submit_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +81,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("-h", "--help", action="store_true", help="every setting, with its value in CONFIG")
     train.add_argument("--processes", type=_at_least(1), help="ranks on this machine (default: one a GPU, or 1)")
+    train.add_argument("--nnodes", type=_nodes, help="machines, N or MIN:MAX; the same command runs on each of them")
+    train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="with --nnodes: of the machine where they meet")
+    train.add_argument(
+        "--max-restarts", type=_at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)"
+    )
     train.set_defaults(run=_train)
 
     evaluate = verbs.add_parser("eval", help="measure an encoder: kNN and linear probe beside baselines")
     add_evaluate_arguments(evaluate)
-    evaluate.set_defaults(run=_eval)
+    evaluate.set_defaults(run=lambda arguments, _: evaluate_command.run(arguments))
+
+    submit = verbs.add_parser("submit", help="train on a SLURM cluster; submit status | logs | cancel | resume RUN")
+    submit_command.add_arguments(submit)
+    submit.set_defaults(run=submit_command.run)
 
     plan = verbs.add_parser("plan", help="what a config will need, before it runs")
     plan.add_argument("config", help="YAML file")
@@ -111,6 +123,14 @@ def _at_least(least: int) -> "type[int]":
 
     parse.__name__ = "int"  # argparse names it in its message
     return parse  # type: ignore[return-value]
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    most = most if colon else least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of machines nor MIN:MAX")
+    return int(least), int(most)
 
 
 def _demo(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -159,24 +179,39 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return _train_help(arguments.config)
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
+    stopping.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
     config = load_config(arguments.config, overrides)
-    samples = _check_run(config, arguments.processes or 1)
+    nodes = _meeting(arguments, config)
+    samples = _check_run(config, (arguments.processes or 1) * (nodes.least if nodes else 1), held=nodes is not None)
 
     processes = arguments.processes or _gpus(config)
-    check_fits(config, samples, processes)
-    if processes == 1:
-        from simclr_dist.train import main as train_main
-
-        return train_main([arguments.config, *overrides])
-    return torchrun(processes, ["-m", "simclr_dist.train", arguments.config, *overrides], Path(config.run_folder))
+    for machines in range(nodes.least, nodes.most + 1) if nodes else (1,):
+        check_fits(config, samples, machines * processes)
+    command = ["-m", "simclr_dist.train", arguments.config, *overrides]
+    return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
 
 
-def _check_run(config: Config, world_size: int) -> int:
-    """Everything that can be refused before a process starts; returns the number of images."""
+def _meeting(arguments: argparse.Namespace, config: Config) -> Nodes | None:
+    """Where the machines of a run meet; None for one machine."""
+    if arguments.nnodes is None:
+        if arguments.rdzv_endpoint is not None:
+            raise ConfigError("--rdzv-endpoint goes with --nnodes: say how many machines there are")
+        return None
+    if arguments.rdzv_endpoint is None:
+        raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT: one of the machines, and a free port there")
+    least, most = arguments.nnodes
+    return Nodes(least, most, arguments.rdzv_endpoint, config.first_step_timeout_minutes)
+
+
+def _check_run(config: Config, world_size: int, *, held: bool) -> int:
+    """Everything that can be refused before a process starts; returns the number of images.
+
+    `held`: the run may be in use, by the machines that this one joins.
+    """
     from simclr_dist.data.manifest import load_manifest
     from simclr_dist.run import check_run_folder
 
-    check_run_folder(config)
+    check_run_folder(config, held=held)
     samples = len(load_manifest(config.data.shards))
     check_fits(config, samples, world_size)
     return samples
@@ -199,12 +234,6 @@ def _train_help(config: str | None) -> int:
     plain = (tyro.conf.FlagConversionOff,)
     tyro.cli(Config, default=defaults, args=["--help"], prog="simclr-dist train CONFIG", add_help=True, config=plain)
     return 0
-
-
-def _eval(arguments: argparse.Namespace, _: list[str]) -> int:
-    from simclr_dist.evaluate.job import run_from_arguments
-
-    return run_from_arguments(arguments)
 
 
 def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -217,8 +217,12 @@ class Config:
     """CUDA: only deterministic kernels, and gradients summed in rank order; slower."""
     max_skipped_steps: int = 10
     """Non-finite steps in a row (each skipped) that end the run as diverged."""
-    timeout_minutes: float = 10.0
-    """How long a rank waits for the others in a collective."""
+    check_ranks_every: int = 100
+    """Steps between checks that all ranks hold the same bits (one more before each checkpoint); 0 leaves the others out."""
+    timeout_minutes: float = 5.0
+    """How long a rank waits for the others in a collective: a lost machine is noticed so late."""
+    first_step_timeout_minutes: float = 30.0
+    """The same until the first step is done: start-up, data and compilation take each rank a different time."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -261,7 +265,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "epochs",
         "steps",
         "max_skipped_steps",
+        "check_ranks_every",
         "timeout_minutes",
+        "first_step_timeout_minutes",
         "data.shards",
         "data.workers",
         "data.max_bad_samples",
@@ -317,7 +323,7 @@ def check(config: Config, source: str) -> None:
         raise ConfigError(f"{source}: {key}: {value!r} {why}")
 
     at_least: dict[str, float] = {
-        "seed": 0, "global_batch_size": 1, "micro_batches": 1, "max_skipped_steps": 1,
+        "seed": 0, "global_batch_size": 1, "micro_batches": 1, "max_skipped_steps": 1, "check_ranks_every": 0,
         "data.workers": 0, "data.window": 1, "data.max_bad_samples": 0, "model.projector_depth": 0,
         "model.projector_hidden": 1, "model.projector_dim": 1, "optim.base_lr": 0, "optim.weight_decay": 0,
         "optim.trust_coefficient": 0, "optim.warmup_epochs": 0, "optim.clip_norm": 0, "checkpoint.every": 1,
@@ -350,8 +356,9 @@ def check(config: Config, source: str) -> None:
         refuse("optim.momentum", "must be from 0 to below 1")
     if config.seed >= 2**64:
         refuse("seed", "is too large; it must be below 2**64")
-    if not 0 < config.timeout_minutes <= 100_000:
-        refuse("timeout_minutes", "must be above 0 and at most 100000")
+    for name in ("timeout_minutes", "first_step_timeout_minutes"):
+        if not 0 < getattr(config, name) <= 100_000:
+            refuse(name, "must be above 0 and at most 100000")
     if not config.run_folder:
         refuse("run_folder", "is empty; name the run folder, like runs/my-run")
     if not config.data.shards:

@@ -15,7 +15,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset, StepDataset, two_views
 from simclr_dist.evaluate.features import extract_features
 from simclr_dist.export import load_encoder, untrained_encoder
-from simclr_dist.train import view_settings
+from simclr_dist.train.describe import view_settings
 
 _TILE, _GAP, _SHOWN, _NEIGHBOURS = 64, 4, 8, 7
 _INK, _PAPER, _GRAY, _LINE, _RIGHT, _WRONG = "#222222", "white", "#999999", "#1f5fa8", "#2a8f3c", "#c43c35"

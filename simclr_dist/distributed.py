@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_dist.errors import RankError, UserError
+from simclr_dist.errors import RankError, SaveError, StoppedError, UserError
 
 T = TypeVar("T")
 
@@ -58,10 +58,22 @@ def world(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=place if on_cuda else None,
         )
-    yield World(rank, size, local_rank, place)
+    try:
+        yield World(rank, size, local_rank, place)
+    except StoppedError:  # a clean end too
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
     # After an error the process ends anyway, and NCCL would wait here for ranks that are elsewhere.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def set_timeout(minutes: float) -> None:
+    """How long a rank waits for the others in a collective, from now on."""
+    if dist.is_initialized():
+        public = getattr(dist, "set_timeout", None)  # torch 2.14's name
+        (public or dist.distributed_c10d._set_pg_timeout)(datetime.timedelta(minutes=minutes))
 
 
 def environment(here: World) -> dict[str, Any]:
@@ -132,21 +144,21 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Do something on every rank; a UserError of any of them is raised on all, so that rank 0 can say it."""
+    """Do something on every rank; a UserError or SaveError of any is raised on all, so that rank 0 can say it."""
     result: T | None = None
-    error: UserError | None = None
+    error: UserError | SaveError | None = None
     try:
         result = action()
-    except UserError as caught:
+    except (UserError, SaveError) as caught:
         error = caught
     if raised := [e for e in all_gather_objects(error) if e is not None]:
         raise raised[0]
     return cast(T, result)
 
 
-def on_rank_0(action: Callable[[], None]) -> None:
-    """Do something on rank 0 while the others wait; its UserError is raised on every rank."""
-    together(action if rank() == 0 else lambda: None)
+def on_rank_0(action: Callable[[], T]) -> T | None:
+    """Do something on rank 0 while the others wait; its UserError or SaveError is raised on every rank."""
+    return together(action if rank() == 0 else lambda: None)
 
 
 def data_parallel(model: nn.Module, here: World, *, in_rank_order: bool) -> nn.Module:

@@ -1,4 +1,12 @@
-"""What a user did wrong, as one line: every message names the file and key, the value, and the cure."""
+"""How a command ends when it does not end well. A user's mistake is one line that names file and key, value, and cure.
+
+Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on request with nothing lost (sysexits' EX_TEMPFAIL).
+"""
+
+PREEMPTED = 75
+LAST_WORD = (
+    "SIMCLR_DIST_LAST_WORD"  # variable with the file in which a rank tells its launcher a final code, which torchrun loses
+)
 
 
 class UserError(Exception):
@@ -15,6 +23,22 @@ class DataError(UserError):
 
 class RankError(DataError):
     """A DataError that only the rank which raises it has seen, so that rank says it (others are said by rank 0)."""
+
+
+class TakenOverError(UserError):
+    """A later start has taken the run folder over: this one, cut off or left behind, must write nothing more."""
+
+
+class SaveError(Exception):
+    """A checkpoint, or the run folder, cannot be written; the checkpoints before are whole. One line with path and reason."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and has saved all that it did; ends it with exit code 75."""
+
+
+class RanksDifferError(Exception):
+    """Ranks that must hold the same numbers do not: memory or arithmetic of one of them is at fault; a crash."""
 
 
 class DivergedError(Exception):

@@ -12,20 +12,26 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from simclr_dist.atomic import write_atomically
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.errors import ConfigError, DataError, SaveError
 from simclr_dist.model import ResNet
 
 Card = dict[str, Any]
 
 
 def export_encoder(path: Path, encoder: nn.Module, card: Card) -> None:
-    """Write `path` (.safetensors) and its card; the card must say `encoder`, `width` and `stem`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` (.safetensors) and its card; the card must say `encoder`, `width` and `stem`.
+
+    Raises SaveError when the disk does not take it.
+    """
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in _floats(encoder)}
     weights |= {name: tensor.cpu() for name, tensor in encoder.state_dict().items() if not tensor.is_floating_point()}
     text = json.dumps({"format": "simclr_dist encoder 1", **card}, indent=2, sort_keys=True)
-    write_atomically(path.with_suffix(".json"), text.encode() + b"\n")
-    write_atomically(path, save(weights, metadata={"card": text}))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path.with_suffix(".json"), text.encode() + b"\n")
+        write_atomically(path, save(weights, metadata={"card": text}))
+    except OSError as error:
+        raise SaveError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def load_encoder(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

@@ -160,7 +160,7 @@ def test_a_global_batch_that_the_gpus_of_this_machine_do_not_divide(
 
 
 def test_a_run_folder_of_another_run(here: Path, command: Command) -> None:
-    open_run(load_config("config.yaml", ["--seed", "5"]), {})
+    open_run(load_config("config.yaml", ["--seed", "5"]), {}).release()
     line = refused(command("train", "config.yaml"))
     assert line == "run_folder: 'run' holds another run (seed: 5 -> 0); name another folder, or undo the change"
     assert "is not a run folder" in refused(command("train", "config.yaml", "--run_folder", "images"))
@@ -222,7 +222,7 @@ def test_overrides_and_options_may_be_mixed(here: Path, command: Command) -> Non
     assert "optim.weight_decay: -0.001 is too small" in refused(command("train", "config.yaml", *given))
     given[5] = "1e-3"
     assert "not divided by 5 processes" in refused(command("train", "config.yaml", *given, "--processes", "5"))
-    open_run(load_config("config.yaml"), {})
+    open_run(load_config("config.yaml"), {}).release()
     line = refused(command("train", "config.yaml", *given))
     assert "(seed: 0 -> 3; optim.weight_decay: 1e-06 -> 0.001)" in line
 

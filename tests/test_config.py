@@ -35,7 +35,8 @@ LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"
 # Every knob is an interface that someone has to keep: a new one is added here on purpose.
 OPTIONS = [
     "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision", "channels_last",
-    "compile", "deterministic", "max_skipped_steps", "timeout_minutes", "data.shards", "data.workers", "data.window",
+    "compile", "deterministic", "max_skipped_steps", "check_ranks_every", "timeout_minutes",
+    "first_step_timeout_minutes", "data.shards", "data.workers", "data.window",
     "data.on_bad_sample", "data.max_bad_samples", "views.preset", "views.image_size", "views.crop_scale",
     "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
     "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
@@ -267,6 +268,8 @@ def test_optional_settings_can_be_set_and_left(file: Path) -> None:
         ("micro_batches", 0),
         ("max_skipped_steps", 0),
         ("timeout_minutes", 0),
+        ("first_step_timeout_minutes", -1.0),
+        ("check_ranks_every", -1),
         ("timeout_minutes", 1e300),
         ("run_folder", ""),
         ("steps", 0),

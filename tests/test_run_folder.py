@@ -1,13 +1,17 @@
 """The run folder: entered by its own run and no other, and true about what became of it."""
 
 import dataclasses
+import importlib.metadata
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import simclr_dist
 from simclr_dist.config import Config, DataConfig, LogConfig, LossConfig
-from simclr_dist.errors import ConfigError, DataError, DivergedError, RankError
+from simclr_dist.errors import ConfigError, DataError, DivergedError, RankError, SaveError, StoppedError
+from simclr_dist.ledger import claim
 from simclr_dist.run import check_run_folder, open_run, read_status, recorded, truncate_metrics, write_status
 
 
@@ -20,18 +24,34 @@ def test_a_new_folder_is_made_and_then_known(config: Config) -> None:
     run = Path(config.run_folder)
     assert not check_run_folder(config)
     assert not run.exists(), "looking changes nothing"
-    open_run(config, {"torch": "2", "world_size": 2})
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "env.json"]
-    assert json.loads((run / "env.json").read_text()) == {"torch": "2", "world_size": 2}
+    open_run(config, {"torch": "2", "world_size": 2}).release()
+    assert {path.name for path in run.iterdir()} - {"code"} == {"checkpoints", "config.yaml", "env.json", "heartbeat", "starts"}
+    described = json.loads((run / "env.json").read_text())
+    assert (described["torch"], described["world_size"]) == ("2", 2)
+    assert described["packages"]["torch"] == importlib.metadata.version("torch")
     assert check_run_folder(config)
-    open_run(config, {"torch": "3"})
-    assert json.loads((run / "env.json").read_text()) == {"torch": "3"}
+    open_run(config, {"torch": "3"}).release()
+    assert json.loads((run / "env.json").read_text())["torch"] == "3"
+
+
+def test_the_state_of_the_code_is_kept(config: Config) -> None:
+    """Of a checkout: the revision, and the difference in a file of the run."""
+    open_run(config, {}).release()
+    code = json.loads((Path(config.run_folder) / "env.json").read_text())["code"]
+    assert code["version"] == simclr_dist.__version__
+    git = subprocess.run(
+        ["git", "-C", Path(simclr_dist.__file__).parent, "rev-parse", "HEAD"], capture_output=True, check=False
+    )
+    if git.returncode == 0:
+        assert code["revision"] == git.stdout.decode().strip()
+    if code["diff"] is not None:
+        assert (Path(config.run_folder) / code["diff"]).read_bytes().startswith(b"diff --git")
 
 
 def test_an_empty_folder_is_taken(config: Config) -> None:
     Path(config.run_folder).mkdir(parents=True)
     assert not check_run_folder(config)
-    open_run(config, {})
+    open_run(config, {}).release()
     assert check_run_folder(config)
 
 
@@ -41,7 +61,7 @@ def test_a_folder_of_any_name_is_known_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(config, run_folder=name)
-    open_run(config, {})
+    open_run(config, {}).release()
     assert check_run_folder(config)
 
 
@@ -51,7 +71,7 @@ def test_a_start_that_was_killed_can_be_repeated(config: Config) -> None:
     run.mkdir(parents=True)
     (run / ".config.yaml.123.tmp").write_text("run_fol")
     assert not check_run_folder(config)
-    open_run(config, {})
+    open_run(config, {}).release()
     assert check_run_folder(config)
 
 
@@ -65,35 +85,35 @@ def test_config_yaml_comes_first(config: Config, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(Killed):
-            open_run(config, {})
-    open_run(config, {})
+            open_run(config, {}).release()
+    open_run(config, {}).release()
     assert check_run_folder(config)
 
 
 def test_what_may_change_does_and_is_written_down(config: Config) -> None:
-    open_run(config, {})
+    open_run(config, {}).release()
     longer = dataclasses.replace(
         config, steps=None, epochs=3.0, log=LogConfig(every=1), data=DataConfig(shards="elsewhere", workers=0)
     )
     assert check_run_folder(longer)
-    open_run(longer, {})
+    open_run(longer, {}).release()
     assert check_run_folder(longer)
     assert "epochs: 3.0" in (Path(config.run_folder) / "config.yaml").read_text()
 
 
 def test_another_run_is_refused_with_the_difference(config: Config) -> None:
-    open_run(config, {})
+    open_run(config, {}).release()
     before = (Path(config.run_folder) / "config.yaml").read_bytes()
     other = dataclasses.replace(config, seed=5, loss=LossConfig(temperature=0.5), steps=99)
     with pytest.raises(ConfigError) as caught:
-        open_run(other, {"torch": "new"})
+        open_run(other, {"torch": "new"}).release()
     line = str(caught.value)
     assert "\n" not in line
     assert repr(config.run_folder) in line
     assert "(seed: 0 -> 5; loss.temperature: 0.1 -> 0.5)" in line
     assert "steps" not in line
     assert (Path(config.run_folder) / "config.yaml").read_bytes() == before
-    assert json.loads((Path(config.run_folder) / "env.json").read_text()) == {}
+    assert "torch" not in json.loads((Path(config.run_folder) / "env.json").read_text())
 
 
 @pytest.mark.parametrize("content", ["photo.jpg", ".hidden", "checkpoints/step-00000001.pt"])
@@ -102,7 +122,7 @@ def test_a_folder_of_something_else_is_refused(config: Config, content: str) -> 
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     with pytest.raises(ConfigError, match="exists and is not a run folder"):
-        open_run(config, {})
+        open_run(config, {}).release()
     assert path.read_text() == "mine"
 
 
@@ -114,7 +134,7 @@ def test_a_file_is_refused(config: Config) -> None:
 
 
 def test_a_damaged_config_yaml_is_refused(config: Config) -> None:
-    open_run(config, {})
+    open_run(config, {}).release()
     path = Path(config.run_folder) / "config.yaml"
     for text in ("seed: [", "seed: x\n", "sead: 1\n", ""):
         path.write_text(text)
@@ -133,7 +153,9 @@ def test_a_damaged_config_yaml_is_refused(config: Config) -> None:
         (DataError("bad.tar: torn"), "failed", 2, "bad.tar: torn"),
         (ConfigError("seed: bad"), "failed", 2, "seed: bad"),
         (DivergedError("step 3"), "diverged", 3, "step 3"),
-        (ValueError("a\nb"), "crashed", 1, "ValueError: a\nb"),
+        (ValueError("a\nb"), "crashed", 1, "ValueError: a b"),
+        (StoppedError("SIGTERM"), "preempted", 75, "SIGTERM"),
+        (SaveError("disk full"), "crashed", 1, "SaveError: disk full"),
         (KeyboardInterrupt(), "crashed", 1, "KeyboardInterrupt: "),
         (SystemExit(5), "crashed", 1, "SystemExit: 5"),
     ],
@@ -142,7 +164,7 @@ def test_status_says_how_a_run_ended(
     tmp_path: Path, error: BaseException | None, state: str, code: int, reason: str | None
 ) -> None:
     def within() -> None:
-        with recorded(tmp_path, writer=True):
+        with recorded(tmp_path, claim(tmp_path)):
             assert (read_status(tmp_path)["state"], read_status(tmp_path)["exit_code"]) == ("running", None)
             if error:
                 raise error
@@ -161,13 +183,13 @@ def test_status_says_how_a_run_ended(
 
 def test_other_ranks_leave_the_status_alone_unless_they_alone_know(tmp_path: Path) -> None:
     for error in (DataError("all see it"), DivergedError("x"), ValueError("crash")):
-        with pytest.raises(type(error)), recorded(tmp_path, writer=False):
+        with pytest.raises(type(error)), recorded(tmp_path, None):
             raise error
         assert read_status(tmp_path) == {}
-    with recorded(tmp_path, writer=False):
+    with recorded(tmp_path, None):
         pass
     assert read_status(tmp_path) == {}
-    with pytest.raises(RankError), recorded(tmp_path, writer=False):
+    with pytest.raises(RankError), recorded(tmp_path, None):
         raise RankError("shard-3.tar: unreadable here")
     assert (read_status(tmp_path)["state"], read_status(tmp_path)["reason"]) == ("failed", "shard-3.tar: unreadable here")
 

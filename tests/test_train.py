@@ -20,7 +20,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.shards import write_shards
 from simclr_dist.export import load_encoder
 from simclr_dist.launcher import torchrun
-from simclr_dist.train import main
+from simclr_dist.train.__main__ import main
 
 METRICS = [
     "step",
@@ -95,7 +95,10 @@ def rows_of_step(m: Manifest, step: int) -> list[int]:
 
 def test_what_a_run_writes(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(shards, steps=7, checkpoint={"every": 3, "export_every": 3, "keep_last": 2}) == 0
-    assert {path.name for path in Path("run").iterdir()} == {
+    assert {path.name for path in Path("run").iterdir()} - {"code"} == {
+        "heartbeat",
+        "ledger.jsonl",
+        "starts",
         "config.yaml",
         "env.json",
         "status.json",
@@ -354,6 +357,7 @@ def test_a_killed_worker_ends_the_run(shards: Path, tmp_path: Path) -> None:
         begin = time.monotonic()
         assert ranks.wait() == [1], ranks.output
         assert time.monotonic() - begin < 60
-    assert status()["state"] == "crashed"
+        output = ranks.output
+    assert status()["state"] == "crashed", output
     assert status()["exit_code"] == 1
     assert "DataLoader worker" in status()["reason"]

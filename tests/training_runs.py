@@ -8,8 +8,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ import torch
 import yaml
 from PIL import Image
 
+from simclr_dist import ledger
 from simclr_dist.data.shards import write_shards
 from simclr_dist.demo_images import CLASSES, render
-from simclr_dist.train import main
+from simclr_dist.supervisor import children
+from simclr_dist.train.__main__ import main
 
 # As in ranks.py: a server that has imported torch once forks the ranks.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["simclr_dist.train", "torch.distributed.nn", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["simclr_dist.train.loop", "torch.distributed.nn", "torch._dynamo"])
 
 SETTINGS: dict[str, Any] = {
     "run_folder": "run",
@@ -81,24 +83,51 @@ class Ranks:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self._processes]
 
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait while all ranks run; AssertionError, with what they have printed, when one ends before."""
+        until(lambda: condition() or self.wait(0) != [None] * len(self._processes))
+        assert condition(), f"exit codes {self.wait(0)}\n{self.output}"
+
+    def pid(self, rank: int) -> int:
+        """Process id of a rank."""
+        return self._processes[rank].pid or 0
+
     def children(self, rank: int) -> list[int]:
         """Process ids of what a rank has started."""
-        pid = self._processes[rank].pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return children(self.pid(rank))
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Signal a rank; or everybody at once, with all that they have started."""
+        with suppress(ProcessLookupError):
+            if rank is None:
+                os.killpg(self.pid(0), number)
+            else:
+                os.kill(self.pid(rank), number)
+
+    def hold(self) -> None:
+        """Stop everybody where they are, until SIGCONT; returns once the ranks stand still."""
+        self.signal(signal.SIGSTOP)
+        until(lambda: all(_state(process.pid) in ("T", "Z", "") for process in self._processes))
 
     def kill(self) -> None:
         """kill -9 of everybody at once."""
-        try:
-            os.killpg(self._processes[0].pid or 0, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        self.signal(signal.SIGKILL)
         for process in self._processes:
             process.join()
 
 
 @contextmanager
-def started(folder: Path, world_size: int, *arguments: str) -> Iterator[Ranks]:
-    """`python -m simclr_dist.train config.yaml ARGUMENTS` in `folder` on `world_size` ranks; nobody is left at the end."""
+def started(
+    folder: Path,
+    world_size: int,
+    *arguments: str,
+    hook: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Ranks]:
+    """`python -m simclr_dist.train config.yaml ARGUMENTS` in `folder` on `world_size` ranks; nobody is left at the end.
+
+    `hook` is called by every rank before it begins, to change what it will meet.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -115,10 +144,11 @@ def started(folder: Path, world_size: int, *arguments: str) -> Iterator[Ranks]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-            process = _CONTEXT.Process(target=_rank, args=(folder, torchrun, group, ["config.yaml", *arguments]))
+            variables = torchrun | dict(environment or {})
+            process = _CONTEXT.Process(target=_rank, args=(folder, variables, group, ["config.yaml", *arguments], hook))
             process.start()
             processes.append(process)
-            _until(lambda pid=process.pid, leader=group or process.pid: _group(pid) in (leader, None))
+            until(lambda pid=process.pid, leader=group or process.pid: _group(pid) in (leader, None))
         yield Ranks(processes, log)
     finally:
         if processes:
@@ -128,7 +158,7 @@ def started(folder: Path, world_size: int, *arguments: str) -> Iterator[Ranks]:
 def train(folder: Path, world_size: int, *arguments: str) -> str:
     """A run from start to end, which must be good; returns what it printed."""
     with started(folder, world_size, *arguments) as ranks:
-        codes = ranks.wait()
+        codes = ranks.wait(600.0)
         assert codes == [0] * world_size, f"exit codes {codes}\n{ranks.output}"
         return ranks.output
 
@@ -136,7 +166,7 @@ def train(folder: Path, world_size: int, *arguments: str) -> str:
 def killed_after(folder: Path, world_size: int, step: int) -> None:
     """A run that is killed from outside as soon as its metrics show `step`."""
     with started(folder, world_size) as ranks:
-        _until(lambda: last_step(folder / "run") >= step or ranks.wait(0) != [None] * world_size)
+        until(lambda: last_step(folder / "run") >= step or ranks.wait(0) != [None] * world_size)
         ranks.kill()
         assert ranks.wait() == [-signal.SIGKILL] * world_size, ranks.output
 
@@ -159,7 +189,65 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
     return state
 
 
-def _rank(folder: Path, variables: dict[str, Any], group: int, arguments: list[str]) -> None:
+def steps_done(run: Path) -> int:
+    """By the run's own sign of life; 0 before there is one."""
+    return int(ledger.heartbeat(run).get("step", 0))
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    """The ledger's entries of one kind, oldest first."""
+    return [entry for entry in ledger.entries(run) if entry["event"] == name]
+
+
+def status(run: Path) -> dict[str, Any]:
+    """status.json."""
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
+
+
+def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
+    """Two states of nested dicts, lists, tensors and values."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(run: Path, expected: Path, step: int) -> None:
+    """Parameters, momentum, buffers, counters and metrics after `step` steps, to the last bit; the configs may differ."""
+    states = [{**checkpoint(folder, step), "config": None} for folder in (run, expected)]
+    assert_same_bits(*states)
+    assert metrics(run) == metrics(expected)
+
+
+def listens(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    return any(line.startswith("SigCgt") and int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1 for line in lines)
+
+
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def _rank(folder: Path, variables: dict[str, Any], group: int, arguments: list[str], hook: Callable[[], None] | None) -> None:
     os.setpgid(0, group)
     os.environ |= {key: str(value) for key, value in variables.items()}
     os.chdir(folder)
@@ -167,16 +255,20 @@ def _rank(folder: Path, variables: dict[str, Any], group: int, arguments: list[s
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of reading processes; without it they get the server's
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+    if hook is not None:
+        hook()
     sys.exit(main(arguments))
 
 
-def _until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
+def _state(pid: int | None) -> str:
+    """R, S, T for stopped, Z for ended; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
 
 
 def _group(pid: int | None) -> int | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode  # registers torch.ops.image
 
+from simclr_dist import stopping
 from simclr_dist.data.draws import ViewDraws, ViewSettings, draw_views
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
@@ -153,8 +154,17 @@ def load_steps(dataset: StepDataset, steps: range, *, workers: int, pin_memory: 
         sampler=steps,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=mind_parent_only,
     )
-    for views in loader:
+    with stopping.blocked():  # workers start here, and keep it so
+        made = iter(loader)
+    while True:
+        try:
+            views = next(made, None)
+        except (EOFError, ConnectionError) as error:  # before torch has noticed
+            raise RuntimeError("DataLoader worker died: killed, or out of memory") from error
+        if views is None:
+            return
         if views.failed is not None:
             raise RankError(views.failed)
         yield views
@@ -167,6 +177,11 @@ def two_views(views: Views, settings: ViewSettings, device: torch.device) -> tup
         for crops, draws in zip(views.crops, views.draws, strict=True)
     )
     return a, b
+
+
+def mind_parent_only(_: int) -> None:
+    """The `worker_init_fn` of a DataLoader whose iterator is made while stop signals are blocked."""
+    stopping.mind_parent_only()
 
 
 def _as_it_is(views: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m simclr_dist.evaluate ENCODER --train SHARDS --test SHARDS`, also under torchrun."""
+"""`python -m simclr_dist.evaluate ENCODER --train SHARDS --test SHARDS`, or --watch RUN; also under torchrun."""
 
 import argparse
 import os
@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from simclr_dist.errors import RankError, UserError
-from simclr_dist.evaluate.options import add_arguments, check_settings
+from simclr_dist.evaluate.command import run
+from simclr_dist.evaluate.options import add_arguments
 
 
 def main(argv: Sequence[str], prog: str = "python -m simclr_dist.evaluate") -> int:
@@ -15,17 +16,7 @@ def main(argv: Sequence[str], prog: str = "python -m simclr_dist.evaluate") -> i
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        check_settings(
-            k=arguments.k,
-            temperature=arguments.temperature,
-            l2=arguments.l2,
-            max_iter=arguments.max_iter,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
-        )
-        from simclr_dist.evaluate.job import run_from_arguments  # torch, which --help and a wrong setting need not
-
-        return run_from_arguments(arguments)
+        return run(arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"simclr-dist: {error}", file=sys.stderr, flush=True)

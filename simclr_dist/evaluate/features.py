@@ -9,13 +9,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from simclr_dist.data.reader import Sample
+from simclr_dist.data.reader import Sample, mind_parent_only
 from simclr_dist.data.views import eval_view, normalise
 from simclr_dist.distributed import all_gather_rows, rank, world_size
 from simclr_dist.errors import DataError, RankError
+from simclr_dist.evaluate import workers as processes
 
 RAW_PIXELS = "raw_pixels"
 _PIXEL_SIZE = 32
+
+
+class EncoderError(DataError):
+    """An encoder that cannot be loaded, or gives no usable features; another one may."""
 
 
 class Images(Protocol):
@@ -53,19 +58,22 @@ def extract(
     returns the features of all rows in row order, on `device`. One view an image (`eval_view`), eval mode, no gradient.
     Raw pixels are the view at min(image_size, 32) pixels, flattened.
 
-    Raises DataError for an empty set and for features that are not finite, RankError for an image that cannot be read.
+    Raises DataError for an empty set, EncoderError for features that are not finite, RankError for an image that cannot
+    be read.
     """
     if len(images) == 0:
         raise DataError("there are no images to extract features from")
     mine = range(rank(), len(images), world_size())
     sizes = [image_size] if encoders else []
     sizes += [min(image_size, _PIXEL_SIZE)] if pixels else []
+    views = _EvalViews(images, sizes)
     loader: DataLoader[_Batch | str] = DataLoader(
-        _EvalViews(images, sizes),
+        views,
         batch_size=batch_size,
         sampler=mine,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=mind_parent_only,
     )
     colours = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
     with torch.inference_mode(), _eval_mode(encoders.values()):
@@ -76,7 +84,7 @@ def extract(
             parts[RAW_PIXELS] = [torch.empty(0, 3 * sizes[-1] ** 2, dtype=torch.uint8, device=device)]
         labels, rows = ([torch.empty(0, dtype=torch.int64)] for _ in range(2))
         with tqdm(total=len(mine), unit=" images", desc=title, disable=None if rank() == 0 else True) as bar:
-            for batch in loader:
+            for batch in processes.read(loader, views.abandoned):
                 if isinstance(batch, str):
                     raise RankError(batch)
                 if encoders:
@@ -96,7 +104,7 @@ def extract(
         for name in list(parts):
             h = all_gather_rows(torch.cat(parts.pop(name)))[order]
             if bad := int((~h.isfinite().all(dim=1)).sum()):
-                raise DataError(f"{name}: the representation of {bad} of {len(h)} images is not finite")
+                raise EncoderError(f"{name}: the representation of {bad} of {len(h)} images is not finite")
             features[name] = Features(h, label, row)
     return features
 
@@ -156,8 +164,11 @@ class _EvalViews(Dataset["_Batch | str"]):
     def __init__(self, images: Images, sizes: Sequence[int]) -> None:
         self.images = images
         self.sizes = sizes
+        self.abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, row: int) -> "_Batch | str":
+        if self.abandoned:
+            return "nobody waits for it"
         try:
             image, label, row = self.images[row]
         except DataError as error:

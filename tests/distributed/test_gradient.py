@@ -23,7 +23,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import Sample, ShardDataset, StepDataset, two_views
 from simclr_dist.distributed import World, all_gather
 from simclr_dist.learner import Learner, backward, build_learner, training_step
-from simclr_dist.train import view_settings
+from simclr_dist.train.describe import view_settings
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SHARDS = np.array([20, 31, 49])

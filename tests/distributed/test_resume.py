@@ -13,7 +13,7 @@ import training_runs as runs
 from simclr_dist.config import load_config
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset, StepDataset, load_steps
-from simclr_dist.train import view_settings
+from simclr_dist.train.describe import view_settings
 
 pytestmark = pytest.mark.slow
 

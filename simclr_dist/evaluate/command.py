@@ -1,0 +1,24 @@
+"""`simclr-dist eval`: what can be refused is refused, and stop signals are heard, before torch is imported."""
+
+import argparse
+
+from simclr_dist import stopping
+from simclr_dist.errors import PREEMPTED
+from simclr_dist.evaluate.options import check_arguments
+
+_STOPPED = "simclr-dist: stopped by {signal}; the same command starts the evaluation again"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what `options.add_arguments` were told; returns the exit code.
+
+    Raises UserError, and SystemExit(75) when a stop signal comes: an evaluation has nothing to save.
+    """
+    check_arguments(arguments)
+    stopping.leave_at_once(PREEMPTED, _STOPPED)
+    if arguments.watch is not None:
+        from simclr_dist.evaluate.watch import watch_from_arguments as evaluate_from_arguments
+    else:
+        from simclr_dist.evaluate.job import run_from_arguments as evaluate_from_arguments
+    stopping.exit_when_asked(PREEMPTED, _STOPPED)
+    return evaluate_from_arguments(arguments)

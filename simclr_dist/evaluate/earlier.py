@@ -1,0 +1,70 @@
+"""Results of earlier evaluations: whether one still holds, and what of it another encoder can use."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simclr_dist.evaluate.options import Settings
+from simclr_dist.evaluate.report import FORMAT, TRAINED, Result
+
+_SHAPE = ("name", "width", "stem", "feature_size", "image_size", "mean", "std")
+
+
+class Baselines(NamedTuple):
+    """Raw pixels and the untrained encoder by protocol, as measured beside the encoder file `measured_for`.
+
+    They hold for every encoder of that `shape`.
+    """
+
+    measured_for: str
+    shape: dict[str, Any]
+    knn: dict[str, Any]
+    linear: dict[str, Any]
+
+
+def read_result(path: Path) -> Result:
+    """The result at `path`; {} when there is none of this format."""
+    try:
+        result: Result = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and result.get("format") == FORMAT else {}
+
+
+def difference(result: Result, settings: Settings, *, encoder: str, train: str, test: str) -> str:
+    """Why an evaluation now could give other numbers than `result`, like "k 200, now 20"; empty when it could not.
+
+    `encoder`, `train` and `test` are the digests of today's files. A result that has baselines serves also where none are
+    asked for; batch size and number of workers change no result.
+    """
+    knn, linear = (result["protocols"][name]["settings"] for name in ("knn", "linear"))
+    compared: list[tuple[str, Any, Any]] = [
+        ("encoder", result["encoder"]["sha256"], encoder),
+        ("training images", result["train"]["digest"], train),
+        ("test images", result["test"]["digest"], test),
+        ("k", knn["k"], settings.k),
+        ("temperature", knn["temperature"], settings.temperature),
+        ("l2", linear["l2"], settings.l2),
+        ("max_iter", linear["max_iter"], settings.max_iter),
+    ]
+    if settings.baselines:
+        compared.append(("baselines", "measured" if baselines(result) else "left out", "measured"))
+        compared.append(("seed", result["settings"]["seed"], settings.seed))
+    return ", ".join(f"{name} {str(old)[:12]}, now {str(new)[:12]}" for name, old, new in compared if old != new)
+
+
+def baselines(result: Result) -> Baselines | None:
+    """Those of `result`; None when they were left out."""
+    knn, linear = (
+        {name: measured for name, measured in result["protocols"][protocol]["results"].items() if name != TRAINED}
+        for protocol in ("knn", "linear")
+    )
+    if not knn:
+        return None
+    source = result.get("baselines_measured_for") or Path(result["encoder"]["file"]).name
+    return Baselines(source, shape(result["encoder"]), knn, linear)
+
+
+def shape(encoder: dict[str, Any]) -> dict[str, Any]:
+    """What of a result's `encoder` the baselines depend on."""
+    return {name: encoder[name] for name in _SHAPE}

@@ -1,0 +1,43 @@
+"""The state of the code that a run was made with: version, revision, what was changed since, and the packages."""
+
+import hashlib
+import importlib.metadata
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from simclr_dist import __version__
+from simclr_dist.atomic import write_atomically
+
+_HERE = Path(__file__).parent
+
+
+def code_state(run: Path) -> dict[str, Any]:
+    """`version`; of a git checkout also `revision`, `diff` (the file in `run`/code with what changed since, or None) and
+    `untracked` (the package's files that the revision does not know)."""
+    state: dict[str, Any] = {"version": __version__, "revision": None, "diff": None, "untracked": []}
+    revision = _git("rev-parse", "HEAD")
+    if revision is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:  # inside somebody else's checkout
+        return state
+    state["revision"] = revision.decode().strip()
+    state["untracked"] = (_git("ls-files", "--others", "--exclude-standard") or b"").decode().splitlines()
+    if changed := _git("diff", "HEAD", "--", str(_HERE)):
+        path = run / "code" / f"{hashlib.sha256(changed).hexdigest()[:16]}.diff"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, changed)
+        state["diff"] = str(path.relative_to(run))
+    return state
+
+
+def packages() -> dict[str, str]:
+    """Every installed distribution with its version."""
+    return dict(sorted((dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions()))
+
+
+def _git(*arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", "-C", str(_HERE), *arguments], capture_output=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,89 @@
+"""`torchrun -m simclr_dist.train CONFIG [--key value]`, or `python -m` for one process."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from simclr_dist import stopping
+from simclr_dist.config import load_config
+from simclr_dist.errors import LAST_WORD, PREEMPTED, ConfigError, DivergedError, RankError, SaveError, StoppedError, UserError
+from simclr_dist.supervisor import die_with
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`CONFIG [--key value]`; returns the exit code."""
+    stopping.listen()
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if under_torchrun:
+        die_with(os.getppid())  # an agent that was killed leaves its ranks, with their GPUs, behind
+    speaks = os.environ.get("RANK", "0") == "0"
+
+    def say(line: str) -> None:
+        if speaks:
+            print(f"simclr-dist: {line}", file=sys.stderr, flush=True)
+
+    try:
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError("usage: python -m simclr_dist.train CONFIG [--key value ...]")
+        config = load_config(argv[0], argv[1:])
+        if not under_torchrun:  # whose other ranks would wait for this one
+            if stopping.asked():
+                raise StoppedError(f"{stopping.name(stopping.asked())} before the first step")
+            stopping.leave_at_once(
+                PREEMPTED, "simclr-dist: stopped by {signal} before the first step; the same command goes on"
+            )
+        from simclr_dist.distributed import world  # torch: seconds
+        from simclr_dist.train.loop import train
+
+        stopping.listen()
+        with world(config.device, config.first_step_timeout_minutes) as here:
+            train(config, here)
+    except UserError as error:
+        if speaks or isinstance(error, RankError):
+            print(f"simclr-dist: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends the other ranks once one has exited: let rank 0 speak first
+        return _final(2)
+    except DivergedError as error:
+        say(f"diverged: {error}")
+        return _final(3)
+    except StoppedError as stopped:
+        say(f"stopped by {stopped}: everything is saved, and the same command goes on")
+        # Any other code makes torchrun start the ranks again, or report a failure; status.json has the truth.
+        return 0 if under_torchrun else PREEMPTED
+    except SaveError as error:
+        say(f"{error}; the checkpoints before are whole, and once it can be written the same command goes on")
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK or error.filename is None:
+            raise
+        print(f"simclr-dist: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _final(code: int) -> int:
+    """A code after which a start would only repeat it; the launcher, if there is one, is told."""
+    if path := os.environ.get(LAST_WORD):
+        Path(path).write_text(str(code))
+    return code
+
+
+def _leave_with(code: int) -> int:
+    """Keep the exit code on the way out from a late stop signal, and from lines that a full disk did not take (120)."""
+    stopping.on_the_way_out()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(_leave_with(main(sys.argv[1:])))

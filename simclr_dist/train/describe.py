@@ -1,0 +1,73 @@
+"""What a run says of itself: its first lines, its first pictures, and its encoder's card."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from simclr_dist.config import Config
+from simclr_dist.data.draws import PRESETS, ViewSettings
+from simclr_dist.data.order import Plan
+from simclr_dist.distributed import World
+from simclr_dist.learner import Learner
+
+
+def view_settings(config: Config) -> ViewSettings:
+    """The preset with the config's own values put in."""
+    own = {k: v for k, v in dataclasses.asdict(config.views).items() if k != "preset" and v is not None}
+    return dataclasses.replace(PRESETS[config.views.preset], **own)
+
+
+def encoder_card(config: Config, learner: Learner, settings: ViewSettings, step: int, digest: str) -> dict[str, Any]:
+    """What someone who finds the encoder needs to know."""
+    return {
+        "encoder": config.model.encoder,
+        "width": config.model.width,
+        "stem": config.model.stem,
+        "feature_size": learner.model.encoder.feature_size,
+        "image_size": settings.image_size,
+        "mean": list(settings.mean),
+        "std": list(settings.std),
+        "step": step,
+        "images_seen": step * config.global_batch_size,
+        "init": learner.init,
+        "data_digest": digest,
+        "config": config.to_dict(),
+    }
+
+
+def describe(
+    config: Config,
+    plan: Plan,
+    learner: Learner,
+    here: World,
+    settings: ViewSettings,
+    total: int,
+    warmup: int,
+    step: int,
+) -> str:
+    """What the run is, in the derived numbers that the config does not show."""
+    parameters = sum(p.numel() for p in learner.model.parameters())
+    batch, world_size = config.global_batch_size, here.size
+    piece = batch // config.micro_batches
+    return (
+        f"{'resumed at step ' + str(step) if step else 'new run'}: {config.run_folder}\n"
+        f"  data       {plan.samples} images, {plan.steps_per_epoch} steps an epoch, {plan.left_over} left over"
+        " (others every epoch)\n"
+        f"  batch      {batch} = {config.micro_batches} micro-batches x {world_size} ranks x {piece // world_size};"
+        f" {2 * (batch - 1)} negatives an anchor; BatchNorm over {piece} images (both views)\n"
+        f"  model      {config.model.encoder} width {config.model.width}, {parameters / 1e6:.2f} M parameters,"
+        f" started from: {learner.init}; {config.precision} on {here.device.type}\n"
+        f"  views      {settings}\n"
+        f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
+        f" {config.peak_lr:.4g} ({config.optim.name}, rule {config.optim.lr_rule})"
+    )
+
+
+def view_grid(view_a: Tensor, view_b: Tensor, settings: ViewSettings) -> Tensor:
+    pairs = torch.stack([view_a[:16], view_b[:16]], 1).flatten(0, 1).cpu()
+    mean, std = torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
+    grid: Tensor = make_grid((pairs * std + mean).clamp(0, 1), nrow=8)
+    return grid

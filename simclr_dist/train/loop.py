@@ -1,0 +1,143 @@
+"""Pre-training, top to bottom."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from simclr_dist import checkpoint, ledger, stopping
+from simclr_dist.agreement import StopAgreement, any_asked, check_ranks_agree
+from simclr_dist.config import Config, check_fits
+from simclr_dist.data.order import Plan
+from simclr_dist.data.reader import ShardDataset, StepDataset, load_steps, two_views
+from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
+from simclr_dist.errors import ConfigError, DivergedError, SaveError, StoppedError
+from simclr_dist.export import export_encoder
+from simclr_dist.learner import build_learner, step_metrics, training_step
+from simclr_dist.monitor import Clock, Monitor
+from simclr_dist.optim import learning_rate
+from simclr_dist.run import open_run, recorded, truncate_metrics
+from simclr_dist.train.describe import describe, encoder_card, view_grid, view_settings
+from simclr_dist.train.state import data_identity, full_state, learned_tensors, resume, share_bad_samples
+
+
+def train(config: Config, here: World) -> None:
+    """Train (or resume) the run that `config` names.
+
+    Raises UserError, DivergedError, SaveError when what must be saved cannot be, and StoppedError after a stop signal, when
+    all that was done is saved.
+    """
+    images = together(lambda: ShardDataset(config.data.shards, open_shards=2 * config.data.window))
+    check_fits(config, len(images), here.size)
+    if len({str(seen) for seen in all_gather_objects((data_identity(images), config.to_dict()))}) > 1:
+        raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
+    claims: list[ledger.Claim] = []  # rank 0's, which stays there
+    on_rank_0(lambda: claims.append(open_run(config, {**environment(here), "data_digest": data_identity(images)})))
+    claim = claims[0] if claims else None
+    with recorded(Path(config.run_folder), claim), ExitStack() as at_end:
+        _train(config, here, images, claim, at_end)
+
+
+def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Claim | None, at_end: ExitStack) -> None:
+    run, samples = Path(config.run_folder), len(images)
+    settings = view_settings(config)
+    learner = build_learner(config, here)
+    total, warmup = config.total_steps(samples), config.warmup_steps(samples)
+    step, bad_samples = resume(learner, config, here)
+    if step > total:
+        raise ConfigError(f"steps: the run in {run} has done {step} steps already, more than the {total} asked for")
+
+    def begin() -> None:
+        if claim is not None:
+            claim.started(step, here.size)
+            truncate_metrics(run, step)
+
+    on_rank_0(begin)  # it may find the disk full
+
+    plan = Plan(
+        images.manifest.shard_sizes,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batches=config.micro_batches,
+        window=config.data.window,
+        rank=here.rank,
+        world_size=here.size,
+    )
+    steps = StepDataset(images, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
+    monitor = Monitor(run, active=here.is_main, total_steps=total, first_step=step, tensorboard=config.log.tensorboard)
+    at_end.callback(monitor.close)
+    monitor.say(describe(config, plan, learner, here, settings, total, warmup, step))
+
+    def save() -> None:
+        if claim is not None:
+            state = full_state(learner, config, here, step, bad_samples, data_identity(images))
+            keep = config.checkpoint
+            path = checkpoint.save(
+                run / "checkpoints", step, state, keep_last=keep.keep_last, keep_every=keep.keep_every, allowed=claim.check
+            )
+            monitor.say(f"step {step}: saved {path}")
+
+    def export() -> None:
+        if claim is not None:
+            card = encoder_card(config, learner, settings, step, images.manifest.digest)
+            export_encoder(run / "encoders" / f"step-{step:08d}.safetensors", learner.model.encoder, card)
+
+    agreement = StopAgreement(here.device)
+    asked = any_asked(stopping.asked())
+    if asked and step < total:
+        raise StoppedError(f"{stopping.name(asked)} before the first step")
+    clock, first = Clock(), step + 1
+    for views in clock.waiting(
+        load_steps(steps, range(step, total), workers=config.data.workers, pin_memory=here.device.type == "cuda")
+    ):
+        view_a, view_b = two_views(views, settings, here.device)
+        if step == 0:
+            monitor.images("views", view_grid(view_a, view_b, settings), step)
+        lr = learning_rate(step, peak=config.peak_lr, warmup_steps=warmup, total_steps=total)
+        outcome = training_step(learner, view_a, view_b, config, lr)
+        step += 1
+        asked = agreement.exchange(stopping.asked())
+        if step == first:
+            set_timeout(config.timeout_minutes)
+        if claim is not None:
+            claim.beat(step)
+        monitor.advance()
+        for row, reason in views.bad:
+            bad_samples[str(images.manifest.key[row])] = reason
+
+        last = step == total
+        must_save = last or bool(asked)
+        save_now, log_now = must_save or step % config.checkpoint.every == 0, last or step % config.log.every == 0
+        if log_now or save_now:
+            share_bad_samples(bad_samples, config, run, here, monitor)
+            metrics = step_metrics(outcome, learner, config, step, lr, len(bad_samples))
+            if log_now:
+                monitor.log(step, metrics, clock.read(config.global_batch_size, total - step, here.device))
+            if metrics["optim/longest_skip"] >= config.max_skipped_steps:
+                before = step - metrics["optim/longest_skip"]  # what was saved since then has the same dead parameters
+                good = [saved for saved in checkpoint.saved_steps(run / "checkpoints") if saved <= before]
+                raise DivergedError(
+                    f"step {step}: {config.max_skipped_steps} steps in a row were not finite; last good checkpoint:"
+                    f" {run / 'checkpoints' / f'step-{good[-1]:08d}.pt' if good else 'none'};"
+                    " lower optim.base_lr, in another run_folder"
+                )
+        if save_now or (config.check_ranks_every and step % config.check_ranks_every == 0):
+            check_ranks_agree(learned_tensors(learner), step)
+        writes = [save] if save_now else []
+        if last or (config.checkpoint.export_every and step % config.checkpoint.export_every == 0):
+            writes.append(export)
+        if must_save:
+            for write in writes:
+                on_rank_0(write)  # no rank leaves before it is on disk
+        else:
+            try:
+                for write in writes:
+                    write()
+            except SaveError as error:  # the next one may find room
+                monitor.say(f"WARNING: step {step}: {error}; training goes on, and the last checkpoints are whole")
+                ledger.record(run, "save_failed", step=step, why=str(error))
+        if asked and not last:
+            agreement.finish()
+            raise StoppedError(stopping.name(asked))
+    agreement.finish()
+    if not any((run / "encoders").glob(f"step-{step:08d}.safetensors")):
+        on_rank_0(export)  # killed between the last checkpoint and its encoder
+    monitor.say(f"done: {step} steps; encoder {run / 'encoders' / f'step-{step:08d}.safetensors'}")

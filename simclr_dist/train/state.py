@@ -1,0 +1,96 @@
+"""What a checkpoint holds, and the way back from it; and what all ranks have to know of the data."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from simclr_dist import checkpoint
+from simclr_dist.atomic import write_atomically
+from simclr_dist.config import Config
+from simclr_dist.data.reader import ShardDataset
+from simclr_dist.distributed import World, all_gather_objects, environment, together
+from simclr_dist.errors import DataError
+from simclr_dist.learner import Learner
+from simclr_dist.monitor import Monitor
+
+
+def data_identity(images: ShardDataset) -> str:
+    """Names the images and their order: the same images cut into other shards are read in another order."""
+    return hashlib.sha256(images.manifest.digest.encode() + images.manifest.shard_sizes.tobytes()).hexdigest()
+
+
+def full_state(
+    learner: Learner, config: Config, here: World, step: int, bad_samples: dict[str, str], digest: str
+) -> checkpoint.State:
+    """What a checkpoint holds: tensors and plain values."""
+    return {
+        "step": step,
+        "model": learner.model.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "counters": {name: int(value) for name, value in learner.counters.items()},
+        "init": learner.init,
+        "bad_samples": dict(bad_samples),
+        "data_digest": digest,
+        "config": config.to_dict(),
+        "environment": environment(here),
+    }
+
+
+def learned_tensors(learner: Learner) -> dict[str, Tensor]:
+    """Every tensor that the ranks hold a copy of each: parameters, buffers, optimizer state."""
+    tensors: dict[str, Tensor] = dict(learner.model.state_dict())
+    for number, state in enumerate(learner.optimizer.state.values()):
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer state {number} {name}"] = value.to(next(learner.model.parameters()).device)
+    return tensors
+
+
+def resume(learner: Learner, config: Config, here: World) -> tuple[int, dict[str, str]]:
+    """Put the newest whole checkpoint into the learner; returns (steps done, bad samples so far)."""
+
+    def report(line: str) -> None:
+        if here.is_main:
+            print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
+    state = together(lambda: checkpoint.load_newest(Path(config.run_folder) / "checkpoints", report=report))
+    step = 0 if state is None else int(state["step"])
+    if len(set(all_gather_objects(step))) > 1:
+        raise DataError(
+            f"run_folder: {config.run_folder!r}: the ranks see different checkpoints; put the run folder on a shared disk"
+        )
+    if state is None:
+        return 0, {}
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    for name, value in state["counters"].items():
+        learner.counters[name].fill_(value)
+    learner.init = state["init"]
+    for name, old in state["environment"].items():
+        if old != (new := environment(here)[name]):
+            report(f"{name} was {old} and is {new}: the run goes on, and may differ from an uninterrupted one in the last bits")
+    return step, dict(state["bad_samples"])
+
+
+def share_bad_samples(bad: dict[str, str], config: Config, run: Path, here: World, monitor: Monitor) -> None:
+    """Tell every rank of every unreadable image; beyond the limit the run ends, on all ranks alike."""
+    if config.data.on_bad_sample == "error":
+        return
+    known = len(bad)
+    for others in all_gather_objects(dict(bad)):
+        bad.update(others)
+    if len(bad) == known and known == 0:
+        return
+    lines = "".join(f"{reason}\n" for _, reason in sorted(bad.items()))
+    if here.is_main:
+        path = run / "bad_samples.txt"
+        if not path.exists() or path.read_text() != lines:
+            try:
+                write_atomically(path, lines.encode())
+            except OSError as error:
+                monitor.say(f"WARNING: {path}: {error.strerror}")
+            monitor.say(f"{len(bad)} unreadable images replaced so far, listed in {path}")
+    if len(bad) > config.data.max_bad_samples:
+        raise DataError(f"data.max_bad_samples: {len(bad)} unreadable images are too many, the last: {bad[max(bad)]}")

@@ -1,0 +1,239 @@
+"""Stop signals at an evaluation: exit code 75 and one line, whenever they come, and nothing is left behind."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from evaluated import draw_images
+from simclr_dist.data.reader import mind_parent_only
+from simclr_dist.evaluate import workers
+from simclr_dist.run import write_status
+
+Make = Callable[..., Path]
+Start = Callable[..., "subprocess.Popen[str]"]
+STOPPED = "simclr-dist: stopped by {}; the same command starts the evaluation again\n"
+WAYS = {"module": ["-m", "simclr_dist.evaluate"], "verb": ["-m", "simclr_dist.cli", "eval"]}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `python ARGUMENTS` as the head of its own session, which is ended at the end; temporary files are in tmp/."""
+    (tmp_path / "tmp").mkdir()
+    started = []
+
+    def python(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), **environment},
+        )
+        started.append(process)
+        return process
+
+    yield python
+    for process in started:
+        for pid in session(process):
+            os.kill(pid, signal.SIGKILL)
+        with process:  # waits, and closes the pipes
+            pass
+
+
+@pytest.fixture
+def job(make_encoder: Make, make_shards: Make) -> list[object]:
+    """The arguments of an evaluation that takes some seconds, most of them for features: it looks at single images."""
+    train, test = make_shards("train", *draw_images(600, seed=0)), make_shards("test", *draw_images(31, seed=1))
+    return [make_encoder(), "--train", train, "--test", test, "--device", "cpu", "--batch-size", "1"]
+
+
+def session(process: "subprocess.Popen[str]") -> list[int]:
+    """The living processes of a session, but for those that have ended and are not yet waited for."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, head, *_ = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(head) == process.pid and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
+
+
+def hears(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = int(next(line.split()[1] for line in lines if line.startswith("SigCgt")), 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def send(process: "subprocess.Popen[str]", number: signal.Signals, *, group: bool) -> None:
+    (os.killpg if group else os.kill)(process.pid, number)
+
+
+def check_stopped(process: "subprocess.Popen[str]", number: signal.Signals, folder: Path) -> None:
+    """The process ends as it should, and leaves nothing."""
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (75, STOPPED.format(number.name))
+    assert session(process) == []
+    left = [path for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor")]  # torch's own cache
+    assert [*left, *folder.rglob("*.tmp"), *folder.rglob("eval/*.json")] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, 0.3), (signal.SIGUSR1, 0.0), (signal.SIGUSR2, 1.0)])
+def test_during_import(start: Start, job: list[object], tmp_path: Path, way: str, number: signal.Signals, wait: float) -> None:
+    process = start(*WAYS[way], *job)
+    wait_until(lambda: hears(process, number), process)
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "heard before torch is there"
+    time.sleep(wait)
+    send(process, number, group=False)
+    check_stopped(process, number, tmp_path)
+
+
+def test_during_an_import_that_swallows_what_is_raised(start: Start, job: list[object], tmp_path: Path) -> None:
+    """As torch's does, about once in ten signals."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\nexcept BaseException:\n    pass\n"
+    )
+    process = start("-m", "simclr_dist.evaluate", *job, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    check_stopped(process, signal.SIGTERM, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGUSR2, False)],
+)
+def test_during_extraction(start: Start, job: list[object], tmp_path: Path, number: signal.Signals, group: bool) -> None:
+    process = start("-m", "simclr_dist.evaluate", *job, "--workers", "2")
+    wait_until(lambda: len(session(process)) == 3, process)
+    time.sleep(random.uniform(0, 1))
+    send(process, number, group=group)
+    check_stopped(process, number, tmp_path)
+
+
+@pytest.mark.slow
+def test_during_the_linear_probe_and_twice(start: Start, make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
+    """SLURM signals twice."""
+    train, test = make_shards("train", *draw_images(300, seed=0)), make_shards("test", *draw_images(31, seed=1))
+    encoder = make_encoder(image_size=32)  # raw pixels of 3072 values: a second for their probe
+    process = start("-m", "simclr_dist.evaluate", encoder, "--train", train, "--test", test, "--device", "cpu")
+    assert process.stderr.readline().startswith("features of 331 images")
+    time.sleep(random.uniform(0.1, 0.3))
+    send(process, signal.SIGTERM, group=True)
+    send(process, signal.SIGTERM, group=True)
+    check_stopped(process, signal.SIGTERM, tmp_path)
+
+
+@pytest.mark.slow
+def test_while_waiting_for_an_encoder_and_again(start: Start, make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
+    train, test = make_shards("train", *draw_images(31, seed=0)), make_shards("test", *draw_images(31, seed=1))
+    run = make_encoder().parent.parent
+    (run / "config.yaml").write_text("seed: 0\n")
+    job = ["--watch", run, "--train", train, "--test", test, "--device", "cpu", "--workers", "0", "--poll", "600"]
+    process = start("-m", "simclr_dist.evaluate", *job)
+    assert process.stdout.readline().startswith("step-00001200: kNN")
+    assert process.stdout.readline() == f"{run}: not started; waiting for its next encoder\n"
+    result = (run / "eval" / "step-00001200.json").rename(tmp_path / "result.json")
+    send(process, signal.SIGUSR1, group=False)
+    check_stopped(process, signal.SIGUSR1, tmp_path)
+    result.rename(run / "eval" / "step-00001200.json")
+    write_status(run, "done", 0)
+    process = start("-m", "simclr_dist.evaluate", *job)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    assert out.splitlines()[0].endswith("; evaluated before")
+
+
+@pytest.mark.slow
+def test_ranks_without_a_launcher(start: Start, job: list[object], tmp_path: Path) -> None:
+    """As the tasks of a SLURM step: one rank may be waiting, deep in a collective, for another that has gone already."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [
+        start("-m", "simclr_dist.evaluate", *job, "--workers", "1", **where, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
+    for process in both:
+        wait_until(lambda process=process: len(session(process)) == 2, process)  # type: ignore[misc]
+    for process in both:
+        send(process, signal.SIGTERM, group=True)
+    for process in both:
+        check_stopped(process, signal.SIGTERM, tmp_path)
+
+
+class _Signalling(torch.utils.data.Dataset[int]):
+    """The numbers to 999; the reading process gets a signal while it waits for each."""
+
+    def __init__(self) -> None:
+        self.reader = os.getpid()
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(self.reader, signal.SIGUSR1)
+        os.kill(self.reader, signal.SIGUSR2)
+        return index
+
+
+def signalling(processes: int) -> DataLoader[int]:
+    return DataLoader(_Signalling(), batch_size=10, num_workers=processes, worker_init_fn=mind_parent_only)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_handler_that_returns_changes_nothing(processes: int) -> None:
+    """In a program with its own handlers, like a training that only notes the signal, the batches stay whole."""
+    heard = []
+    signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
+    seen = []
+    for batch in workers.read(signalling(processes), abandoned):
+        assert not abandoned
+        seen += batch.tolist()
+    assert seen == list(range(1000))
+    assert heard
+
+
+def test_a_handler_that_raises_ends_the_workers_first() -> None:
+    """Also when the exception is kept, and its frames with it."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    before = children.read_text().split()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    def leave(number: int, _: object) -> None:
+        assert len(children.read_text().split()) == len(before) + 2
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(75)
+
+    signal.signal(signal.SIGUSR1, leave)
+    abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
+    with pytest.raises(SystemExit) as kept:
+        list(workers.read(signalling(2), abandoned))
+    assert abandoned
+    assert kept.value.code == 75
+    assert children.read_text().split() == before

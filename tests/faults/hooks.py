@@ -1,0 +1,72 @@
+"""What befalls a rank at one exact moment: hooks for `training_runs.started`, to be made picklable by functools.partial."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from simclr_dist.config import Config
+from simclr_dist.learner import Learner
+from simclr_dist.train import loop
+
+
+def is_rank(rank: int | None) -> bool:
+    """Whether this process is `rank`; None for every rank."""
+    return rank is None or os.environ["RANK"] == str(rank)
+
+
+def signalled_in_step(step: int, number: signal.Signals, rank: int | None = None) -> None:
+    """A signal while the `step`-th step of this start is made."""
+    _before_step(step, rank, lambda: os.kill(os.getpid(), number))
+
+
+def late_in_step(step: int, seconds: float, rank: int) -> None:
+    """A rank that takes longer, once."""
+    _before_step(step, rank, lambda: time.sleep(seconds))
+
+
+def signalled_during_export(number: signal.Signals) -> None:
+    """A signal to rank 0 when it begins to write the encoder."""
+    export = loop.export_encoder
+
+    def patched(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        export(*arguments)
+
+    loop.export_encoder = patched
+
+
+def corrupted_after_step(step: int, rank: int) -> None:
+    """One number of one parameter changes in a rank's memory."""
+    counted = 0
+    training_step = loop.training_step
+
+    def patched(learner: Learner, *arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal counted
+        outcome = training_step(learner, *arguments)
+        counted += 1
+        if counted == step and is_rank(rank):
+            with torch.no_grad():
+                learner.model.encoder.get_parameter("conv1.weight")[0, 0, 0, 0] *= 1.5
+        return outcome
+
+    loop.training_step = patched
+
+
+def _before_step(step: int, rank: int | None, action: Callable[[], None]) -> None:
+    counted = 0
+    training_step = loop.training_step
+
+    def patched(
+        learner: Learner, view_a: torch.Tensor, view_b: torch.Tensor, config: Config, lr: float
+    ) -> dict[str, torch.Tensor]:
+        nonlocal counted
+        counted += 1
+        if counted == step and is_rank(rank):
+            action()
+        return training_step(learner, view_a, view_b, config, lr)
+
+    loop.training_step = patched

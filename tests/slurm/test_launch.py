@@ -1,0 +1,76 @@
+"""What lies in launch/ for SLURM, as a user would run it."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import training_runs
+from simclr_dist import ledger
+from slurm.cluster import Cluster
+from slurm.training import STEP, Run
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+OPTIONS = ("--nodes=2", "--exclusive", "--export=ALL,OMP_NUM_THREADS=1,GLOO_SOCKET_IFNAME=eth0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, cluster: Cluster) -> Path:
+    """A config for a short run, and the package's commands on PATH."""
+    shards = training_runs.make_shards(tmp_path)
+    training_runs.write_config(tmp_path, shards, **STEP, steps=25)
+    cluster.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return tmp_path
+
+
+def sbatch(cluster: Cluster, folder: Path, *arguments: str) -> int:
+    return int(cluster.login("sbatch", "--parsable", *arguments, cwd=folder).stdout)
+
+
+def test_the_batch_scripts(cluster: Cluster, folder: Path) -> None:
+    """Both jobs are stopped in the middle by a signal to all they consist of, and go on; the second waits for the first."""
+    shards = str(folder / "shards")
+    train = sbatch(cluster, folder, *OPTIONS, str(LAUNCH / "train.sbatch"), "config.yaml", "run", "--processes", "1")
+    after = ("--dependency", f"afterok:{train}", "--kill-on-invalid-dep=yes")
+    evaluate = sbatch(cluster, folder, *after, str(LAUNCH / "eval.sbatch"), "run", shards, shards)
+    cluster.until(lambda: ledger.heartbeat(folder / "run").get("step", 0) > 3, "training runs", 90)
+    cluster.login("scancel", "--signal=USR2", "--full", str(train))
+    cluster.until(lambda: cluster.show(train).get("Restarts") == "1", "the training is requeued")
+    assert cluster.wait(train, "COMPLETED", "FAILED", "CANCELLED", seconds=120) == "COMPLETED", said(folder)
+    assert cluster.wait(evaluate, "RUNNING", "CANCELLED", seconds=60) == "RUNNING"
+    time.sleep(0.5)
+    cluster.login("scancel", "--signal=TERM", "--full", str(evaluate))
+    cluster.until(lambda: cluster.show(evaluate).get("Restarts") == "1", "the evaluation is requeued")
+    assert cluster.wait(evaluate, "COMPLETED", "FAILED", "CANCELLED", seconds=120) == "COMPLETED", said(folder)
+    assert (folder / "run" / "eval" / "step-00000025.json").exists()
+    starts = [entry for entry in ledger.entries(folder / "run") if entry["event"] == "start"]
+    assert [start["steps_lost"] for start in starts] == [0, 0]
+
+
+def test_a_wrong_config_ends_the_batch_script_with_2(cluster: Cluster, folder: Path) -> None:
+    job = sbatch(cluster, folder, *OPTIONS, str(LAUNCH / "train.sbatch"), "config.yaml", "run", "--sead", "1")
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=60) == "FAILED"
+    assert cluster.show(job)["ExitCode"] == "2:0"
+    assert "sead" in said(folder)
+    assert "did you mean" in said(folder)
+
+
+def test_submitit_on_one_page(cluster: Cluster, folder: Path) -> None:
+    command = [sys.executable, str(LAUNCH / "submit.py"), "config.yaml", "run", "--nodes", "2", "--gpus", "0", "--cpus", "2"]
+    run = Run(cluster, folder, folder / "shards", steps=25)
+    printed = cluster.login(*command, env={"GLOO_SOCKET_IFNAME": "eth0"}, cwd=folder).stdout
+    run.job = int(printed.split()[1].rstrip(":"))
+    run.started(1)
+    cluster.login("scontrol", "requeue", str(run.job))
+    run.done()
+    starts: list[dict[str, Any]] = run.events("start")
+    assert [start["steps_lost"] for start in starts] == [0, 0]
+    assert json.loads((run.run / "status.json").read_text())["state"] == "done"
+
+
+def said(folder: Path) -> str:
+    return "".join(path.read_text()[-3000:] for path in folder.glob("slurm-*.out"))
