@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simclr-dist: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("simclr-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("simclr-dist: interrupted", file=sys.stderr)
         return 130
     return code
 

@@ -139,6 +139,10 @@ class LossConfig:
 
     temperature: float = 0.1
     """Divides the cosine similarities; the paper's best: 0.1 on ImageNet, 0.5 on CIFAR-10."""
+    decoupled: bool = False
+    """Leave the positive out of the denominator (decoupled contrastive learning, DCL)."""
+    scale: float = 1.0
+    """Multiplies the loss; 2 gives that of SimCLR's official code, which adds the means over the two views."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,10 @@ class Config:
     """Length of the run in steps; set this or epochs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; auto takes CUDA when there is a GPU."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Encoder arithmetic: fp32, bf16 autocast, or fp64 (to prove things)."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Encoder arithmetic: fp32, bf16 autocast, fp16 autocast with loss scaling, or fp64 (to prove things)."""
+    activation_checkpointing: bool = False
+    """Keep each residual block's input alone and compute the rest again in the backward: less memory, more time."""
     channels_last: bool = True
     """Memory order of images and weights; pays on GPUs and CPUs."""
     compile: bool = False
@@ -352,6 +358,10 @@ def check(config: Config, source: str) -> None:
         refuse("views.image_size", "is too small; the least is 8")
     if config.loss.temperature <= 0:
         refuse("loss.temperature", "must be above 0")
+    if not 0 < config.loss.scale < math.inf:
+        refuse("loss.scale", "must be above 0")
+    if config.activation_checkpointing and config.compile:
+        refuse("activation_checkpointing", "does not go with compile; set one of the two")
     if not 0 <= config.optim.momentum < 1:
         refuse("optim.momentum", "must be from 0 to below 1")
     if config.seed >= 2**64:

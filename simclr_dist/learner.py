@@ -7,14 +7,14 @@ import os
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_dist.config import Config
-from simclr_dist.distributed import World, all_gather_objects, all_sum, data_parallel, together
+from simclr_dist.distributed import World, all_gather_objects, data_parallel, together
 from simclr_dist.errors import ConfigError
 from simclr_dist.export import start_weights
 from simclr_dist.loss import NTXentLoss
+from simclr_dist.loss.statistics import embedding_statistics
 from simclr_dist.microbatch import LossFunction, contrastive_backward
 from simclr_dist.model import SimCLR, build_simclr, frozen_running_statistics, use_global_batch_norm
 from simclr_dist.optim import build_optimizer, parameter_groups, step_unless
@@ -27,8 +27,25 @@ class Learner:
     model: SimCLR
     parallel: nn.Module  # DDP around the model, or the model itself
     optimizer: torch.optim.Optimizer
+    loss: LossFunction
+    loss_scale: "LossScale | None"  # of fp16
     counters: dict[str, Tensor]  # int64 device scalars
     init: str  # what the encoder really started from
+
+
+class LossScale:
+    """What float16's gradients are multiplied by, so as not to vanish: halved by an overflow, doubled after 2000 steps without.
+
+    Two device scalars, so that no step waits for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.factor = torch.full((), 2.0**16, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, bad: Tensor) -> None:
+        """After a step, which was `bad` (bool) or not."""
+        torch._amp_update_scale_(self.factor, self.good_steps, bad.float(), 2.0, 0.5, 2000)
 
 
 def build_learner(config: Config, here: World) -> Learner:
@@ -44,8 +61,9 @@ def build_learner(config: Config, here: World) -> Learner:
     init = together(lambda: start_weights(model.encoder, m.encoder, m.init, m.init_file))
     if len(set(all_gather_objects(init))) > 1:
         raise ConfigError("model.init: some ranks could load the start weights and others could not; put them on every node")
-    model.autocast = torch.bfloat16 if config.precision == "bf16" else None
+    model.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     model.to(here.device, torch.float64 if config.precision == "fp64" else torch.float32)
+    model.encoder.checkpointing = config.activation_checkpointing
     model.channels_last = config.channels_last
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -64,17 +82,24 @@ def build_learner(config: Config, here: World) -> Learner:
         name: torch.zeros((), dtype=torch.int64, device=here.device)
         for name in ("skipped", "skipped_in_a_row", "longest_skip", "clipped")
     }
-    return Learner(model, parallel, optimizer, counters, init)
+    loss = NTXentLoss(config.loss.temperature, decoupled=config.loss.decoupled, scale=config.loss.scale)
+    loss_scale = LossScale(here.device) if config.precision == "fp16" else None
+    return Learner(model, parallel, optimizer, loss, loss_scale, counters, init)
 
 
 def backward(
     learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, loss_function: LossFunction | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the global batch's loss, from this rank's views; returns (global loss, z_a, z_b)."""
+    """The gradient of the global batch's loss, from this rank's views; returns (global loss, z_a, z_b).
+
+    With fp16 both are multiplied by the loss scale.
+    """
+    plain = loss_function or learner.loss
+    scale = learner.loss_scale
     return contrastive_backward(
         learner.parallel,
         list(zip(view_a.chunk(config.micro_batches), view_b.chunk(config.micro_batches), strict=True)),
-        loss_function or NTXentLoss(config.loss.temperature),
+        plain if scale is None else lambda z_a, z_b: plain(z_a, z_b) * scale.factor,
         no_sync=getattr(learner.parallel, "no_sync", contextlib.nullcontext),
         first_pass=functools.partial(frozen_running_statistics, learner.model),
     )
@@ -93,15 +118,22 @@ def training_step(learner: Learner, view_a: Tensor, view_b: Tensor, config: Conf
     statistics = [buffer for buffer in learner.model.buffers() if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
     loss, z_a, z_b = backward(learner, view_a, view_b, config)
+    if scale := learner.loss_scale:
+        loss = loss / scale.factor
+        torch._foreach_div_([p.grad for p in learner.model.parameters() if p.grad is not None], scale.factor)
     clip_norm = config.optim.clip_norm or torch.inf
     norm = nn.utils.clip_grad_norm_(learner.model.parameters(), clip_norm)
     bad = ~(loss.isfinite() & norm.isfinite())
     step_unless(optimizer, bad)
     for buffer, old in zip(statistics, before, strict=True):
         buffer.copy_(torch.where(bad, old, buffer))  # a non-finite batch must not stay in the running statistics
+    hopeless = bad  # unlike a step whose gradient only overflowed for its scale
+    if scale:
+        hopeless = bad & (~loss.isfinite() | (scale.factor <= 1))
+        scale.update(bad)
     counters["skipped"] += bad
-    counters["clipped"] += norm > clip_norm
-    counters["skipped_in_a_row"].add_(1).mul_(bad)
+    counters["clipped"] += (norm > clip_norm) & ~bad
+    counters["skipped_in_a_row"].add_(1).mul_(hopeless)
     counters["longest_skip"] = torch.maximum(counters["longest_skip"], counters["skipped_in_a_row"])
     return {"loss": loss, "gradient_norm": norm, "z_a": z_a, "z_b": z_b}
 
@@ -109,16 +141,17 @@ def training_step(learner: Learner, view_a: Tensor, view_b: Tensor, config: Conf
 def step_metrics(
     outcome: dict[str, Tensor], learner: Learner, config: Config, step: int, lr: float, bad_samples: int
 ) -> dict[str, float]:
-    """Numbers after a step; each is a function of the run's state alone, so a resumed run repeats them."""
-    similarity = F.cosine_similarity(outcome["z_a"].float(), outcome["z_b"].float())
-    count = all_sum(torch.stack([similarity.sum(), torch.full_like(similarity.sum(), len(similarity))]))
+    """Numbers after a step; each is a function of the run's state alone, so a resumed run repeats them.
+
+    To be called on every rank alike. The loss is that of the formula, without `loss.scale`.
+    """
     negatives = 2 * (config.global_batch_size - 1)
     counters = {name: int(value) for name, value in learner.counters.items()}
-    return {
-        "loss/nt_xent": float(outcome["loss"]),
-        "loss/chance": math.log(negatives + 1),
+    metrics = {
+        f"loss/{'dcl' if config.loss.decoupled else 'nt_xent'}": float(outcome["loss"]) / config.loss.scale,
+        "loss/chance": math.log(negatives + (not config.loss.decoupled)) if negatives else 0.0,
         "loss/negatives_an_anchor": negatives,
-        "similarity/positive": float(count[0] / count[1]),
+        **embedding_statistics(outcome["z_a"], outcome["z_b"]),
         "optim/learning_rate": lr,
         "optim/gradient_norm": float(outcome["gradient_norm"]),
         "optim/clipped_share": counters["clipped"] / step,
@@ -126,3 +159,10 @@ def step_metrics(
         "optim/longest_skip": counters["longest_skip"],
         "data/bad_samples": bad_samples,
     }
+    if trust := getattr(learner.optimizer, "trust_ratios", None):
+        ratios = torch.cat(trust)
+        least, middle, most = torch.stack([ratios.min(), ratios.median(), ratios.max()]).tolist()
+        metrics |= {"lars/trust_ratio_min": least, "lars/trust_ratio_median": middle, "lars/trust_ratio_max": most}
+    if learner.loss_scale:
+        metrics["optim/loss_scale"] = float(learner.loss_scale.factor)
+    return metrics

@@ -22,7 +22,8 @@ def contrastive_backward(
     `pieces` are this rank's (view_a, view_b), float [n, 3, s, s] each. Both views of a piece go through the model in ONE
     forward, so BatchNorm's statistics are over both. With one piece this is plain forward and backward. With more, z is
     first computed without a graph, the loss gives dL/dz, and a second pass over the pieces, with a graph, carries it into
-    the parameters: one piece of activations is alive at a time, and the loss still sees every embedding.
+    the parameters: one piece of activations is alive at a time, and the loss still sees every embedding. Each piece draws the
+    same random numbers (dropout) in both passes.
 
     `no_sync` holds DDP's gradient exchange back for all pieces but the last. `first_pass` surrounds the pass without a
     graph (there BatchNorm must not move its running statistics twice).
@@ -36,14 +37,31 @@ def contrastive_backward(
 
     # The bare module: DDP's forward would arm its gradient exchange.
     bare = getattr(model, "module", model)
+    z, states = [], []
     with torch.no_grad(), first_pass():
-        z = [bare(torch.cat(piece)) for piece in pieces]
+        for piece in pieces:
+            states.append(_random_state(piece[0].device))
+            z.append(bare(torch.cat(piece)))
+    after = _random_state(z[0].device)
     z_a, z_b = (torch.cat(view).requires_grad_() for view in zip(*(part.chunk(2) for part in z), strict=True))
     loss = loss_function(z_a, z_b)
     gradients = torch.autograd.grad(loss, (z_a, z_b))
     sizes = [len(a) for a, _ in pieces]
     parts = list(zip(*(gradient.split(sizes) for gradient in gradients), strict=True))
     for i, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+        _set_random_state(states[i], piece[0].device)
         with no_sync() if i < len(pieces) - 1 else nullcontext():
             model(torch.cat(piece)).backward(torch.cat(part))
+    _set_random_state(after, z_a.device)
     return loss.detach(), z_a.detach(), z_b.detach()
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU's generator, and of the device's if it is a GPU; both live on the host, so nothing waits."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

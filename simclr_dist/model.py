@@ -1,12 +1,13 @@
 """Encoder by name, projector, and BatchNorm over the global micro-batch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simclr_dist.distributed import all_gather, all_sum, world_size
@@ -28,6 +29,8 @@ class ResNet(nn.Module):
     SimCLR's 2x and 4x do (torchvision's wide_resnet widens the inner layers alone). Forward: float [n, 3, s, s] to the
     representation h [n, feature_size]. Starts as torchvision's (He et al. 2015).
     """
+
+    checkpointing = False  # keep the inputs of residual blocks alone, and compute the rest again in the backward
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -67,9 +70,24 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            if self.checkpointing and torch.is_grad_enabled():
+                for block in layer:
+                    x = _checkpointed(block, x)
+            else:
+                x = layer(x)
         h: Tensor = self.avgpool(x).flatten(1)
         return h
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`, computed a second time in the backward; BatchNorm's running statistics move in the first time alone."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), frozen_running_statistics(block)
+
+    y: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return y
 
 
 def build_projector(
@@ -223,11 +241,14 @@ def use_global_batch_norm(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
     """Within it, BatchNorm in training mode still uses the batch's statistics but leaves its running ones alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
+    for norm, own in buffers:
+        for name, buffer in own.items():
+            setattr(norm, name, buffer.clone())  # to be moved in its place
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, own in buffers:
+            for name, buffer in own.items():
+                setattr(norm, name, buffer)

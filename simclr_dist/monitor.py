@@ -79,14 +79,16 @@ class Monitor:
         self._try(str(self._metrics), lambda: append(self._metrics, f"{entry}\n".encode()))
         if self._board is not None:
             self._show(self._board, [scalar(name, value) for name, value in {**metrics, **timing}.items()], step)
+        loss = metrics["loss/nt_xent"] if "loss/nt_xent" in metrics else metrics["loss/dcl"]
         line = (
-            f"step {step}/{self._total}  loss {metrics['loss/nt_xent']:.4f} (chance {metrics['loss/chance']:.2f})"
-            f"  pos {metrics['similarity/positive']:.3f}  lr {metrics['optim/learning_rate']:.2e}"
+            f"step {step}/{self._total}  loss {loss:.4f} (chance {metrics['loss/chance']:.2f})"
+            f"  pos {metrics['similarity/positive']:.3f}"
+            f"  top-1 {100 * metrics['retrieval/top1']:.0f} %  lr {metrics['optim/learning_rate']:.2e}"
             f"  {timing['speed/images_per_second']:.0f} img/s  data {timing['speed/data_wait_percent']:.0f} %"
             f"  mem {timing['speed/memory_gib']:.2f} GiB  ETA {_clock(timing['speed/seconds_left'])}"
         )
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics['loss/nt_xent']:.3f} {timing['speed/images_per_second']:.0f} img/s")
+            self._bar.set_postfix_str(f"loss {loss:.3f} {timing['speed/images_per_second']:.0f} img/s")
             self._note(line)
         else:
             self.say(line)

@@ -42,8 +42,9 @@ class LARS(Optimizer):
 
     For a group with `adapt`: g += weight_decay * w; trust = eta * |w| / |g| (1 if either norm is 0); then classic momentum
     with the rate inside the buffer, v = momentum * v + rate * trust * g; w -= v. Without `adapt`: the same with trust 1.
-    One multi-tensor pass over a group, no host sync. With `found_inf` set to a device scalar, as torch.amp does, a step
-    where it is 1 changes nothing.
+    Multi-tensor, no host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes
+    nothing. `trust_ratios` holds those of the last step: a device tensor for each group with `adapt`, in the order of its
+    parameters that have a gradient.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class LARS(Optimizer):
             },
         )
         self._step_supports_amp_scaling = True
+        self.trust_ratios: list[Tensor] = []
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -79,6 +81,7 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.trust_ratios = []
         for group in self.param_groups:
             self._update(group)
         return loss
@@ -90,8 +93,8 @@ class LARS(Optimizer):
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        gradients: tuple[Tensor, ...] | list[Tensor] = [p.grad for p in weights]
+        # The fused kernel walks through memory: a gradient that somebody has set by hand may lie there in another order.
+        gradients: Any = [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in weights]
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
         if group["adapt"]:
@@ -99,19 +102,24 @@ class LARS(Optimizer):
             gradient_norms = torch.stack(torch._foreach_norm(gradients))
             trust = group["trust_coefficient"] * weight_norms / gradient_norms
             trust = torch.where((weight_norms > 0) & (gradient_norms > 0), trust, 1.0)
-            updates = torch._foreach_mul(gradients, list((group["lr"] * trust).unbind()))
+            self.trust_ratios.append(trust)
+            gradients = torch._foreach_mul(gradients, list((group["lr"] * trust).unbind()))
         else:
-            updates = torch._foreach_mul(gradients, group["lr"])
-        torch._foreach_add_(updates, buffers, alpha=group["momentum"])
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
-            torch._foreach_copy_(buffers, updates)
-            torch._foreach_sub_(weights, updates)
-        else:
-            skip = found_inf.bool()
-            for weight, buffer, update in zip(weights, buffers, updates, strict=True):
-                weight.sub_(torch.where(skip, 0.0, update))
-                buffer.copy_(torch.where(skip, buffer, update))
+            gradients = torch._foreach_mul(gradients, group["lr"])
+        # Momentum and update in one pass, which `found_inf` turns into none: v = momentum * v + g; w -= v.
+        torch._fused_sgd_(
+            weights,
+            gradients,
+            [self.state[weight]["momentum_buffer"] for weight in weights],
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=1.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=getattr(self, "found_inf", None),
+        )
 
 
 def build_optimizer(

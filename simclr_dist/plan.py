@@ -54,7 +54,7 @@ def plan(config: Config, *, world_size: int = 1, samples: int | None = None) -> 
         ),
         (
             "memory a rank: loss",
-            f"{_mib((rows + 3 * local) * dim * number + 3 * min(64 * 2**20, local * rows * number))}"
+            f"{_mib((rows + 3 * local) * dim * number + 2 * min(64 * 2**20, local * rows * number))}"
             f" (the whole {rows} x {rows} matrix would be {_mib(rows * rows * number)})",
         ),
         ("memory a rank: views", f"{_mib(local * 3 * side * side * 4)}, as float32, of one step"),

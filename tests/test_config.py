@@ -34,15 +34,17 @@ LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"
 
 # Every knob is an interface that someone has to keep: a new one is added here on purpose.
 OPTIONS = [
-    "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision", "channels_last",
-    "compile", "deterministic", "max_skipped_steps", "check_ranks_every", "timeout_minutes",
+    "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision",
+    "activation_checkpointing", "channels_last", "compile", "deterministic",
+    "max_skipped_steps", "check_ranks_every", "timeout_minutes",
     "first_step_timeout_minutes", "data.shards", "data.workers", "data.window",
     "data.on_bad_sample", "data.max_bad_samples", "views.preset", "views.image_size", "views.crop_scale",
     "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
     "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
     "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",
     "model.projector_depth", "model.projector_hidden", "model.projector_dim", "model.projector_batch_norm",
-    "loss.temperature", "optim.name", "optim.base_lr", "optim.lr_rule", "optim.weight_decay", "optim.momentum",
+    "loss.temperature", "loss.decoupled", "loss.scale", "optim.name", "optim.base_lr", "optim.lr_rule",
+    "optim.weight_decay", "optim.momentum",
     "optim.trust_coefficient", "optim.warmup_epochs", "optim.warmup_steps", "optim.clip_norm", "checkpoint.every",
     "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every", "log.every", "log.tensorboard",
 ]  # fmt: skip

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import ranks
+from host_sync import no_host_sync
 from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig
 from simclr_dist.distributed import World
-from simclr_dist.learner import Learner, build_learner, training_step
+from simclr_dist.learner import Learner, build_learner, step_metrics, training_step
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.microbatch import contrastive_backward
 from simclr_dist.model import frozen_running_statistics
@@ -226,3 +227,122 @@ def test_bfloat16() -> None:
     assert outcome["loss"].dtype == torch.float32
     assert outcome["loss"] == pytest.approx(exact["loss"].item(), rel=0.05)
     assert outcome["gradient_norm"] == pytest.approx(exact["gradient_norm"].item(), rel=0.2)
+
+
+def test_fp16_finds_its_scale() -> None:
+    """The first steps overflow: each halves the scale, leaves no trace, and is no sign of divergence."""
+    config = dataclasses.replace(CONFIG, precision="fp16")
+    learner = build_learner(config, ALONE)
+    assert learner.loss_scale is not None
+    learner.loss_scale.factor.fill_(2.0**40)
+    before = _state(learner)
+    views = _views(8, 16, torch.float32)
+    training_step(learner, *views, config, lr=0.1)
+    assert all(map(torch.equal, before, _state(learner)))
+    assert learner.loss_scale.factor == 2.0**39
+    assert (int(learner.counters["skipped"]), int(learner.counters["skipped_in_a_row"])) == (1, 0)
+    learner.loss_scale.factor.fill_(2.0**8)
+    outcome = training_step(learner, *views, config, lr=0.1)
+    exact = training_step(build_learner(CONFIG, ALONE), *views, CONFIG, lr=0.1)
+    assert outcome["loss"] == pytest.approx(exact["loss"].item(), rel=0.02)
+    assert outcome["gradient_norm"] == pytest.approx(exact["gradient_norm"].item(), rel=0.05), "of the loss without its scale"
+    assert (learner.loss_scale.factor, learner.loss_scale.good_steps) == (2.0**8, 1)
+    learner.loss_scale.good_steps.fill_(1999)
+    training_step(learner, *views, config, lr=0.1)
+    assert learner.loss_scale.factor == 2.0**9
+
+
+def test_fp16_still_diverges() -> None:
+    config = dataclasses.replace(CONFIG, precision="fp16")
+    learner = build_learner(config, ALONE)
+    view_a, view_b = _views(8, 16, torch.float32)
+    training_step(learner, view_a * torch.nan, view_b, config, lr=0.1)
+    assert learner.counters["skipped_in_a_row"] == 1, "no scale makes this loss finite"
+
+
+def test_loss_scale_and_loss_factor_are_not_mixed_up() -> None:
+    """`loss.scale` changes the gradient, and never the loss that is shown."""
+    double = dataclasses.replace(CONFIG, loss=LossConfig(temperature=0.5, scale=2.0))
+    found = []
+    for config in (CONFIG, double):
+        learner = build_learner(config, ALONE)
+        outcome = training_step(learner, *_views(8, 8, torch.float32), config, lr=0.1)
+        found.append((step_metrics(outcome, learner, config, 1, 0.1, 0)["loss/nt_xent"], float(outcome["gradient_norm"])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert found[1][1] == pytest.approx(2 * found[0][1], rel=1e-5)
+
+
+class _Dropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.model(nn.functional.dropout(x, 0.3))
+        return z
+
+
+def test_both_passes_draw_the_same_random_numbers() -> None:
+    """So the pieces are those of one plain forward of each, and the generator ends where that would leave it."""
+    view_a, view_b = _views()
+    parts = list(zip(view_a.chunk(3), view_b.chunk(3), strict=True))
+    model = _Dropout()
+    torch.manual_seed(11)
+    loss, _, _ = contrastive_backward(model, parts, NTXentLoss(0.2))
+    after = torch.rand(3)
+    plain = _Dropout()
+    torch.manual_seed(11)
+    z_a, z_b = zip(*(plain(torch.cat(part)).chunk(2) for part in parts), strict=True)
+    expected = nt_xent_reference(torch.cat(z_a), torch.cat(z_b), 0.2)
+    expected.backward()
+    assert torch.equal(after, torch.rand(3))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert (_gradient(model) - _gradient(plain)).norm() < 1e-13 * _gradient(plain).norm()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_activation_checkpointing_changes_memory_alone(micro_batches: int) -> None:
+    found = []
+    for checkpointing in (False, True):
+        config = dataclasses.replace(
+            CONFIG, micro_batches=micro_batches, activation_checkpointing=checkpointing, channels_last=False
+        )
+        learner = build_learner(config, ALONE)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            learner.model(torch.cat(_views(8, 32, torch.float32)))
+        learner = build_learner(config, ALONE)
+        for _ in range(2):
+            outcome = training_step(learner, *_views(8, 32, torch.float32), config, lr=0.1)
+        batches = [m.num_batches_tracked for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert set(map(int, batches)) == {2 * micro_batches}, "moved in one pass only"
+        found.append((_state(learner), outcome["loss"], sum(kept.values())))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[1][2] < 0.5 * found[0][2], "a good part of what is kept"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"micro_batches": 2},
+        {"micro_batches": 2, "activation_checkpointing": True},
+        {"precision": "fp16"},
+        {"precision": "bf16"},
+        {"loss": LossConfig(temperature=0.01, decoupled=True)},
+    ],
+)
+def test_no_host_sync_in_a_step(changes: dict[str, Any]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = dataclasses.replace(CONFIG, **changes)
+    learner = build_learner(config, World(0, 1, 0, device))
+    views = [view.to(device) for view in _views(8, 16, torch.float32)]
+    training_step(learner, views[0], views[1], config, lr=0.1)  # cuDNN and Triton try what is fastest
+    with no_host_sync():
+        training_step(learner, views[0], views[1], config, lr=0.1)

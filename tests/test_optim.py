@@ -11,7 +11,9 @@ import torch
 import torch_optimizer
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_sync import no_host_sync
 from simclr_dist.config import CONTIGUOUS_OPTIMIZERS, REFUSED_OPTIMIZERS, THIRD_PARTY_OPTIMIZERS
 from simclr_dist.optim import LARS, build_optimizer, learning_rate, parameter_groups, step_unless
 
@@ -179,21 +181,75 @@ def test_a_skipped_step_changes_nothing(name: str, first: int) -> None:
     assert all(map(torch.equal, *ends))
 
 
-def test_skipping_is_decided_on_the_device() -> None:
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_skipping_is_decided_on_the_device(name: str) -> None:
     """No read of the flag by the host, for those that can do without."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model().to(device)
+    optimizer = build_optimizer(name, parameter_groups(model, 1e-4), lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    skip = torch.zeros((), dtype=torch.bool, device=device)
+    step_unless(optimizer, skip)
+    with no_host_sync():
+        step_unless(optimizer, skip)
 
-    class NoSync(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert func is not torch.ops.aten._local_scalar_dense.default, "a host sync in the step"
-            return func(*args, **(kwargs or {}))
 
-    for name in ("lars", "sgd"):
-        model = _model()
-        optimizer = build_optimizer(name, parameter_groups(model, 1e-4), lr=0.01)
-        _backward(model, 0)
-        with NoSync():
-            step_unless(optimizer, torch.tensor(False))
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_lars_step_of_a_resnet50_is_a_few_operations() -> None:
+    model = torchvision.models.resnet50()
+    optimizer = build_optimizer("lars", parameter_groups(model, 1e-6), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    skip = torch.tensor(False)
+    step_unless(optimizer, skip)
+    with _Count() as count:
+        step_unless(optimizer, skip)
+    assert len(count.names) <= 25, count.names
+
+
+def test_lars_takes_a_gradient_that_lies_in_another_order() -> None:
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(torch.arange(1.0, 37.0).view(2, 3, 3, 2).contiguous(memory_format=torch.channels_last))
+        optimizer = LARS([weight], lr=0.5)
+        for step in range(3):
+            weight.grad = torch.linspace(-1, 1 + step, 36).view(2, 3, 3, 2).contiguous(memory_format=order)
+            optimizer.step()
+        found.append(weight.detach().contiguous())
+    assert torch.equal(*found)
+
+
+def test_trust_ratios_are_there_for_the_log() -> None:
+    weights = _parameters()
+    optimizer = LARS([{"params": weights[:2]}, {"params": weights[2:4], "adapt": False}, {"params": weights[4:]}], lr=0.1)
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 2.0)
+    expected = [0.001 * float(weight.detach().norm()) / float((2 * torch.ones_like(weight)).norm()) for weight in weights[:2]]
+    optimizer.step()
+    assert [ratios.tolist() for ratios in optimizer.trust_ratios] == [pytest.approx(expected), [1.0]]
+    assert set(optimizer.state_dict()["state"][0]) == {"momentum_buffer"}
+
+
+def test_lars_at_rate_0_only_remembers() -> None:
+    weights = _parameters()
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = LARS(weights, lr=0.0)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert all(map(torch.equal, weights, before))
+    assert not any(optimizer.state[weight]["momentum_buffer"].any() for weight in weights)
 
 
 @pytest.fixture

@@ -28,12 +28,21 @@ METRICS = [
     "loss/chance",
     "loss/negatives_an_anchor",
     "similarity/positive",
+    "similarity/negative",
+    "retrieval/top1",
+    "retrieval/top5",
+    "embedding/alignment",
+    "embedding/uniformity",
+    "embedding/effective_rank",
     "optim/learning_rate",
     "optim/gradient_norm",
     "optim/clipped_share",
     "optim/skipped_steps",
     "optim/longest_skip",
     "data/bad_samples",
+    "lars/trust_ratio_min",
+    "lars/trust_ratio_median",
+    "lars/trust_ratio_max",
     "timing",
 ]
 TIMING = ["speed/images_per_second", "speed/data_wait_percent", "speed/memory_gib", "speed/seconds_left"]
@@ -135,6 +144,23 @@ def test_metrics_are_these(shards: Path) -> None:
         assert abs(line["loss/nt_xent"] - line["loss/chance"]) < 2
         assert -1 <= line["similarity/positive"] <= 1
         assert line["optim/gradient_norm"] > 0
+
+
+def test_the_decoupled_loss_and_fp16(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the loss scale is resumed with the rest."""
+    changes: dict[str, Any] = {"steps": 4, "precision": "fp16", "loss": {"decoupled": True}}
+    assert start(shards, **changes) == 0
+    (*_, line) = runs.metrics(Path("run"))
+    assert line["loss/chance"] == pytest.approx(np.log(46))
+    assert abs(line["loss/dcl"] - line["loss/chance"]) < 2
+    assert "loss/nt_xent" not in line
+    assert f"step 4/4  loss {line['loss/dcl']:.4f} (chance 3.83)" in capsys.readouterr().out
+    expected = runs.checkpoint(Path("run"), 4)
+    assert expected["loss_scale"]["factor"] == line["optim/loss_scale"]
+    assert (expected["loss_scale"]["good_steps"] > 0) == (expected["counters"]["skipped"] < 4)
+    go_back_to(2)
+    assert start(shards, **changes) == 0
+    runs.assert_same_bits(runs.checkpoint(Path("run"), 4), expected)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

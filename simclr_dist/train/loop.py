@@ -108,11 +108,11 @@ def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Clai
         save_now, log_now = must_save or step % config.checkpoint.every == 0, last or step % config.log.every == 0
         if log_now or save_now:
             share_bad_samples(bad_samples, config, run, here, monitor)
-            metrics = step_metrics(outcome, learner, config, step, lr, len(bad_samples))
             if log_now:
+                metrics = step_metrics(outcome, learner, config, step, lr, len(bad_samples))
                 monitor.log(step, metrics, clock.read(config.global_batch_size, total - step, here.device))
-            if metrics["optim/longest_skip"] >= config.max_skipped_steps:
-                before = step - metrics["optim/longest_skip"]  # what was saved since then has the same dead parameters
+            if (skipped := int(learner.counters["longest_skip"])) >= config.max_skipped_steps:
+                before = step - skipped  # what was saved since then has the same dead parameters
                 good = [saved for saved in checkpoint.saved_steps(run / "checkpoints") if saved <= before]
                 raise DivergedError(
                     f"step {step}: {config.max_skipped_steps} steps in a row were not finite; last good checkpoint:"

@@ -29,6 +29,7 @@ def full_state(
         "step": step,
         "model": learner.model.state_dict(),
         "optimizer": learner.optimizer.state_dict(),
+        "loss_scale": _loss_scale(learner),
         "counters": {name: int(value) for name, value in learner.counters.items()},
         "init": learner.init,
         "bad_samples": dict(bad_samples),
@@ -36,6 +37,12 @@ def full_state(
         "config": config.to_dict(),
         "environment": environment(here),
     }
+
+
+def _loss_scale(learner: Learner) -> dict[str, float] | None:
+    if (scale := learner.loss_scale) is None:
+        return None
+    return {"factor": float(scale.factor), "good_steps": int(scale.good_steps)}
 
 
 def learned_tensors(learner: Learner) -> dict[str, Tensor]:
@@ -65,6 +72,9 @@ def resume(learner: Learner, config: Config, here: World) -> tuple[int, dict[str
         return 0, {}
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
+    if learner.loss_scale and (saved := state.get("loss_scale")):
+        learner.loss_scale.factor.fill_(saved["factor"])
+        learner.loss_scale.good_steps.fill_(saved["good_steps"])
     for name, value in state["counters"].items():
         learner.counters[name].fill_(value)
     learner.init = state["init"]

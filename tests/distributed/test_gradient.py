@@ -91,7 +91,7 @@ def _detached_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 def _broken(fault: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if fault == "factor W dropped":
-            stack.enter_context(mock.patch("simclr_dist.loss.world_size", return_value=1))
+            stack.enter_context(mock.patch("simclr_dist.loss.nt_xent.world_size", return_value=1))
         elif fault == "gathered gradient dropped":
             stack.enter_context(mock.patch("simclr_dist.learner.NTXentLoss", return_value=_detached_loss))
         elif fault == "local statistics":
@@ -230,39 +230,68 @@ def test_thirty_steps_end_alike(results: dict[int, Any]) -> None:
 
 
 class _TinyEncoder(nn.Sequential):
-    """What a global batch of 4096 leaves room for in a test: one layer with BatchNorm."""
+    """What a global batch of 4096 leaves room for in a test: one layer, with BatchNorm or without."""
 
     feature_size = 24
+    batch_norm = True
 
     def __init__(self, *_: object, **__: object) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(48, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU())
+        norm = nn.BatchNorm1d(24) if self.batch_norm else nn.Identity()
+        super().__init__(nn.Flatten(), nn.Linear(48, 24, bias=False), norm, nn.SiLU())
 
 
-LARGE = dataclasses.replace(CONFIG, global_batch_size=4096, micro_batches=4, channels_last=False)
+class _TinyEncoderWithoutNorm(_TinyEncoder):
+    batch_norm = False
+
+
+def _large(pieces: int, *, batch_norm: bool) -> Config:
+    model = dataclasses.replace(CONFIG.model, projector_batch_norm=batch_norm)
+    return dataclasses.replace(CONFIG, global_batch_size=4096, micro_batches=pieces, channels_last=False, model=model)
+
+
 LARGE_SHARDS = np.array([3000, 2000])
+LARGE = [_large(pieces, batch_norm=batch_norm) for pieces in (64, 16, 4) for batch_norm in (True, False)]
 
 
-def _large_learner(here: World) -> Learner:
-    with mock.patch("simclr_dist.model.ResNet", _TinyEncoder):
-        return _learner(LARGE, here)
+def _large_learner(config: Config, here: World) -> Learner:
+    encoder = _TinyEncoder if config.model.projector_batch_norm else _TinyEncoderWithoutNorm
+    with mock.patch("simclr_dist.model.ResNet", encoder):
+        return _learner(config, here, smooth=True)
 
 
-def _large_views(here: World) -> Iterator[Tensor]:
-    rows = Plan(LARGE_SHARDS, LARGE.seed, 4096, 4, rank=here.rank, world_size=here.size)[0][1]
+def _large_views(config: Config, here: World) -> Iterator[Tensor]:
+    rows = Plan(LARGE_SHARDS, config.seed, 4096, config.micro_batches, rank=here.rank, world_size=here.size)[0][1]
     pixels = torch.randn(5000, 2, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     pixels[:, 1] += 2 * pixels[:, 0]
     return iter(pixels[rows].unbind(1))
 
 
-def _large_gradient(here: World) -> Tensor:
-    learner = _large_learner(here)
-    backward(learner, *_large_views(here), LARGE)
-    return _flat_gradient(learner)
+def _large_gradients(here: World) -> list[Tensor]:
+    found = []
+    for config in LARGE:
+        learner = _large_learner(config, here)
+        backward(learner, *_large_views(config, here), config)
+        found.append(_flat_gradient(learner))
+    return found
+
+
+@pytest.fixture(scope="module")
+def large_truth() -> list[Tensor]:
+    """By the definition: the whole batch at once, or where there is BatchNorm in as many pieces."""
+    found = []
+    for config in LARGE:
+        pieces = config.micro_batches if config.model.projector_batch_norm else 1
+        learner = _large_learner(config, ALONE)
+        found.append(_definition(learner, *_large_views(config, ALONE), pieces, config.loss.temperature))
+    return found
 
 
 @pytest.mark.slow
-def test_gradient_of_4096_images_on_4_processes() -> None:
-    truth = _definition(_large_learner(ALONE), *_large_views(ALONE), 4, LARGE.loss.temperature)
-    for found in ranks.run(_large_gradient, 4):
-        print(f"4096 images, 4 processes: relative error {_error(found, truth):.2e}")
-        assert _error(found, truth) < 1e-12
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_gradient_of_4096_images(large_truth: list[Tensor], size: int) -> None:
+    for by_config in ranks.run(_large_gradients, size):
+        for config, found, truth in zip(LARGE, by_config, large_truth, strict=True):
+            norm = "with" if config.model.projector_batch_norm else "without"
+            error = _error(found, truth)
+            print(f"4096 images, {config.micro_batches} pieces, {size} processes, {norm} BatchNorm: relative error {error:.2e}")
+            assert error < 1e-12

@@ -125,7 +125,13 @@ def test_a_file_grows_by_whole_pieces(small_disk: SmallDisk) -> None:
 
 def log(monitor: Monitor, steps: range) -> None:
     for step in steps:
-        metrics = {"loss/nt_xent": float(step), "loss/chance": 3.2, "similarity/positive": 0.9, "optim/learning_rate": 0.1}
+        metrics = {
+            "loss/nt_xent": float(step),
+            "loss/chance": 3.2,
+            "similarity/positive": 0.9,
+            "retrieval/top1": 0.5,
+            "optim/learning_rate": 0.1,
+        }
         monitor.log(step, metrics, TIMING)
 
 

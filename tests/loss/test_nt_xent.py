@@ -3,6 +3,7 @@
 import itertools
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ranks
+from host_sync import no_host_sync
 from simclr_dist.distributed import World
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Z_A = torch.tensor([[0.8, 0.6], [-0.7, 0.7]], dtype=torch.float64)
 Z_B = torch.tensor([[0.9, 0.4], [-0.8, 0.6]], dtype=torch.float64)
 
@@ -73,7 +76,7 @@ def test_equals_the_reference(n: int, temperature: float) -> None:
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, tile_bytes: int) -> None:
     z_a, z_b = _pair(37, 8)
     expected = _value_and_gradient(nt_xent_reference(z_a, z_b, 0.2), z_a, z_b)
-    monkeypatch.setattr("simclr_dist.loss._TILE_BYTES", tile_bytes)
+    monkeypatch.setattr("simclr_dist.loss.tiles._CPU_TILE_BYTES", tile_bytes)
     _assert_equal(_value_and_gradient(NTXentLoss(0.2)(z_a, z_b), z_a, z_b), expected, 1e-12)
 
 
@@ -173,3 +176,131 @@ def test_ranks_share_one_value(size: int, n: int) -> None:
         rows = torch.cat([mine, mine + n * size])
         # A rank's own share carries the factor world_size, so that DDP's mean over ranks is the gradient of the mean.
         _assert_equal((float(result["loss"]), result["gradient"] / size), (value, gradient[rows]), 1e-12)
+
+
+EMBEDDINGS = {
+    "random": lambda n, d: torch.randn(2, n, d),
+    "aligned": lambda n, d: torch.randn(1, n, d) + 0.3 * torch.randn(2, n, d),
+    "nearly converged": lambda n, d: torch.eye(n, d).roll(1) * 3 + 0.05 * torch.randn(2, n, d) + 0.01 * torch.randn(1, n, d),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.03, 0.05, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_float32_keeps_its_digits(kind: str, temperature: float) -> None:
+    torch.manual_seed(7)
+    low = [z.clone().requires_grad_() for z in EMBEDDINGS[kind](300, 128)]
+    high = [z.detach().double().requires_grad_() for z in low]
+    # The sums over negatives alone, which test_equals_the_reference ties to the definition, and not the reference itself:
+    # that one loses digits in float64 too once the loss is small.
+    expected = _value_and_gradient(NTXentLoss(temperature)(*high), *high)
+    value, gradient = _value_and_gradient(NTXentLoss(temperature)(*low), *low)
+    assert value == pytest.approx(expected[0], rel=1e-5)
+    assert (gradient - expected[1]).norm() <= 5e-6 * expected[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 0.0249, 0.0251, 0.1, 1.0, 50.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 65])
+def test_everything_is_finite(dtype: torch.dtype, temperature: float, n: int) -> None:
+    for scale in (1e-3, 1.0, 100.0):
+        z_a, z_b = ((scale * z.detach()).to(dtype).requires_grad_() for z in _pair(n, 16))
+        for decoupled in (False, True):
+            value, gradient = _value_and_gradient(NTXentLoss(temperature, decoupled=decoupled)(z_a, z_b), z_a, z_b)
+            assert math.isfinite(value)
+            assert gradient.isfinite().all()
+            assert n > 1 or value == 0
+
+
+def test_where_exp_would_overflow_another_way_is_taken() -> None:
+    """The two ways meet: the loss is continuous in the temperature there."""
+    z_a, z_b = _pair(80, 16, dtype=torch.float32)
+    found = [_value_and_gradient(NTXentLoss(t)(z_a, z_b), z_a, z_b) for t in (0.024798, 0.024802)]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
+    assert (found[0][1] - found[1][1]).norm() < 1e-3 * found[0][1].norm()
+
+
+def test_decoupled_and_scaled() -> None:
+    z_a, z_b = _pair(30, 8)
+    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
+    logits = z @ z.T / 0.2
+    rows = torch.arange(60)
+    positive = logits[rows, rows.roll(30)]
+    negatives = logits.masked_fill(torch.eye(60, dtype=torch.bool) | torch.eye(60, dtype=torch.bool).roll(30, 1), -torch.inf)
+    expected = (negatives.logsumexp(1) - positive).mean()
+    found = NTXentLoss(0.2, decoupled=True)(z_a, z_b)
+    _assert_equal(_value_and_gradient(found, z_a, z_b), _value_and_gradient(expected, z_a, z_b), 1e-12)
+    # SimCLR's official code: the mean over view a's anchors plus that over view b's.
+    official = _blog_rows(z_a, z_b, 0.2)
+    expected = official[:30].mean() + official[30:].mean()
+    found = NTXentLoss(0.2, scale=2.0)(z_a, z_b)
+    _assert_equal(_value_and_gradient(found, z_a, z_b), _value_and_gradient(expected, z_a, z_b), 1e-12)
+
+
+def test_no_host_sync() -> None:
+    z_a, z_b = (z.detach().to(DEVICE).requires_grad_() for z in _pair(40, 16, dtype=torch.float32))
+    NTXentLoss(0.1)(z_a, z_b).backward()  # compiles the kernels on a GPU
+    with no_host_sync():
+        NTXentLoss(0.1)(z_a, z_b).backward()
+        with torch.no_grad():
+            NTXentLoss(0.01)(z_a, z_b)
+
+
+def test_only_the_gradient_is_kept() -> None:
+    z_a, z_b = _pair(40, 16, dtype=torch.float32)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = NTXentLoss(0.1)(z_a, z_b)
+    node = loss.grad_fn
+    while node is not None and "_NTXent" not in node.name():
+        node = node.next_functions[0][0]
+    assert node is not None
+    assert max(shape.numel() for shape in kept) == 80 * 16
+
+
+def test_shapes_that_do_not_fit() -> None:
+    for shapes in (((3, 4), (2, 4)), ((3, 4), (3, 5)), ((3, 4, 1), (3, 4, 1))):
+        with pytest.raises(ValueError, match=r"z_a and z_b must be \[n, d\], both the same, but are"):
+            NTXentLoss(0.1)(*map(torch.ones, shapes))
+
+
+def _uneven(here: World) -> list[str]:
+    said = []
+    loss = NTXentLoss(0.1)
+    loss(torch.ones(3, 4), torch.ones(3, 4))
+    for shape in ((3 + here.rank, 4), (3, 4 + here.rank // 2)):
+        try:
+            loss(torch.ones(shape), torch.ones(shape))
+        except ValueError as error:
+            said.append(str(error))
+    loss(torch.ones(5, 4), torch.ones(5, 4))
+    return said
+
+
+def test_ranks_with_other_shapes_are_refused_on_every_rank() -> None:
+    line = "every rank must pass embeddings of the same shape, but ranks 0, 1, ... pass "
+    for said in ranks.run(_uneven, 3):
+        assert said == [line + "[[3, 4], [4, 4], [5, 4]]", line + "[[3, 4], [3, 4], [3, 5]]"]
+
+
+def _collectives(here: World) -> list[list[list[int]]]:
+    seen: list[list[int]] = []
+    plain = torch.distributed.all_gather
+
+    def counted(stacked: list[Tensor], tensor: Tensor) -> None:
+        seen.append(list(tensor.shape))
+        plain(stacked, tensor)
+
+    z_a, z_b = (z.detach().float().requires_grad_() for z in _pair(6, 4))
+    with mock.patch("torch.distributed.all_gather", counted):
+        loss = NTXentLoss(0.1)(z_a, z_b)
+        forward = list(seen)
+        loss.backward()
+    return [forward, seen[len(forward) :]]
+
+
+def test_two_collectives_in_the_forward_and_none_in_the_backward() -> None:
+    """The embeddings and two numbers a row; before them the shapes."""
+    for forward, backward in ranks.run(_collectives, 2):
+        assert forward == [[2], [2, 6, 4], [2, 2, 6]]
+        assert backward == []

@@ -1,0 +1,112 @@
+"""The sums of `tiles` as Triton kernels for CUDA: no tile of the matrix leaves the chip.
+
+Products are taken as three TF32 ones ("tf32x3"), which keeps float32's digits on tensor cores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS = 64, 64
+
+
+@triton.jit
+def _place(row, n, total, first):
+    """Where local rows stand among the columns."""
+    return tl.where(row < n, first + row, total + first + row - n)
+
+
+@triton.jit
+def _similarities(z, columns, place, left, total, temperature, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """One tile, -inf where there is no negative; and the columns' embeddings."""
+    column = left + tl.arange(0, COLUMNS)
+    d = tl.arange(0, WIDTH)
+    there = (column < 2 * total)[:, None] & (d < DIM)[None, :]
+    other = tl.load(columns + column.to(tl.int64)[:, None] * DIM + d[None, :], mask=there, other=0.0)
+    s = tl.dot(z, tl.trans(other), input_precision="tf32x3") / temperature
+    partner = tl.where(place < total, place + total, place - total)
+    negative = (column[None, :] != place[:, None]) & (column[None, :] != partner[:, None]) & (column < 2 * total)[None, :]
+    return tl.where(negative, s, float("-inf")), other
+
+
+@triton.jit
+def _log_sum_exp(
+    z, columns, result, n, total, first, temperature,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = _place(row, n, total, first)
+    d = tl.arange(0, WIDTH)
+    own = tl.load(z + row.to(tl.int64)[:, None] * DIM + d[None, :], mask=(row < 2 * n)[:, None] & (d < DIM)[None, :], other=0.0)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    sums = tl.zeros((ROWS,), tl.float32)
+    for left in range(0, 2 * total, COLUMNS):
+        s, _ = _similarities(own, columns, place, left, total, temperature, DIM, WIDTH, COLUMNS)
+        higher = tl.maximum(highest, tl.max(s, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # no negative so far: exp(-inf - 0) is 0, not nan
+        sums = sums * tl.exp(highest - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+        highest = higher
+    tl.store(result + row, highest + tl.log(sums), mask=row < 2 * n)
+
+
+@triton.jit
+def _weighted_sum(
+    z, columns, log_weight, log_weight_of_columns, result, n, total, first, temperature,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = _place(row, n, total, first)
+    d = tl.arange(0, WIDTH)
+    there = (row < 2 * n)[:, None] & (d < DIM)[None, :]
+    own = tl.load(z + row.to(tl.int64)[:, None] * DIM + d[None, :], mask=there, other=0.0)
+    mine = tl.load(log_weight + row, mask=row < 2 * n, other=0.0)
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for left in range(0, 2 * total, COLUMNS):
+        column = left + tl.arange(0, COLUMNS)
+        theirs = tl.load(log_weight_of_columns + column, mask=column < 2 * total, other=0.0)
+        s, other = _similarities(own, columns, place, left, total, temperature, DIM, WIDTH, COLUMNS)
+        weight = tl.exp(s + mine[:, None]) + tl.exp(s + theirs[None, :])
+        sums += tl.dot(weight, other, input_precision="tf32x3")
+    tl.store(result + row.to(tl.int64)[:, None] * DIM + d[None, :], sums, mask=there)
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """As `tiles.Similarities`, for contiguous float32 on one CUDA device, d at most 256."""
+
+    z: Tensor
+    columns: Tensor
+    first: int
+    temperature: float
+
+    def log_sum_exp(self) -> Tensor:
+        """Of each row, [2n]; -inf where a row has no negatives."""
+        result = self.z.new_empty(len(self.z))
+        self._launch(_log_sum_exp, result)
+        return result
+
+    def weighted_sum(self, log_weight: Tensor, log_weight_of_columns: Tensor) -> Tensor:
+        """sum_j (exp(s_ij + log_weight_i) + exp(s_ij + log_weight_j)) z_j over the negatives j of each row i, [2n, d]."""
+        result = torch.empty_like(self.z)
+        self._launch(_weighted_sum, log_weight.contiguous(), log_weight_of_columns.contiguous(), result)
+        return result
+
+    def _launch(self, kernel: "triton.JITFunction[..., None]", *tensors: Tensor) -> None:
+        rows, dim = self.z.shape
+        kernel[(triton.cdiv(rows, _ROWS),)](
+            self.z,
+            self.columns,
+            *tensors,
+            rows // 2,
+            len(self.columns) // 2,
+            self.first,
+            self.temperature,
+            DIM=dim,
+            WIDTH=max(16, triton.next_power_of_2(dim)),
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+            num_warps=4 if dim <= 128 else 8,
+        )
