@@ -1,7 +1,7 @@
 """LARS in its official form, parameter groups by module type, the learning-rate schedule, and steps that can be skipped."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Group = dict[str, Any]
+
+_CACHE_BYTES = 2**20
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -42,9 +44,10 @@ class LARS(Optimizer):
 
     For a group with `adapt`: g += weight_decay * w; trust = eta * |w| / |g| (1 if either norm is 0); then classic momentum
     with the rate inside the buffer, v = momentum * v + rate * trust * g; w -= v. Without `adapt`: the same with trust 1.
-    Multi-tensor, no host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes
-    nothing. `trust_ratios` holds those of the last step: a device tensor for each group with `adapt`, in the order of its
-    parameters that have a gradient.
+    No host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes nothing. `foreach`:
+    each operation over all tensors of a group (few launches), or over portions of them (warm caches); None takes the first
+    on CUDA and the second on the CPU. `trust_ratios` holds those of the last step, in device tensors that together have one
+    for each weight with a gradient in a group with `adapt`, in the order of the parameters.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
         adapt: bool = True,
+        foreach: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -69,6 +73,7 @@ class LARS(Optimizer):
         )
         self._step_supports_amp_scaling = True
         self.trust_ratios: list[Tensor] = []
+        self._foreach = foreach
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -83,29 +88,46 @@ class LARS(Optimizer):
                 loss = closure()
         self.trust_ratios = []
         for group in self.param_groups:
-            self._update(group)
+            for weights in self._portions([p for p in group["params"] if p.grad is not None]):
+                self._update(group, weights)
         return loss
 
-    def _update(self, group: Group) -> None:
-        weights = [p for p in group["params"] if p.grad is not None]
-        if not weights:
-            return
+    def _portions(self, weights: list[Tensor]) -> Iterator[list[Tensor]]:
+        """All at once with `foreach`; else as much as stays in a core's cache from one operation to the next."""
+        portion: list[Tensor] = []
+        size = 0
+        for weight in weights:
+            bytes_of_weight = weight.numel() * weight.element_size()
+            if portion and not self._all_at_once(weight) and size + bytes_of_weight > _CACHE_BYTES:
+                yield portion
+                portion, size = [], 0
+            portion.append(weight)
+            size += bytes_of_weight
+        if portion:
+            yield portion
+
+    def _all_at_once(self, weight: Tensor) -> bool:
+        return weight.is_cuda if self._foreach is None else self._foreach
+
+    def _update(self, group: Group, weights: list[Tensor]) -> None:
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        # The fused kernel walks through memory: a gradient that somebody has set by hand may lie there in another order.
-        gradients: Any = [p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad) for p in weights]
+        gradients: Any = [_in_order_of(p, p.grad) for p in weights if p.grad is not None]
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        rates: Any = group["lr"]
         if group["adapt"]:
             weight_norms = torch.stack(torch._foreach_norm(weights))
             gradient_norms = torch.stack(torch._foreach_norm(gradients))
             trust = group["trust_coefficient"] * weight_norms / gradient_norms
             trust = torch.where((weight_norms > 0) & (gradient_norms > 0), trust, 1.0)
             self.trust_ratios.append(trust)
-            gradients = torch._foreach_mul(gradients, list((group["lr"] * trust).unbind()))
+            rates = list((group["lr"] * trust).unbind())
+        if group["weight_decay"]:
+            torch._foreach_mul_(gradients, rates)  # a copy already
         else:
-            gradients = torch._foreach_mul(gradients, group["lr"])
+            gradients = torch._foreach_mul(gradients, rates)
         # Momentum and update in one pass, which `found_inf` turns into none: v = momentum * v + g; w -= v.
         torch._fused_sgd_(
             weights,
@@ -120,6 +142,11 @@ class LARS(Optimizer):
             is_first_step=False,
             found_inf=getattr(self, "found_inf", None),
         )
+
+
+def _in_order_of(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient: one set by hand may lie in memory in another order, and the fused kernel walks through memory."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def build_optimizer(

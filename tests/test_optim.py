@@ -54,13 +54,15 @@ def _official_lars(weights: list[Tensor], groups: list[tuple[slice, float, bool]
 
 @pytest.mark.parametrize("decay", [0.0, 1e-6, 1e-2])
 @pytest.mark.parametrize("skippable", [False, True])
-def test_lars_is_the_official_one(decay: float, skippable: bool) -> None:
+@pytest.mark.parametrize("foreach", [False, True])
+def test_lars_is_the_official_one(monkeypatch: pytest.MonkeyPatch, decay: float, skippable: bool, foreach: bool) -> None:
+    monkeypatch.setattr("simclr_dist.optim._CACHE_BYTES", 300)
     weights = _parameters()
     start = [weight.detach().clone() for weight in weights]
     rates = [learning_rate(step, peak=4.8, warmup_steps=10, total_steps=50) for step in range(50)]
     split = [(slice(0, 2), decay, True), (slice(2, 4), 0.0, False), (slice(4, 5), decay, True)]
     groups = [{"params": weights[members], "weight_decay": wd, "adapt": adapt} for members, wd, adapt in split]
-    optimizer = LARS(groups, lr=0.0)
+    optimizer = LARS(groups, lr=0.0, foreach=foreach)
     for step, rate in enumerate(rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -208,7 +210,7 @@ class _Count(TorchDispatchMode):
 
 def test_a_lars_step_of_a_resnet50_is_a_few_operations() -> None:
     model = torchvision.models.resnet50()
-    optimizer = build_optimizer("lars", parameter_groups(model, 1e-6), lr=0.1)
+    optimizer = LARS(parameter_groups(model, 1e-6), lr=0.1, foreach=True)  # as on CUDA
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     skip = torch.tensor(False)

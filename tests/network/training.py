@@ -52,6 +52,7 @@ class Run:
     def launch(self, *nodes: str, options: Sequence[str] = ()) -> None:
         """The same line on each of `nodes`."""
         variables = {"NNODES": self.nnodes, "RDZV": f"n1:{PORT}", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        variables["TMPDIR"] = str(self.folder)  # of launchers that are killed
         for node in nodes:
             command = (SCRIPT, "config.yaml", "--processes", "1", *options)
             environment = {**os.environ, **variables}
