@@ -15,6 +15,8 @@ from simclr_dist import __version__, stopping
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.errors import ConfigError, UserError
 from simclr_dist.evaluate import command as evaluate_command
+from simclr_dist.evaluate import embed_options
+from simclr_dist.evaluate import finetune_options as finetune_command
 from simclr_dist.evaluate.options import add_arguments as add_evaluate_arguments
 from simclr_dist.launcher import torchrun
 from simclr_dist.rendezvous import Nodes
@@ -91,6 +93,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("eval", help="measure an encoder: kNN and linear probe beside baselines")
     add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=lambda arguments, _: evaluate_command.run(arguments))
+
+    finetune = verbs.add_parser("finetune", help="train an encoder further with labels, all or a part of them")
+    finetune_command.add_arguments(finetune)
+    finetune.set_defaults(run=lambda arguments, _: finetune_command.run(arguments))
+
+    embed = verbs.add_parser("embed", help="write an encoder's features of your own images to a Parquet file")
+    embed_options.add_arguments(embed)
+    embed.set_defaults(run=lambda arguments, _: embed_options.run(arguments))
+
+    export = verbs.add_parser("export", help="write an encoder as ONNX, tried against torch (pip install 'simclr_dist[onnx]')")
+    export.add_argument("encoder", metavar="ENCODER", help="RUN/encoders/step-XXXXXXXX.safetensors")
+    export.add_argument("out", metavar="OUT.onnx", help="file to write; an older one is replaced")
+    export.add_argument("--layer", default="h", help="what comes out: h, z, or projector.N (default: %(default)s)")
+    export.set_defaults(run=_export)
 
     submit = verbs.add_parser("submit", help="train on a SLURM cluster; submit status | logs | cancel | resume RUN")
     submit_command.add_arguments(submit)
@@ -233,6 +249,14 @@ def _train_help(config: str | None) -> int:
     print("Settings, as YAML keys or --key value, the value as in YAML (true, null, '[0.2, 1.0]'):\n")
     plain = (tyro.conf.FlagConversionOff,)
     tyro.cli(Config, default=defaults, args=["--help"], prog="simclr-dist train CONFIG", add_help=True, config=plain)
+    return 0
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> int:
+    from simclr_dist.onnx_export import export_onnx
+
+    difference = export_onnx(arguments.encoder, arguments.out, arguments.layer)
+    print(f"written: {arguments.out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")
     return 0
 
 

@@ -230,12 +230,12 @@ def test_overrides_and_options_may_be_mixed(here: Path, command: Command) -> Non
 def test_no_verb_shows_the_verbs_and_is_no_success(command: Command) -> None:
     code, out, err = command()
     assert (code, err) == (2, "")
-    assert all(verb in out for verb in ("demo", "shard", "train", "eval", "plan", "check"))
+    assert all(verb in out for verb in ("demo", "shard", "train", "eval", "finetune", "embed", "export", "plan", "check"))
 
 
 def test_help_and_version(command: Command) -> None:
     assert command("--version") == (0, f"simclr-dist {__version__}\n", "")
-    for verb in ("demo", "shard", "eval", "plan", "check"):
+    for verb in ("demo", "shard", "eval", "finetune", "embed", "export", "plan", "check"):
         code, out, err = command(verb, "--help")
         assert (code, err) == (0, "")
         assert out.startswith(f"usage: simclr-dist {verb}")

@@ -1,16 +1,10 @@
-"""Encoder, projector, and the way out into plain torchvision and back."""
-
-import json
-from pathlib import Path
+"""Encoder, projector, and BatchNorm."""
 
 import pytest
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import nn
 
-from simclr_dist.errors import DataError
-from simclr_dist.export import export_encoder, load_encoder, untrained_encoder
 from simclr_dist.model import ResNet, SimCLR, build_projector, frozen_running_statistics
 
 
@@ -128,47 +122,3 @@ def test_frozen_running_statistics_in_one_process() -> None:
     assert all(map(torch.equal, before, model.buffers()))
     assert torch.equal(frozen, model(_images(4, 8)))
     assert not any(map(torch.equal, before, model.buffers()))
-
-
-CARD = {"encoder": "resnet18", "width": 1, "stem": "imagenet", "feature_size": 512, "image_size": 64, "step": 7}
-
-
-def test_export_loads_into_torchvision_without_code_of_ours(tmp_path: Path) -> None:
-    encoder = _randomised(ResNet("resnet18").to(memory_format=torch.channels_last)).eval()
-    path = tmp_path / "encoders" / "step-7.safetensors"
-    export_encoder(path, encoder, CARD)
-    theirs = torchvision.models.resnet18()
-    theirs.fc = nn.Identity()
-    theirs.load_state_dict(load_file(path))
-    x = _images(2, 64)
-    with torch.no_grad():
-        assert torch.allclose(theirs.eval()(x), encoder(x), rtol=1e-5, atol=1e-5)
-    assert json.loads(path.with_suffix(".json").read_text())["step"] == 7
-
-
-def test_export_and_back(tmp_path: Path) -> None:
-    card = {**CARD, "encoder": "resnet10", "width": 2, "stem": "small", "feature_size": 256}
-    encoder = _randomised(ResNet("resnet10", width=2, stem="small").double())
-    export_encoder(tmp_path / "e.safetensors", encoder, card)
-    loaded = load_encoder(tmp_path / "e.safetensors")
-    assert {key: loaded.card[key] for key in card} == card
-    assert not loaded.training
-    assert not any(p.requires_grad for p in loaded.parameters())
-    x = _images(3, 16)
-    assert torch.equal(loaded(x), encoder.float().eval()(x))
-    fresh, again, other = (untrained_encoder(loaded.card, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(fresh(x), again(x))
-    assert not torch.equal(fresh(x), other(x))
-    assert (fresh.card["init"], fresh.card["step"]) == ("random", 0)
-
-
-def test_files_that_are_not_encoders(tmp_path: Path) -> None:
-    text = tmp_path / "text.safetensors"
-    text.write_text("not one")
-    misfit = tmp_path / "misfit.safetensors"
-    export_encoder(misfit, ResNet("resnet10", stem="small"), {**CARD, "encoder": "resnet10", "stem": "imagenet"})
-    for path, reason in ((tmp_path / "none.safetensors", "cannot read"), (text, "not an encoder"), (misfit, "do not fit")):
-        with pytest.raises(DataError, match=reason) as error:
-            load_encoder(path)
-        assert str(path) in str(error.value)
-        assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ FLOORS = {
     "rendezvous": 0.5,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "run": 2, "model": 2, "loss": 2, "monitor": 2, "agreement": 2,
-    "launcher": 3, "export": 3,
+    "launcher": 3, "export": 3, "foreign": 3.5, "onnx_export": 3.5,
     "learner": 4,
     "train": 5, "evaluate": 5, "plan": 5, "check": 5,
     "demo_picture": 6, "slurm": 6, "demo": 7, "cli": 8,
@@ -31,6 +31,7 @@ FLOORS = {
 WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
     "rendezvous", "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
+    "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file",
     "data.manifest", "data.draws", "data.order", "data.images", "data.sources", "data.shards",
 ]  # fmt: skip
 

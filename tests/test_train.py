@@ -171,7 +171,7 @@ def test_a_finished_run_says_so_and_changes_nothing(shards: Path, capsys: pytest
     assert start(shards) == 0
     assert "done: 6 steps" in capsys.readouterr().out
     assert files("checkpoints/*", "encoders/*") == before
-    assert len(before) == 2 * 2 + 2
+    assert len(before) == 2 * 2 + 3
     assert runs.metrics(Path("run")) == metrics
     assert status()["state"] == "done"
 

@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_dist.evaluate.options import Settings
+from simclr_dist.evaluate.protocols import told
 from simclr_dist.evaluate.report import FORMAT, TRAINED, Result
 
-_SHAPE = ("name", "width", "stem", "feature_size", "image_size", "mean", "std")
+_SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")
 
 
 class Baselines(NamedTuple):
-    """Raw pixels and the untrained encoder by protocol, as measured beside the encoder file `measured_for`.
+    """Raw pixels and the untrained encoder of each protocol that has them, as measured beside the encoder file `measured_for`.
 
     They hold for every encoder of that `shape`.
     """
 
     measured_for: str
     shape: dict[str, Any]
-    knn: dict[str, Any]
-    linear: dict[str, Any]
+    protocols: dict[str, dict[str, Any]]
 
 
 def read_result(path: Path) -> Result:
@@ -37,16 +37,18 @@ def difference(result: Result, settings: Settings, *, encoder: str, train: str, 
     `encoder`, `train` and `test` are the digests of today's files. A result that has baselines serves also where none are
     asked for; batch size and number of workers change no result.
     """
-    knn, linear = (result["protocols"][name]["settings"] for name in ("knn", "linear"))
     compared: list[tuple[str, Any, Any]] = [
         ("encoder", result["encoder"]["sha256"], encoder),
         ("training images", result["train"]["digest"], train),
         ("test images", result["test"]["digest"], test),
-        ("k", knn["k"], settings.k),
-        ("temperature", knn["temperature"], settings.temperature),
-        ("l2", linear["l2"], settings.l2),
-        ("max_iter", linear["max_iter"], settings.max_iter),
+        ("layer", result["settings"]["layer"], settings.layer),
     ]
+    for protocol, now in told(settings).items():
+        before = result["protocols"].get(protocol)
+        if before is None:
+            compared.append((f"protocol {protocol}", "left out", "measured"))
+        else:
+            compared += [(name, before["settings"][name], value) for name, value in now.items()]
     if settings.baselines:
         compared.append(("baselines", "measured" if baselines(result) else "left out", "measured"))
         compared.append(("seed", result["settings"]["seed"], settings.seed))
@@ -55,14 +57,15 @@ def difference(result: Result, settings: Settings, *, encoder: str, train: str, 
 
 def baselines(result: Result) -> Baselines | None:
     """Those of `result`; None when they were left out."""
-    knn, linear = (
-        {name: measured for name, measured in result["protocols"][protocol]["results"].items() if name != TRAINED}
-        for protocol in ("knn", "linear")
-    )
-    if not knn:
+    found = {
+        protocol: {name: measured for name, measured in part["results"].items() if name != TRAINED}
+        for protocol, part in result["protocols"].items()
+    }
+    found = {protocol: rows for protocol, rows in found.items() if rows}
+    if not found:
         return None
     source = result.get("baselines_measured_for") or Path(result["encoder"]["file"]).name
-    return Baselines(source, shape(result["encoder"]), knn, linear)
+    return Baselines(source, shape(result["encoder"]), found)
 
 
 def shape(encoder: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Frozen features: every image of a set once, in manifest order, whatever the number of processes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -51,11 +51,12 @@ def extract(
     workers: int = 0,
     device: str | torch.device = "cpu",
     title: str = "features",
+    view: Callable[[Tensor, int], Tensor] = eval_view,
 ) -> dict[str, Features]:
     """Features of all images by each encoder, and with `pixels` by none (`RAW_PIXELS`), from one decode of each image.
 
     Rank r of the process group's W reads rows r, r + W, ...; no image is padded, repeated or dropped, and each rank
-    returns the features of all rows in row order, on `device`. One view an image (`eval_view`), eval mode, no gradient.
+    returns the features of all rows in row order, on `device`. One `view` an image, eval mode, no gradient.
     Raw pixels are the view at min(image_size, 32) pixels, flattened.
 
     Raises DataError for an empty set, EncoderError for features that are not finite, RankError for an image that cannot
@@ -66,7 +67,7 @@ def extract(
     mine = range(rank(), len(images), world_size())
     sizes = [image_size] if encoders else []
     sizes += [min(image_size, _PIXEL_SIZE)] if pixels else []
-    views = _EvalViews(images, sizes)
+    views = _Views(images, sizes, view)
     loader: DataLoader[_Batch | str] = DataLoader(
         views,
         batch_size=batch_size,
@@ -155,15 +156,16 @@ class _Batch(NamedTuple):
     row: Tensor
 
 
-class _EvalViews(Dataset["_Batch | str"]):
+class _Views(Dataset["_Batch | str"]):
     """Row to the views of its image at each size; or to the reason why it cannot be read.
 
     The reason is a value because an exception out of a worker process would reach the user as a traceback.
     """
 
-    def __init__(self, images: Images, sizes: Sequence[int]) -> None:
+    def __init__(self, images: Images, sizes: Sequence[int], view: Callable[[Tensor, int], Tensor]) -> None:
         self.images = images
         self.sizes = sizes
+        self.view = view
         self.abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, row: int) -> "_Batch | str":
@@ -173,7 +175,7 @@ class _EvalViews(Dataset["_Batch | str"]):
             image, label, row = self.images[row]
         except DataError as error:
             return str(error)
-        return _Batch([eval_view(image, size) for size in self.sizes], torch.tensor(label), torch.tensor(row))
+        return _Batch([self.view(image, size) for size in self.sizes], torch.tensor(label), torch.tensor(row))
 
 
 def _collate(items: "list[_Batch | str]") -> "_Batch | str":

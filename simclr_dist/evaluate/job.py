@@ -1,4 +1,4 @@
-"""The evaluation of one encoder: features, kNN and linear probe, beside the baselines that it has to beat."""
+"""The evaluation of one encoder: its features by each protocol, beside the baselines that it has to beat."""
 
 import argparse
 import dataclasses
@@ -6,25 +6,28 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.distributed import World, together, world
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate import options
 from simclr_dist.evaluate.earlier import Baselines, shape
 from simclr_dist.evaluate.features import RAW_PIXELS, EncoderError, Features, extract
-from simclr_dist.evaluate.knn import weighted_knn
-from simclr_dist.evaluate.linear import linear_probe
-from simclr_dist.evaluate.options import Settings, check_arguments
+from simclr_dist.evaluate.neighbours import choose_queries, find_neighbours, neighbour_sheet
+from simclr_dist.evaluate.options import Foreign, Settings, check_arguments, foreign
+from simclr_dist.evaluate.page import write_page
+from simclr_dist.evaluate.protocols import NewCrops, Question, as_it_is, told
+from simclr_dist.evaluate.protocols import measure as measure_by
 from simclr_dist.evaluate.report import (
     FORMAT,
+    NAMES,
     TRAINED,
     UNTRAINED,
     Result,
@@ -35,40 +38,37 @@ from simclr_dist.evaluate.report import (
     versions,
     write_result,
 )
+from simclr_dist.evaluate.signals import false_negatives, signals
 from simclr_dist.export import file_digest, load_encoder, untrained_encoder
+from simclr_dist.foreign import load_foreign
 
 Say = Callable[[str], None]
 
 
 def evaluate(
-    encoder: str | Path,
+    encoder: str | Path | Foreign,
     train: str | Path,
     test: str | Path,
     *,
-    k: int = options.K,
-    temperature: float = options.TEMPERATURE,
-    l2: float = options.L2,
-    max_iter: int = options.MAX_ITER,
-    batch_size: int = options.BATCH_SIZE,
-    workers: int = options.WORKERS,
-    seed: int = 0,
-    baselines: bool = True,
     out: str | Path | None = None,
     device: str = "auto",
     say: Say = lambda _: None,
+    command: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Result:
-    """Measure an exported encoder on labelled shards; writes `report.result_path(encoder, out)` and returns the same.
+    """Measure an encoder on labelled shards; writes `report.result_path(encoder, out)`, a page beside it, and returns the same.
 
-    Under torchrun the ranks share the extraction, rank 0 classifies and writes, and the others return {}. `seed` is that
-    of the untrained encoder's weights; nothing else is random. Images without a label are counted and left out. `say`
-    gets a line after each part of the work, on rank 0.
+    `settings` are the fields of `options.Settings`. Under torchrun the ranks share the extraction, rank 0 classifies and
+    writes, and the others return {}. Images without a label are counted and left out; where neither set has any, only the
+    signals that need none are measured. `say` gets a line after each part of the work, on rank 0; `command` is what to type
+    to have it all again.
 
-    Raises ConfigError for a setting out of range, DataError for an encoder file that is not one, a set that is empty or
-    has no labels, sets whose classes differ, and a result that cannot be written.
+    Raises ConfigError for a setting out of range, DataError for an encoder file that is not one, a set that is empty, one
+    that alone has no labels, sets whose classes differ, and a result that cannot be written.
     """
-    settings = Settings(k, temperature, l2, max_iter, batch_size, workers, seed, baselines)
+    checked = Settings(**settings)
     with world(device) as here:
-        return measure(here, encoder, Sets(train, test), settings, out=out, say=say)
+        return measure(here, encoder, Sets(train, test), checked, out=out, say=say, command=command)
 
 
 class Sets:
@@ -82,110 +82,128 @@ class Sets:
 
 def measure(
     here: World,
-    encoder: str | Path,
+    encoder: str | Path | Foreign,
     sets: Sets,
     settings: Settings,
     *,
     known: Baselines | None = None,
     out: str | Path | None = None,
     say: Say = lambda _: None,
+    command: Sequence[str] | None = None,
 ) -> Result:
     """`evaluate` within a world; `known` baselines are taken over, which the result says.
 
     Raises EncoderError, on all ranks, where another encoder could do better.
     """
     begin = time.perf_counter()
-    trained = together(lambda: _load(encoder, here))
+    trained = together(lambda: _load(encoder, settings.layer, here))
     card: dict[str, Any] = trained.card  # type: ignore[assignment]
-    path = result_path(encoder, out)
+    file = encoder.weights if isinstance(encoder, Foreign) else encoder
+    path = result_path(file, out)
     if here.is_main:
         claim(path)
-    described = _describe_encoder(encoder, card)
+    described = _describe_encoder(file, card)
     if known and known.shape != shape(described):
         known = None
     baselines = settings.baselines and known is None
     encoders = {UNTRAINED: untrained_encoder(card, settings.seed, here.device)} if baselines else {}
     encoders[TRAINED] = trained
+    options: dict[str, Any] = {
+        "image_size": card["image_size"],
+        "mean": card["mean"],
+        "std": card["std"],
+        "batch_size": settings.batch_size,
+        "workers": settings.workers,
+        "device": here.device,
+    }
     features = {
-        name: extract(
-            images,
-            encoders,
-            image_size=card["image_size"],
-            mean=card["mean"],
-            std=card["std"],
-            pixels=baselines,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            device=here.device,
-            title=f"{name} features",
-        )
+        name: extract(images, encoders, pixels=baselines, title=f"{name} features", **options)
         for name, images in sets.images.items()
     }
     extracted = time.perf_counter()
-    if not here.is_main:
-        return {}
-    say(f"features of {len(sets.train) + len(sets.test)} images: {extracted - begin:.0f} s")
-    knn, linear = (dict(known.knn), dict(known.linear)) if known else ({}, {})
+    if here.is_main:
+        say(f"features of {len(sets.train) + len(sets.test)} images: {extracted - begin:.0f} s")
+    results: dict[str, dict[str, Any]] = {name: {} for name in (settings.protocols if sets.classes else ())}
+
+    def views(epoch: int) -> tuple[Tensor, Tensor]:
+        crops = NewCrops(sets.images["train"], card["image_size"], seed=settings.seed, epoch=epoch)
+        found = extract(crops, {TRAINED: trained}, view=as_it_is, title=f"epoch {epoch + 1}", **options)[TRAINED]
+        found = _labelled(found)
+        return found.h, found.label
+
+    test_features = features["test"][TRAINED]
     for name in (RAW_PIXELS, UNTRAINED, TRAINED) if baselines else (TRAINED,):
         learn, ask = _labelled(features["train"].pop(name)), _labelled(features["test"].pop(name))
-        knn[name], linear[name] = _classify(learn, ask, sets.classes, settings)
-        for protocol, measured in (("kNN", knn[name]), ("linear", linear[name])):
-            say(f"{name}: {protocol} {measured['top1']:.2f} % in {measured['seconds']:.0f} s")
+        for protocol, rows in results.items():
+            if known and name == TRAINED:
+                rows |= known.protocols.get(protocol, {})
+            if protocol == "sgd" and name != TRAINED:
+                continue  # it takes all ranks through all images once more in every epoch
+            if protocol != "sgd" and not here.is_main:
+                continue
+            rows[name] = measure_by(protocol, Question(learn, ask, sets.classes, settings, views))
+            if name != TRAINED:
+                del rows[name]["confusion"], rows[name]["per_class"]
+            if here.is_main:
+                say(f"{name}: {NAMES[protocol]} {rows[name]['top1']:.2f} % in {rows[name]['seconds']:.0f} s")
+    if not here.is_main:
+        return {}
     train, test = _describe_set(sets.train), _describe_set(sets.test)
     asked = sets.test.label[sets.test.label >= 0]
-    k, k_used = settings.k, min(settings.k, train["labelled"])
+    parts = {
+        name: {"settings": asked_for, "results": results[name]} for name, asked_for in told(settings).items() if name in results
+    }
+    if "knn" in parts:
+        parts["knn"]["settings"]["k_used"] = min(settings.k, train["labelled"])
     result = {
         "format": FORMAT,
         "encoder": described,
         "train": train,
         "test": test,
         "classes": sets.classes,
-        "largest_class_percent": 100 * float(np.bincount(asked).max()) / len(asked),
+        "class_names": list(sets.train.classes),
+        "largest_class_percent": 100 * float(np.bincount(asked).max()) / len(asked) if len(asked) else None,
         "test_images_in_train": int(np.isin(_digests(sets.test), _digests(sets.train)).sum()),
         "settings": {
             "seed": settings.seed,
             "batch_size": settings.batch_size,
             "workers": settings.workers,
             "views": "one, deterministic",
+            "layer": settings.layer,
         },
-        "baselines_measured_for": known.measured_for if known else Path(encoder).name if baselines else None,
-        "protocols": {
-            "knn": {
-                "settings": {"k": k, "k_used": k_used, "temperature": settings.temperature, "similarity": "cosine"},
-                "results": knn,
-            },
-            "linear": {
-                "settings": {
-                    "l2": settings.l2,
-                    "max_iter": settings.max_iter,
-                    "solver": "L-BFGS",
-                    "features": "standardised",
-                },
-                "results": linear,
-            },
-        },
+        "baselines_measured_for": known.measured_for if known else Path(file).name if baselines else None,
+        "protocols": parts,
+        "signals": _signals(test_features, sets, card),
+        "command": list(command) if command else None,
         "hardware": hardware(here),
         "versions": versions(),
         "seconds": {"features": extracted - begin, "total": time.perf_counter() - begin},
     }
     write_result(path, result)
+    run = path.parent.parent if path.parent.name == "eval" else None
+    write_page(path.with_suffix(".html"), result, run=run, neighbours=_neighbours(test_features, sets))
     return result
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
     """`evaluate` as `options.add_arguments` were told, then the table and the file's name; 0."""
+    encoder = arguments.encoder
+    if arguments.weights is not None:
+        encoder = foreign(arguments)
     result = evaluate(
-        arguments.encoder,
+        encoder,
         arguments.train,
         arguments.test,
         out=arguments.out,
         device=arguments.device,
         say=_to_stderr,
-        **dataclasses.asdict(check_arguments(arguments)),
+        command=["simclr-dist", "eval", *sys.argv[sys.argv.index("eval") + 1 :]] if "eval" in sys.argv else None,
+        **{field.name: getattr(check_arguments(arguments), field.name) for field in dataclasses.fields(Settings)},
     )
     if result:
+        path = result_path(arguments.weights or arguments.encoder, arguments.out)
         print(table(result))
-        print(f"written: {result_path(arguments.encoder, arguments.out)}")
+        print(f"written: {path} and {path.with_suffix('.html').name}")
     return 0
 
 
@@ -193,20 +211,25 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _load(encoder: str | Path, here: World) -> nn.Module:
+def _load(encoder: str | Path | Foreign, layer: str, here: World) -> nn.Module:
     try:
-        return load_encoder(encoder, here.device)
+        if isinstance(encoder, Foreign):
+            return load_foreign(**dataclasses.asdict(encoder), device=here.device)
+        return load_encoder(encoder, here.device, layer)
     except DataError as error:
         raise EncoderError(str(error)) from None
 
 
 def _count_classes(train: Manifest, test: Manifest) -> int:
-    """How many classes both sets have; raises DataError where they cannot be compared."""
+    """How many classes both sets have, 0 where neither has labels; raises DataError where they cannot be compared."""
     for manifest in (train, test):
         if len(manifest) == 0:
             raise DataError(f"{manifest.folder}: the set is empty; an evaluation needs images")
-        if int(manifest.label.max()) < 0:
-            raise DataError(f"{manifest.folder}: no image has a label; an evaluation needs labelled shards")
+    without = [manifest for manifest in (train, test) if int(manifest.label.max()) < 0]
+    if len(without) == 2:
+        return 0
+    if without:
+        raise DataError(f"{without[0].folder}: no image has a label, but the other set's have; label both, or neither")
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         how = f"{differing[0]!r} is in one of them only" if differing else "their order differs"
@@ -217,14 +240,21 @@ def _count_classes(train: Manifest, test: Manifest) -> int:
     return len(train.classes) or int(max(train.label.max(), test.label.max())) + 1
 
 
-def _classify(learn: Features, ask: Features, classes: int, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What kNN and the linear probe, in this order, make of the features."""
-    start = time.perf_counter()
-    voted = weighted_knn(learn.h, learn.label, ask.h, k=settings.k, temperature=settings.temperature, classes=classes)
-    knn = {"top1": _top1(voted, ask.label), "seconds": time.perf_counter() - start}
-    start = time.perf_counter()
-    fitted, info = linear_probe(learn.h, learn.label, ask.h, classes=classes, l2=settings.l2, max_iter=settings.max_iter)
-    return knn, {"top1": _top1(fitted, ask.label), **info, "seconds": time.perf_counter() - start}
+def _signals(test: Features, sets: Sets, card: dict[str, Any]) -> dict[str, Any]:
+    """What the test features say without labels; and what labels say about the batches of the training."""
+    found = signals(test.h, sets.test.key.tolist())
+    batch = (card.get("config") or {}).get("global_batch_size")
+    labels = torch.from_numpy(sets.train.label[sets.train.label >= 0].astype(np.int64))
+    if batch and 1 < batch <= len(labels):
+        found["false_negatives"] = {"batch": batch, **false_negatives(labels, batch)._asdict()}
+    return found
+
+
+def _neighbours(test: Features, sets: Sets) -> bytes | None:
+    if len(test.h) < 2:
+        return None
+    found = find_neighbours(test.h, choose_queries(test.label))
+    return neighbour_sheet(sets.images["test"], found, test.label.cpu(), classes=sets.test.classes)
 
 
 def _labelled(features: Features) -> Features:
@@ -232,14 +262,11 @@ def _labelled(features: Features) -> Features:
     return features if bool(keep.all()) else Features(*(part[keep] for part in features))
 
 
-def _top1(predictions: Tensor, labels: Tensor) -> float:
-    return 100 * int((predictions == labels).sum()) / len(labels)
-
-
 def _describe_encoder(path: str | Path, card: dict[str, Any]) -> dict[str, Any]:
-    shown = ("width", "stem", "feature_size", "image_size", "mean", "std", "step", "init", "data_digest")
+    shown = ("width", "stem", "layer", "feature_size", "image_size", "mean", "std", "step", "init", "data_digest")
     return {
         "file": str(path),
+        "weights": card.get("weights"),  # of a published checkpoint
         "sha256": file_digest(path),
         "card_sha256": hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest(),
         "name": card["encoder"],

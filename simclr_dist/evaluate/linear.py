@@ -1,15 +1,29 @@
-"""The linear probe: multinomial logistic regression on frozen features, solved to convergence by L-BFGS."""
+"""The linear probe: multinomial logistic regression on frozen features, solved to convergence by L-BFGS.
+
+How strong the weights are penalised decides points of accuracy, and which value is right depends on the features. So it is
+chosen, on rows of the training set that are kept from the fit; the test rows are met once, by the finished classifier.
+"""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from simclr_dist.evaluate.options import L2, MAX_ITER
+from simclr_dist.errors import DataError
+from simclr_dist.evaluate.options import MAX_ITER
 
-_ROWS_AT_ONCE = 8192
-_ROWS_OF_HESSIAN = 16384
+# Half decades, strong to weak, in the order of the warm starts: between two of them accuracy moves by tenths of a point.
+# Features are standardised and the cross-entropy is a mean, so 10 leaves little but the bias of 512 correlated columns
+# and 1e-6 is no penalty on 50,000 rows (scikit-learn's C = 20). Best values seen: 1e-2 to 3e-4.
+L2_GRID = tuple(10.0 ** (half / 2) for half in range(2, -13, -1))
+VALIDATION_SHARE = 0.2
+_ROWS_AT_ONCE = 4096
+_ROWS_SUMMED = 1024
+_ROWS_OF_HESSIAN = 8192
+_FINISHED = 4e-5  # largest entry of the preconditioned gradient; the loss is then within 4e-6 of its minimum
+_GOOD_ENOUGH = 1e-4  # the same for fits that are only compared with each other
 
 
 def linear_probe(
@@ -18,122 +32,237 @@ def linear_probe(
     test_h: Tensor,
     *,
     classes: int,
-    l2: float = L2,
+    l2: float | None = None,
+    seed: int = 0,
     max_iter: int = MAX_ITER,
     tolerance: float = 1e-4,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Classes of the test rows by a linear classifier fitted on the training rows.
+    """Scores of the test rows by a linear classifier fitted on the training rows.
 
     Minimises mean cross-entropy + l2/2 * |W|^2 over weights W and an unpenalised bias, full batch, from zero, on
-    features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Nothing
-    is random. Needs one float32 copy of train_h; the inputs are left as they are.
+    features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Without
+    `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then the one of that l2, given.
+    Needs one float32 copy of train_h, two where l2 is chosen; the inputs are left as they are. The test rows are read
+    after all fitting.
 
     Args:
         train_h: [n, d] features. train_y: [n] int64 labels in [0, classes). test_h: [m, d], on the device of train_h.
+        seed: of the split on which l2 is chosen; without effect where l2 is given.
         tolerance: what no entry of the gradient may pass for `converged` (scikit-learn's default tol).
 
     Returns:
-        [m] int64 predictions on the device of the features, and a dict of plain values: the settings, `converged`,
-        `iterations`, `evaluations`, `gradient_max`, `loss` (with the penalty) and `train_top1` in percent.
+        [m, classes] float32 logits on the device of the features, and a dict of plain values: the settings, `choice`
+        (what `choose_l2` returns, or None), `converged`, `iterations`, `evaluations`, `gradient_max`, `loss` (with the
+        penalty) and `train_top1` in percent.
+
+    Raises DataError where there are too few rows to choose l2 on.
     """
-    if l2 < 0 or max_iter < 1:
+    if (l2 is not None and l2 < 0) or max_iter < 1:
         raise ValueError(f"l2 must not be negative and max_iter at least 1, got l2={l2} and max_iter={max_iter}")
     if len(train_h) == 0:
         raise ValueError("there are no training rows to fit")
-    device = train_h.device
-    mean, scale = _standardisation(train_h)
-    x = train_h.to(torch.float32, copy=True).sub_(mean).mul_(scale)
-    y = train_y.to(device)
-    # The optimizer's state is float64 and sums over rows are, the products float32: the line search compares losses
-    # that differ by less than a float32 sum over the rows resolves.
-    weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, device=device)
-    bias = torch.zeros(classes, dtype=torch.float64, device=device)
+    choice = None
+    if l2 is None:
+        choice = choose_l2(train_h, train_y, classes=classes, seed=seed, max_iter=max_iter)
+        l2 = float(choice["l2"])
+    problem = _standardised(train_h, train_y, classes)
+    fit = _fit(problem, l2, max_iter, _FINISHED)
+    info = {
+        "l2": l2,
+        "choice": choice,
+        "max_iter": max_iter,
+        "tolerance": tolerance,
+        "converged": fit.gradient_max <= tolerance,
+        "iterations": fit.iterations,
+        "evaluations": fit.evaluations,
+        "gradient_max": fit.gradient_max,
+        "loss": fit.loss,
+        "train_top1": _top1(fit.logits(problem.x), problem.y),
+    }
+    logits = [torch.empty(0, classes, device=train_h.device)]
+    logits += [fit.logits(problem.like(rows)) for rows in test_h.split(_ROWS_AT_ONCE)]
+    return torch.cat(logits), info
 
+
+def choose_l2(
+    train_h: Tensor,
+    train_y: Tensor,
+    *,
+    classes: int,
+    grid: Sequence[float] = L2_GRID,
+    share: float = VALIDATION_SHARE,
+    seed: int = 0,
+    max_iter: int = MAX_ITER,
+) -> dict[str, Any]:
+    """The l2 whose fit on a part of the training rows is right most often on the rest of them.
+
+    The rest is `stratified_split`'s; each fit starts from the solution of the next stronger penalty; of equally good
+    values the strongest is taken.
+
+    Returns:
+        `l2`, `grid` (descending), `validation_top1` in percent for each of it, `validation_rows`, `share`, `seed`, and
+        `at_edge`: whether the best value is the grid's first or last, so that a better one may lie outside.
+
+    Raises DataError where the split leaves no rows to validate on.
+    """
+    fit_rows, held_out = (rows.to(train_h.device) for rows in stratified_split(train_y, share=share, seed=seed))
+    if len(held_out) == 0:
+        raise DataError(
+            f"linear probe: {len(train_y)} labelled training images are too few to choose l2 on (no class has a row to spare "
+            "for validation); give l2, or more images"
+        )
+    problem = _standardised(train_h[fit_rows], train_y.to(train_h.device)[fit_rows], classes)
+    asked, expected = problem.like(train_h[held_out]), train_y.to(train_h.device)[held_out]
+    values, top1 = sorted(map(float, grid), reverse=True), []
+    fit: _Fit | None = None
+    for value in values:
+        fit = _fit(problem, value, max_iter, _GOOD_ENOUGH, start=fit)
+        top1.append(_top1(fit.logits(asked), expected))
+    best = top1.index(max(top1))
+    return {
+        "l2": values[best],
+        "grid": values,
+        "validation_top1": top1,
+        "validation_rows": len(held_out),
+        "share": share,
+        "seed": seed,
+        "at_edge": best in (0, len(values) - 1),
+    }
+
+
+def stratified_split(labels: Tensor, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of two parts, ascending, on the CPU; the second has `share` of each class, rounded, drawn by `seed`.
+
+    A class of so few rows that its share rounds to none is in the first part only.
+    """
+    labels = labels.cpu()
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    count = torch.bincount(labels) if len(labels) else torch.zeros(0, dtype=torch.int64)
+    place = torch.arange(len(labels)) - (count.cumsum(0) - count).repeat_interleave(count)
+    second = place < (count * share).add(0.5).floor().repeat_interleave(count)
+    return by_class[~second].sort().values, by_class[second].sort().values
+
+
+class _Problem(NamedTuple):
+    """Standardised rows x [n, d] float32 with labels y, and the Hessian of one class's weights at zero without penalty."""
+
+    x: Tensor
+    y: Tensor
+    classes: int
+    mean: Tensor
+    scale: Tensor
+    hessian: Tensor
+
+    def like(self, h: Tensor) -> Tensor:
+        """Other rows, standardised by these rows' mean and deviation; a copy."""
+        return h.to(torch.float32, copy=True).sub_(self.mean).mul_(self.scale)
+
+
+def _standardised(h: Tensor, y: Tensor, classes: int) -> _Problem:
+    # Sums are float32 inside a block of rows, float64 between blocks, and of distances from the first row, so that a
+    # column that is constant has exactly its value as the mean.
+    first = h[0].float()
+    total = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
+    for rows in h.split(_ROWS_SUMMED):
+        total += rows.to(torch.float32, copy=True).sub_(first).sum(dim=0)
+    mean = (first + total / len(h)).float()  # float32: the deviations are from the very value that is subtracted
+    x = h.to(torch.float32, copy=True).sub_(mean)
+    square = torch.zeros_like(total)
+    for rows in x.split(_ROWS_SUMMED):
+        square += rows.square().sum(dim=0)
+    deviation = (square / len(h)).sqrt()
+    varies = deviation > 1e-6 * mean.abs()  # a column that is constant to rounding becomes 0
+    scale = torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0).float()
+    x.mul_(scale)
+    some = x[:: -(-len(x) // _ROWS_OF_HESSIAN)]
+    hessian = (some.T @ some).double() / (len(some) * classes)
+    return _Problem(x, y.to(h.device), classes, mean, scale, hessian)
+
+
+class _Fit(NamedTuple):
+    """Weights [d, classes] and bias [classes], float64, and how they were found."""
+
+    weight: Tensor
+    bias: Tensor
+    loss: float
+    gradient_max: float
+    iterations: int
+    evaluations: int
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.weight.float() + self.bias.float()
+
+
+def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start: _Fit | None = None) -> _Fit:
+    # The optimizer's state is float64 and sums over blocks are, the products float32: the line search compares losses
+    # that differ by less than a float32 sum over the rows resolves.
     # Raw pixels are so correlated that plain L-BFGS stalls: solve for v in W = U^-1 v, where U'U is the Hessian at zero.
-    upper, root = _hessian_factor(x, classes, l2), math.sqrt(classes)
+    hessian = problem.hessian.clone()
+    hessian.diagonal().add_(l2 + 1e-6)  # columns without variance and fewer rows than columns, at l2 = 0
+    upper, root = torch.linalg.cholesky(hessian, upper=True), math.sqrt(problem.classes)
+    weight, bias = hessian.new_zeros(len(hessian), problem.classes), hessian.new_zeros(problem.classes)
     v, u = torch.zeros_like(weight), torch.zeros_like(bias)
-    gradient_max = float("inf")
+    if start is not None:
+        v.copy_(upper @ start.weight)
+        u.copy_(start.bias / root)
+    at: tuple[Tensor, Tensor] | None = None
+    loss, gradient_max, evaluations = torch.zeros(()), float("inf"), 0
 
     def closure() -> Tensor:
-        nonlocal gradient_max
+        nonlocal at, loss, gradient_max, evaluations
+        if at is not None and torch.equal(at[0], v) and torch.equal(at[1], u):
+            return loss  # the gradients of this point are in place
+        at = v.clone(), u.clone()
         weight.copy_(torch.linalg.solve_triangular(upper, v, upper=True))
         bias.copy_(u * root)
-        loss, weight_gradient, bias_gradient = _objective(x, y, weight, bias, l2)
+        loss, weight_gradient, bias_gradient = _objective(problem, weight, bias, l2)
         u.grad = bias_gradient * root
         v.grad = torch.linalg.solve_triangular(upper.T, weight_gradient, upper=False).contiguous()
         gradient_max = max(float(weight_gradient.abs().max()), float(bias_gradient.abs().max()))
+        evaluations += 1
         return loss
 
+    # torch's first step is 1/|gradient|_1 long; preconditioned, a step of 1 is right, which lr can restore.
+    closure()
+    length = max(1.0, float(v.grad.abs().sum() + u.grad.abs().sum()))  # type: ignore[union-attr]
     optimizer = torch.optim.LBFGS(
         [v, u],
-        max_iter=max_iter,
+        lr=length,
+        max_iter=1,
         max_eval=2 * max_iter + 20,
-        tolerance_grad=1e-5,
+        tolerance_grad=finished,
         tolerance_change=1e-9,  # what float32 products resolve
         history_size=20,
         line_search_fn="strong_wolfe",
     )
     optimizer.step(closure)
-    loss = closure()
-    state = optimizer.state[v]
-    info = {
-        "l2": l2,
-        "max_iter": max_iter,
-        "tolerance": tolerance,
-        "converged": gradient_max <= tolerance,
-        "iterations": int(state["n_iter"]),
-        "evaluations": int(state["func_evals"]),
-        "gradient_max": gradient_max,
-        "loss": float(loss),
-        "train_top1": 100 * float((_predict(x, weight, bias) == y).double().mean()),
-    }
-    predictions = [torch.empty(0, dtype=torch.int64, device=device)]
-    predictions += [
-        _predict(rows.to(torch.float32).sub(mean).mul_(scale), weight, bias) for rows in test_h.split(_ROWS_AT_ONCE)
-    ]
-    return torch.cat(predictions), info
+    if max_iter > 1 and max(float(v.grad.abs().max()), float(u.grad.abs().max())) > finished:  # type: ignore[union-attr]
+        optimizer.param_groups[0].update(lr=1.0, max_iter=max_iter - 1)
+        optimizer.step(closure)
+    closure()  # the line search may have ended elsewhere than where it looked last
+    return _Fit(weight, bias, float(loss), gradient_max, int(optimizer.state[v]["n_iter"]), evaluations)
 
 
-def _standardisation(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1/standard deviation of each column as float32 [d]; a column that is constant to rounding gets 0."""
-    total = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
-    for rows in h.split(_ROWS_AT_ONCE):
-        total += rows.double().sum(dim=0)
-    mean = (total / len(h)).float()  # float32, so that the deviations are from the very value that is subtracted later
-    square = torch.zeros_like(total)
-    for rows in h.split(_ROWS_AT_ONCE):
-        square += (rows.double() - mean).square().sum(dim=0)
-    deviation = (square / len(h)).sqrt()
-    varies = deviation > 1e-6 * mean.abs()
-    return mean, torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0).float()
-
-
-def _hessian_factor(x: Tensor, classes: int, l2: float) -> Tensor:
-    """Upper U [d, d], float64, with U'U = covariance/classes + l2: the Hessian of one class's weights at zero."""
-    rows = x[:: -(-len(x) // _ROWS_OF_HESSIAN)]
-    hessian = (rows.T @ rows).double() / (len(rows) * classes)
-    hessian.diagonal().add_(l2 + 1e-6)  # columns without variance and fewer rows than columns, at l2 = 0
-    upper: Tensor = torch.linalg.cholesky(hessian, upper=True)
-    return upper
-
-
-def _objective(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]:
+def _objective(problem: _Problem, weight: Tensor, bias: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]:
     """Penalised mean cross-entropy and its gradient with respect to weight and bias, all float64."""
-    loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
+    loss = weight.new_zeros(())
+    weight_gradient, bias_gradient = torch.zeros_like(weight.T), torch.zeros_like(bias)
     weight32, bias32 = weight.float(), bias.float()
-    for rows, labels in zip(x.split(_ROWS_AT_ONCE), y.split(_ROWS_AT_ONCE), strict=True):
-        log_probability = (rows @ weight32 + bias32).log_softmax(dim=1)
-        picked = labels[:, None]
-        loss -= log_probability.gather(1, picked).double().sum()
-        residual = log_probability.exp_()
-        residual.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=residual.dtype))
-        weight_gradient += (residual.T @ rows).T.double()  # rows.T @ residual is 8 times slower on CPU
-        bias_gradient += residual.double().sum(dim=0)
-    n = len(x)
+    for rows, labels in zip(problem.x.split(_ROWS_AT_ONCE), problem.y.split(_ROWS_AT_ONCE), strict=True):
+        # Classes come first: over a short last dimension softmax is 15 times slower on CPU, and so is rows.T @ residual.
+        log_probability = torch.addmm(bias32, rows, weight32).T.contiguous().log_softmax(dim=0)
+        picked = labels[None]
+        loss -= log_probability.gather(0, picked).sum(dtype=torch.float64)
+        residual = log_probability.clamp_(min=-80).exp_()  # less becomes a denormal number: products 3 times slower
+        residual.scatter_add_(0, picked, torch.full_like(picked, -1, dtype=residual.dtype))
+        weight_gradient += residual @ rows
+        bias_gradient += residual.sum(dim=1)
+    n = len(problem.x)
     penalty = 0.5 * l2 * weight.square().sum()
-    return loss / n + penalty, weight_gradient / n + l2 * weight, bias_gradient / n
+    return loss / n + penalty, weight_gradient.T / n + l2 * weight, bias_gradient / n
 
 
-def _predict(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return (x @ weight.float() + bias.float()).argmax(dim=1)
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    """Percent."""
+    return 100 * int((logits.argmax(dim=1) == labels).sum()) / len(labels)

@@ -9,39 +9,67 @@ from simclr_dist.errors import ConfigError
 
 K = 200
 TEMPERATURE = 0.1
-# One value for every row of a table. On 5,000 held-out training images of CIFAR-10 a short SimCLR run's features prefer 1e-3
-# (58.2 against 57.3 %); raw pixels prefer this one (by 1.7 points on test images). It stays at what favours the baseline.
-L2 = 1e-2
 MAX_ITER = 1000
 BATCH_SIZE = 256
 WORKERS = 2
 POLL = 30.0
+PROTOCOLS = ("knn", "linear", "sgd", "mlp")
+DEFAULT_PROTOCOLS = ("knn", "linear")
+IMAGE_SIZE = 224
+_OF_WEIGHTS = ("image_size", "width", "stem", "prefix")
+SGD_EPOCHS = 90
+MLP_EPOCHS = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How features are made and classified; raises ConfigError for the first value out of its range.
 
-    `seed` is that of the untrained encoder's weights, `baselines` whether it and raw pixels are measured too.
+    `seed` is that of the untrained encoder's weights, `baselines` whether it and raw pixels are measured too, `l2` None when
+    it is to be chosen on training images, `layer` what the features are (see `export.load_encoder`).
     """
 
     k: int = K
     temperature: float = TEMPERATURE
-    l2: float = L2
+    l2: float | None = None
     max_iter: int = MAX_ITER
     batch_size: int = BATCH_SIZE
     workers: int = WORKERS
     seed: int = 0
     baselines: bool = True
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    layer: str = "h"
+    sgd_epochs: int = SGD_EPOCHS
+    mlp_epochs: int = MLP_EPOCHS
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("max_iter", 1), ("batch_size", 1), ("workers", 0)):
+        limits = {"k": 1, "max_iter": 1, "batch_size": 1, "workers": 0, "sgd_epochs": 1, "mlp_epochs": 1}
+        for name, least in limits.items():
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"{name}: {value}: must be {least} or more")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: {self.temperature}: must be above 0, and finite")
-        if not 0 <= self.l2 < math.inf:
+        if self.l2 is not None and not 0 <= self.l2 < math.inf:
             raise ConfigError(f"l2: {self.l2}: must be 0 or more, and finite")
+        if not self.protocols or set(self.protocols) - set(PROTOCOLS) or len(set(self.protocols)) < len(self.protocols):
+            raise ConfigError(
+                f"protocols: {','.join(self.protocols)!r}: must be some of {', '.join(PROTOCOLS)}, with commas between"
+            )
+        for name in ("sgd", "mlp"):
+            if getattr(self, f"{name}_epochs") != getattr(Settings, f"{name}_epochs") and name not in self.protocols:
+                raise ConfigError(f"{name}_epochs: has no effect without the protocol {name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """An encoder that another program wrote: see `foreign.load_foreign`."""
+
+    arch: str
+    weights: str
+    image_size: int = IMAGE_SIZE
+    width: int = 1
+    stem: str = "imagenet"
+    prefix: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +84,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--temperature", type=float, default=TEMPERATURE, help="a neighbour's weight is exp(cosine / temperature) (%(default)s)"
     )
-    add("--l2", type=float, default=L2, help="weight penalty of the linear probe, on standardised features (%(default)s)")
+    add(
+        "--protocols",
+        type=lambda names: tuple(names.split(",")),
+        default=DEFAULT_PROTOCOLS,
+        metavar="NAMES",
+        help="some of knn, linear (L-BFGS), sgd (linear, as in the paper) and mlp, with commas between (default: knn,linear)",
+    )
+    add("--layer", default="h", help="h, or of an encoder with its projector: projector.N, z (default: %(default)s)")
+    add("--arch", help="with --weights, in place of ENCODER: resnet18 ... resnet152")
+    add("--weights", metavar="FILE", help="with --arch: a published checkpoint with torchvision's or timm's names")
+    add("--image-size", type=int, help=f"with --weights: side of the images in pixels (default: {IMAGE_SIZE})")
+    add("--width", type=int, help="with --weights: 1, 2 or 4 (default: 1)")
+    add("--stem", help="with --weights: imagenet, small or small_stride2 (default: imagenet)")
+    add("--prefix", help="with --weights: of the encoder's names, where the file holds several")
+    add("--sgd-epochs", type=int, default=SGD_EPOCHS, help="of the protocol sgd; the paper's: %(default)s")
+    add("--mlp-epochs", type=int, default=MLP_EPOCHS, help="of the protocol mlp (%(default)s)")
+    add("--l2", type=float, help="weight penalty of the linear probe (default: chosen on a part of the training images)")
     add("--max-iter", type=int, default=MAX_ITER, help="limit of the linear probe's iterations (%(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images that an encoder sees at a time (%(default)s)")
     add("--workers", type=int, default=WORKERS, help="reading processes beside each rank (%(default)s)")
@@ -73,7 +117,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> Settings:
     """The settings among `add_arguments`' options; raises ConfigError for what is out of range or does not go together."""
-    if arguments.encoder is None and arguments.watch is None:
+    if (arguments.arch is None) != (arguments.weights is None):
+        raise ConfigError("--arch and --weights go together")
+    for name in _OF_WEIGHTS:
+        if (value := getattr(arguments, name)) is not None and arguments.weights is None:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value}: goes with --weights only; an ENCODER knows its own")
+    if arguments.weights is not None:
+        if arguments.encoder is not None or arguments.watch is not None:
+            raise ConfigError(f"--weights {arguments.weights!r}: name no ENCODER and no --watch beside it")
+        if arguments.layer != "h":
+            raise ConfigError(f"--layer: {arguments.layer!r}: a published checkpoint has h alone")
+    elif arguments.encoder is None and arguments.watch is None:
         raise ConfigError("eval: name an ENCODER, or a run with --watch RUN")
     if arguments.watch is None:
         if arguments.poll is not None:
@@ -85,6 +139,12 @@ def check_arguments(arguments: argparse.Namespace) -> Settings:
     else:
         check_watch(arguments.watch, POLL if arguments.poll is None else arguments.poll)
     return Settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)})
+
+
+def foreign(arguments: argparse.Namespace) -> Foreign:
+    """What `--arch`, `--weights` and the options that go with them name."""
+    more = {name: value for name in _OF_WEIGHTS if (value := getattr(arguments, name)) is not None}
+    return Foreign(arguments.arch, arguments.weights, **more)
 
 
 def check_watch(run: str | Path, poll: float) -> None:

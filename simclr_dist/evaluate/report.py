@@ -1,5 +1,6 @@
 """The result of an evaluation: one JSON file beside the encoder's run, and a table for people."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -13,10 +14,12 @@ from simclr_dist.atomic import write_atomically
 from simclr_dist.distributed import World
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.features import RAW_PIXELS
+from simclr_dist.evaluate.scores import ClassScores, Scores, class_report
 
 Result = dict[str, Any]
-FORMAT = "simclr_dist evaluation 1"
+FORMAT = "simclr_dist evaluation 2"
 UNTRAINED, TRAINED = "untrained", "trained"
+NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
 
 
 def result_path(encoder: str | Path, out: str | Path | None = None) -> Path:
@@ -63,36 +66,79 @@ def summary(result: Result) -> dict[str, dict[str, float]]:
 
 
 def table(result: Result) -> str:
-    """Raw pixels, untrained and trained encoder (with its start weights, if not random) by kNN and linear top-1 %."""
-    encoder, train, test = result["encoder"], result["train"], result["test"]
-    trained = f"trained encoder, step {encoder['step']}"
+    """Raw pixels, untrained and trained encoder (with its start weights, if not random) by top-1 % of each protocol."""
+    encoder, train, test, parts = result["encoder"], result["train"], result["test"], result["protocols"]
+    trained = f"trained encoder, step {encoder['step']}" if not encoder["weights"] else "published encoder"
     if encoder["init"] != "random":
         trained += f", started from {encoder['init']}"
     labels = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: trained}
-    knn = result["protocols"]["knn"]["settings"]
-    linear = result["protocols"]["linear"]
-    names = list(linear["results"])
+    layer = "" if encoder["layer"] == "h" else f", layer {encoder['layer']}"
+    lines = [f"{encoder['name']}, width {encoder['width']}{layer}, {encoder['file']}"]
+    if not parts:
+        lines.append(f"{train['images']} training and {test['images']} test images, none with a label")
+        lines += [f"{name}: {_plain(value)}" for name, value in result["signals"].items()]
+        return "\n".join(lines)
+    names = [name for name in labels if any(name in part["results"] for part in parts.values())]
     width = max(len(labels[name]) for name in [*names, TRAINED])
-    lines = [
-        f"{encoder['name']}, width {encoder['width']}, {encoder['file']}",
+    lines += [
         f"{train['labelled']} training and {test['labelled']} test images, {result['classes']} classes, "
         f"largest class {result['largest_class_percent']:.1f} % of the test images",
-        f"{'top-1 %':<{width}}  {'kNN':>6}  {'linear':>6}",
+        f"{'top-1 %':<{width}}" + "".join(f"  {NAMES[protocol]:>6}" for protocol in parts),
     ]
     for name in names:
-        accuracy = (part["results"][name]["top1"] for part in result["protocols"].values())
-        lines.append(f"{labels[name]:<{width}}  " + "  ".join(f"{value:6.2f}" for value in accuracy))
-    k = f"k={knn['k_used']}" + (f" (all training images; {knn['k']} asked)" if knn["k_used"] != knn["k"] else "")
-    lines.append(f"kNN: {k}, temperature {knn['temperature']:g}; linear: l2 {linear['settings']['l2']:g}")
-    stopped = [labels[name] for name in names if not linear["results"][name]["converged"]]
-    if stopped:
-        lines.append(f"linear probe stopped before it had converged: {'; '.join(stopped)}")
+        found = (part["results"].get(name) for part in parts.values())
+        lines.append(f"{labels[name]:<{width}}" + "".join(f"  {one['top1']:6.2f}" if one else f"  {'':6}" for one in found))
+    intervals = [part["results"][TRAINED]["interval"] for part in parts.values()]
+    lines.append(f"{'  95 % interval':<{width}}" + "".join(f"  {f'{low:.0f}-{high:.0f}':>6}" for low, high in intervals))
+    lines += _told(result, labels)
     for name, part in (("training", train), ("test", test)):
         if part["labelled"] != part["images"]:
             lines.append(f"left out: {part['images'] - part['labelled']} {name} images without a label")
     if result["test_images_in_train"]:
         lines.append(f"{result['test_images_in_train']} test images are among the training images, byte for byte")
     return "\n".join(lines)
+
+
+def _told(result: Result, labels: dict[str, str]) -> list[str]:
+    """What a reader must know of how the protocols were set."""
+    lines, parts = [], result["protocols"]
+    if knn := parts.get("knn"):
+        told = knn["settings"]
+        k = f"k={told['k_used']}" + (f" (all training images; {told['k']} asked)" if told["k_used"] != told["k"] else "")
+        lines.append(f"kNN: {k}, temperature {told['temperature']:g}")
+    if linear := parts.get("linear"):
+        rows = linear["results"]
+        chosen = any(row["choice"] for row in rows.values())
+        penalties = ", ".join(f"{row['l2']:.2g} ({name.replace('_', ' ')})" for name, row in rows.items())
+        lines.append(f"linear: l2 {penalties}{', chosen on training images' if chosen else ''}")
+        if stopped := [labels[name] for name, row in rows.items() if not row["converged"]]:
+            lines.append(f"linear probe stopped before it had converged: {'; '.join(stopped)}")
+    if sgd := parts.get("sgd"):
+        row = sgd["results"][TRAINED]
+        lines.append(
+            f"SGD: {row['epochs']} epochs of new crops" + ("" if row["as_in_paper"] else f"; the paper's {row['paper_epochs']}")
+        )
+    if mlp := parts.get("mlp"):
+        row = mlp["results"][TRAINED]
+        deviation = row["spread"]["top1"]["sd"]
+        lines.append(
+            f"MLP: mean of {row['spread']['runs']} seeds" + ("" if deviation is None else f", deviation {deviation:.2f}")
+        )
+        names = result["class_names"] or None
+        lines += ["", "MLP, the first seed, class by class:", *class_report(_first_seed(row), names).splitlines()]
+    return lines
+
+
+def _first_seed(row: dict[str, Any]) -> Scores:
+    fields = {field.name: row[field.name] for field in dataclasses.fields(Scores)}
+    per_class = tuple(ClassScores(**one) for one in row["per_class"])
+    return Scores(**{**fields, "per_class": per_class, "top1": row["spread"]["top1"]["values"][0]})
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items() if not isinstance(part, list))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def hardware(here: World) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from simclr_dist.evaluate.earlier import Baselines, baselines, difference, read_
 from simclr_dist.evaluate.features import EncoderError
 from simclr_dist.evaluate.job import Say, Sets, measure
 from simclr_dist.evaluate.options import POLL, Settings, check_arguments, check_watch
-from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result, result_path
+from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, result_path
 from simclr_dist.export import file_digest
 from simclr_dist.run import read_status
 
@@ -193,12 +193,12 @@ class _Encoders:
             self._curve.add(result, result_path(path).stat().st_mtime)
         except OSError as error:
             self._say(f"{self._run / 'tb' / 'eval'}: cannot be written ({error.strerror}); tried again at the next encoder")
-        rows = {name: part["results"] for name, part in result["protocols"].items()}
-        knn, linear = (rows[name][TRAINED]["top1"] for name in ("knn", "linear"))
-        line = f"{path.stem}: kNN {knn:.2f} %, linear {linear:.2f} %"
+        parts = result["protocols"].items()
+        line = f"{path.stem}: " + ", ".join(f"{NAMES[name]} {part['results'][TRAINED]['top1']:.2f} %" for name, part in parts)
         if self._settings.baselines:
             self.known = self.known or baselines(result)
-            line += "; untrained " + ", ".join(f"{rows[name][UNTRAINED]['top1']:.2f}" for name in ("knn", "linear"))
+            rows = [part["results"][UNTRAINED]["top1"] for _, part in parts if UNTRAINED in part["results"]]
+            line += "; untrained " + ", ".join(f"{top1:.2f}" for top1 in rows)
         self._say(f"{line}; {how}")
 
 

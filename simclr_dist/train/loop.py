@@ -78,7 +78,8 @@ def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Clai
     def export() -> None:
         if claim is not None:
             card = encoder_card(config, learner, settings, step, images.manifest.digest)
-            export_encoder(run / "encoders" / f"step-{step:08d}.safetensors", learner.model.encoder, card)
+            path = run / "encoders" / f"step-{step:08d}.safetensors"
+            export_encoder(path, learner.model.encoder, card, learner.model.projector)
 
     agreement = StopAgreement(here.device)
     asked = any_asked(stopping.asked())

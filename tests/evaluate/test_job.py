@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 
 from evaluated import draw_images
+from simclr_dist.data.reader import ShardDataset
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluate.__main__ import main
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.report import summary
+from simclr_dist.evaluate.protocols import NewCrops
+from simclr_dist.evaluate.report import summary, table
 
 Make = Callable[..., Path]
 
@@ -82,7 +86,7 @@ def test_without_baselines(make_encoder: Make, sets: tuple[Path, Path], capsys: 
     assert "trained encoder, step 1200" in out
     assert "raw pixels" not in out
     assert "k=91 (all training images; 200 asked)" in out
-    assert out.splitlines()[-1].endswith("run/eval/step-00001200.json")
+    assert out.splitlines()[-1].endswith("run/eval/step-00001200.json and step-00001200.html")
 
 
 def test_unlabelled_and_shared_images_are_counted(make_encoder: Make, make_shards: Make) -> None:
@@ -96,12 +100,76 @@ def test_unlabelled_and_shared_images_are_counted(make_encoder: Make, make_shard
     assert result["test_images_in_train"] == 20
 
 
+def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]) -> None:
+    encoder = make_encoder()
+    settings = {"k": 10, "workers": 0, "sgd_epochs": 3, "mlp_epochs": 30, "protocols": ("knn", "linear", "sgd", "mlp")}
+    result = evaluate(encoder, *sets, device="cpu", command=["simclr-dist", "eval", "x"], **settings)
+    parts = result["protocols"]
+    assert list(parts) == ["knn", "linear", "sgd", "mlp"]
+    assert set(parts["mlp"]["results"]) == set(parts["knn"]["results"]) == {"raw_pixels", "untrained", "trained"}
+    assert set(parts["sgd"]["results"]) == {"trained"}, "it goes through all images in every epoch"
+    for part in parts.values():
+        row = part["results"]["trained"]
+        assert row["interval"][0] <= row["top1"] <= row["interval"][1]
+        assert sum(map(sum, row["confusion"])) == 47
+    sgd = parts["sgd"]["results"]["trained"]
+    assert (sgd["views"], sgd["as_in_paper"], sgd["epochs"]) == ("new in every epoch", False, 3)
+    assert parts["linear"]["results"]["trained"]["choice"]["validation_rows"] == 18
+    assert len(parts["mlp"]["results"]["trained"]["spread"]["top1"]["values"]) == 3
+    text = table(result)
+    assert "top-1 %                        kNN  linear     SGD     MLP" in text
+    assert "SGD: 3 epochs of new crops; the paper's 90" in text
+    assert "weighted avg" in text
+    page = (encoder.parent.parent / "eval" / "step-00001200.html").read_text()
+    assert "knn: untrained encoder" in page
+    assert "simclr-dist eval x" in page
+    assert "data:image/png;base64," in page
+    assert result["signals"]["effective_rank"] > 1
+
+
+def test_new_crops_are_new_in_every_epoch_and_the_same_for_every_order(sets: tuple[Path, Path]) -> None:
+    images = ShardDataset(sets[0])
+    first, again, other = (NewCrops(images, 16, seed=1, epoch=epoch) for epoch in (0, 0, 1))
+    assert len(first) == 91
+    later = again[7]  # row 3 is read after it here, and before it there
+    assert torch.equal(first[3].image, again[3].image)
+    assert torch.equal(first[7].image, later.image)
+    assert first[3].image.shape == (3, 16, 16)
+    assert not torch.equal(first[3].image, other[3].image)
+    assert (first[3].label, first[3].row) == (images[3].label, 3)
+
+
+def test_without_any_labels(make_encoder: Make, make_shards: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = (make_shards(name, draw_images(n, seed=n)[0], [-1] * n, ()) for name, n in (("train", 30), ("test", 20)))
+    arguments = [str(make_encoder()), "--train", str(train), "--test", str(test), "--workers", "0", "--device", "cpu"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "30 training and 20 test images, none with a label" in out
+    assert "effective_rank: " in out
+
+
+def test_a_published_checkpoint(sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "theirs.pt"
+    torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, file)
+    options = ["--train", str(sets[0]), "--test", str(sets[1]), "--workers", "0", "--device", "cpu", "--image-size", "32"]
+    assert main(["--arch", "resnet18", "--weights", str(file), "--no-baselines", *options]) == 0
+    assert "resnet18, width 1" in capsys.readouterr().out
+    result = json.loads((tmp_path / "theirs.eval.json").read_text())
+    assert result["encoder"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert main(["--arch", "resnet50", "--weights", str(file), "--no-baselines", *options]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    for wrong in (["--arch", "resnet18"], ["x", "--arch", "resnet18", "--weights", str(file)], ["x"]):
+        assert main([*wrong, *options]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_two_processes_write_one_result_like_one_process(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
     encoder, out = make_encoder(), tmp_path / "two.json"
-    alone = evaluate(encoder, *sets, k=10, workers=0, device="cpu")
+    alone = evaluate(encoder, *sets, k=10, workers=0, device="cpu", protocols=("knn", "linear", "sgd"), sgd_epochs=2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     job = ["-m", "simclr_dist.evaluate", encoder, "--train", sets[0], "--test", sets[1], "--k", "10"]
+    job += ["--protocols", "knn,linear,sgd", "--sgd-epochs", "2"]
     command = [*launcher, *map(str, [*job, "--workers", "1", "--device", "cpu", "--out", out])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
@@ -120,14 +188,15 @@ def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tupl
     other = make_shards("other", images, labels, ("bright", "dark", "spotted"))
     swapped = make_shards("swapped", images, labels, ("dark", "bright", "striped"))
     unlabelled = make_shards("unlabelled", images, [-1] * 9, ())
+    lost = "no image has a label, but the other set's have; label both, or neither"
     cases = [
         ((not_one, *sets), r"notes\.safetensors"),
         ((tmp_path / "none.safetensors", *sets), r"none\.safetensors"),
         ((encoder, sets[0], tmp_path / "nowhere"), "nowhere"),
         ((encoder, sets[0], other), "other: its 3 classes are not the 3 of .*train: 'spotted' is in one of them only"),
         ((encoder, sets[0], swapped), "their order differs"),
-        ((encoder, unlabelled, sets[1]), "unlabelled: no image has a label"),
-        ((encoder, sets[0], unlabelled), "unlabelled: no image has a label"),
+        ((encoder, unlabelled, sets[1]), f"unlabelled: {lost}"),
+        ((encoder, sets[0], unlabelled), f"unlabelled: {lost}"),
     ]
     for arguments, message in cases:
         with pytest.raises(DataError, match=message) as caught:
@@ -138,7 +207,8 @@ def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tupl
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("k", 0), ("temperature", 0.0), ("l2", -1.0), ("l2", float("nan")), ("batch_size", 0)]
+    ("setting", "value"),
+    [("k", 0), ("temperature", 0.0), ("l2", -1.0), ("l2", float("nan")), ("batch_size", 0), ("sgd_epochs", 0)],
 )
 def test_settings_out_of_range_are_refused_first(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{setting}: {value}: must be"):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 from sklearn.neighbors import KNeighborsClassifier
 
 from simclr_dist.evaluate.knn import weighted_knn
+from simclr_dist.evaluate.scores import score
 
 
 def blobs(n: int, d: int, classes: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,17 +26,20 @@ def test_same_predictions_as_scikit_learn(k: int, temperature: float) -> None:
     )
     expected = oracle.fit(train_h.numpy(), train_y.numpy()).predict(test_h.numpy())
     found = weighted_knn(train_h, train_y, test_h, k=k, temperature=temperature, classes=6)
+    assert found.shape == (400, 6)
     assert found.dtype == torch.int64
-    assert (found.numpy() == expected).all()
-    assert 0.3 < (found == test_y).double().mean() < 0.95  # neither trivial nor chance: the vote decides
+    assert (found.argmax(dim=1).numpy() == expected).all()
+    assert 0.3 < (found.argmax(dim=1) == test_y).double().mean() < 0.95  # neither trivial nor chance: the vote decides
+    share = torch.from_numpy(oracle.predict_proba(test_h.numpy()))
+    assert (found.double() / found.sum(dim=1, keepdim=True) - share).abs().max() < 1e-9
 
 
 def test_the_weights_decide() -> None:
     near, far = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.8])
     train_h, train_y = torch.stack([near, far, far * 2]), torch.tensor([1, 0, 0])
     query = near[None] * 3
-    assert weighted_knn(train_h, train_y, query, k=3, temperature=0.1, classes=2).tolist() == [1]
-    assert weighted_knn(train_h, train_y, query, k=3, temperature=10, classes=2).tolist() == [0]
+    assert weighted_knn(train_h, train_y, query, k=3, temperature=0.1, classes=2).argmax(dim=1).tolist() == [1]
+    assert weighted_knn(train_h, train_y, query, k=3, temperature=10, classes=2).argmax(dim=1).tolist() == [0]
 
 
 def test_a_row_is_classified_alone_as_among_others() -> None:
@@ -55,11 +60,26 @@ def test_of_equally_near_rows_the_first_vote(k: int) -> None:
     weight = np.exp(np.take_along_axis((test_h @ train_h.T).numpy(), first, axis=1).astype(np.float64))
     votes = [np.bincount(train_y.numpy()[i], w, minlength=50) for i, w in zip(first, weight, strict=True)]
     expected = np.round(votes, 9).argmax(axis=1)
-    assert weighted_knn(train_h, train_y, test_h, k=k, temperature=1.0, classes=50).tolist() == expected.tolist()
+    found = weighted_knn(train_h, train_y, test_h, k=k, temperature=1.0, classes=50)
+    assert found.argmax(dim=1).tolist() == expected.tolist()
 
 
 def test_of_equal_votes_the_lower_class_wins() -> None:
-    assert weighted_knn(torch.ones(4, 2), torch.tensor([2, 1, 2, 1]), torch.ones(1, 2), k=4, classes=3).tolist() == [1]
+    votes = weighted_knn(torch.ones(4, 2), torch.tensor([2, 1, 2, 1]), torch.ones(1, 2), k=4, classes=3)
+    assert votes.tolist() == [[0, 2 * 2**40, 2 * 2**40]]
+    assert votes.argmax(dim=1).tolist() == [1]
+
+
+def test_votes_rank_the_classes_for_top_five() -> None:
+    train_h, train_y = blobs(900, 12, 9, seed=0, spread=4)
+    test_h, test_y = blobs(400, 12, 9, seed=1, spread=4)
+    measured = score(weighted_knn(train_h, train_y, test_h, k=50, classes=9), test_y)
+    assert measured.top5 is not None
+    assert measured.top1 + 15 < measured.top5 < 100
+
+
+def test_without_test_rows_there_are_no_votes() -> None:
+    assert weighted_knn(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), torch.ones(0, 2), k=2, classes=3).shape == (0, 3)
 
 
 def test_k_is_limited_to_the_training_rows() -> None:
@@ -73,17 +93,23 @@ def test_a_tiny_temperature_asks_the_nearest_and_does_not_overflow() -> None:
     train_h, train_y = blobs(200, 8, 4, seed=0)
     test_h, _ = blobs(50, 8, 4, seed=1)
     nearest = weighted_knn(train_h.float(), train_y, test_h.float(), k=1, classes=4)
-    assert torch.equal(weighted_knn(train_h.float(), train_y, test_h.float(), temperature=1e-5, classes=4), nearest)
+    cold = weighted_knn(train_h.float(), train_y, test_h.float(), temperature=1e-5, classes=4)
+    assert torch.equal(cold.argmax(dim=1), nearest.argmax(dim=1))
 
 
 def test_shuffled_labels_give_chance() -> None:
     train_h, train_y = blobs(2000, 16, 5, seed=0)
     test_h, test_y = blobs(1000, 16, 5, seed=1)
-    shuffled = train_y[torch.randperm(2000, generator=torch.Generator().manual_seed(3))]
-    found = weighted_knn(train_h, train_y, test_h, k=20, classes=5)
-    control = weighted_knn(train_h, shuffled, test_h, k=20, classes=5)
+    # The test labels are in random order too: rows of a blob share one prediction, and how many of them are right by luck
+    # is no binomial number.
+    generator = torch.Generator().manual_seed(3)
+    shuffled = train_y[torch.randperm(2000, generator=generator)]
+    found = weighted_knn(train_h, train_y, test_h, k=20, classes=5).argmax(dim=1)
+    control = weighted_knn(train_h, shuffled, test_h, k=20, classes=5).argmax(dim=1)
     assert (found == test_y).double().mean() > 0.8
-    assert abs((control == test_y).double().mean() - 0.2) < 0.06
+    test_y = test_y[torch.randperm(1000, generator=generator)]
+    low, high = binom.interval(0.999, 1000, 0.2)
+    assert low <= int((control == test_y).sum()) <= high
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(0, 0.1), (5, 0.0)])

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from simclr_dist.evaluate.linear import linear_probe
+from simclr_dist.errors import DataError
+from simclr_dist.evaluate.linear import L2_GRID, choose_l2, linear_probe, stratified_split
+
+L2 = 1e-2
 
 
 def overlapping(n: int, seed: int, *, d: int = 40, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,12 +34,14 @@ def test_same_predictions_as_scikit_learn(l2: float) -> None:
     oracle = LogisticRegression(C=1 / (l2 * 3000), solver="newton-cholesky", tol=1e-8)
     oracle.fit(scaler.transform(train_h.double().numpy()), train_y.numpy())
     expected = torch.from_numpy(oracle.predict(scaler.transform(test_h.double().numpy())))
-    found, info = linear_probe(train_h, train_y, test_h, classes=7, l2=l2)
+    logits, info = linear_probe(train_h, train_y, test_h, classes=7, l2=l2)
+    found = logits.argmax(dim=1)
+    assert (logits.shape, logits.dtype) == ((2000, 7), torch.float32)
     assert info["converged"], info
     assert (found == expected).double().mean() >= 0.995
     assert 0.3 < (found == test_y).double().mean() < 0.95
-    logits = torch.from_numpy(oracle.decision_function(scaler.transform(train_h.double().numpy())))
-    optimum = torch.nn.functional.cross_entropy(logits, train_y) + 0.5 * l2 * float((oracle.coef_**2).sum())
+    best = torch.from_numpy(oracle.decision_function(scaler.transform(train_h.double().numpy())))
+    optimum = torch.nn.functional.cross_entropy(best, train_y) + 0.5 * l2 * float((oracle.coef_**2).sum())
     assert info["loss"] == pytest.approx(float(optimum), abs=2e-6)
 
 
@@ -45,41 +51,46 @@ def test_the_bias_is_not_penalised_and_the_weights_are() -> None:
     found, info = linear_probe(h, labels, h, classes=3, l2=1e6)
     entropy = -sum(p * math.log(p) for p in (0.7, 0.2, 0.1))
     assert info["loss"] == pytest.approx(entropy, abs=1e-5)
-    assert found.unique().tolist() == [0]
+    assert found.argmax(dim=1).unique().tolist() == [0]
 
 
 def test_the_test_rows_are_standardised_by_the_training_rows() -> None:
     train_h, train_y = overlapping(1000, 0)
     test_h, _ = overlapping(200, 1)
-    found, _ = linear_probe(train_h, train_y, test_h, classes=7)
-    alone = torch.cat([linear_probe(train_h, train_y, row[None], classes=7)[0] for row in test_h[:3]])
-    assert torch.equal(found[:3], alone)
+    found, _ = linear_probe(train_h, train_y, test_h, classes=7, l2=L2)
+    alone = torch.cat([linear_probe(train_h, train_y, row[None], classes=7, l2=L2)[0] for row in test_h[:3]])
+    torch.testing.assert_close(found[:3], alone)
 
 
 def test_constant_columns_change_nothing() -> None:
     train_h, train_y = overlapping(1000, 0)
     test_h, _ = overlapping(500, 1)
-    found, info = linear_probe(train_h, train_y, test_h, classes=7)
+    found, info = linear_probe(train_h, train_y, test_h, classes=7, l2=L2)
+    constant = torch.tensor([0.1, -1e4, 0.0])
     wide, wide_info = linear_probe(
-        torch.cat([train_h, torch.full((1000, 3), 0.1)], 1), train_y, torch.cat([test_h, torch.zeros(500, 3)], 1), classes=7
+        torch.cat([train_h, constant.expand(1000, 3)], 1),
+        train_y,
+        torch.cat([test_h, constant.add(1e-3).expand(500, 3)], 1),
+        classes=7,
+        l2=L2,
     )
-    assert (found == wide).double().mean() >= 0.995
+    assert (found.argmax(dim=1) == wide.argmax(dim=1)).double().mean() >= 0.995
     assert wide_info["loss"] == pytest.approx(info["loss"], abs=1e-6)
 
 
 def test_inputs_stay_and_integers_do() -> None:
     train_h, train_y = overlapping(500, 0)
     before = train_h.clone()
-    linear_probe(train_h, train_y, train_h, classes=7)
+    linear_probe(train_h, train_y, train_h, classes=7, l2=L2)
     assert torch.equal(train_h, before)
     pixels = torch.randint(256, (300, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = (pixels[:, 0] > 128).long()
-    assert (linear_probe(pixels, y, pixels, classes=2, l2=1e-5)[0] == y).all()
+    assert (linear_probe(pixels, y, pixels, classes=2, l2=1e-5)[0].argmax(dim=1) == y).all()
 
 
 def test_an_unfinished_fit_says_so() -> None:
     train_h, train_y = overlapping(500, 0)
-    _, info = linear_probe(train_h, train_y, train_h, classes=7, max_iter=2)
+    _, info = linear_probe(train_h, train_y, train_h, classes=7, l2=L2, max_iter=2)
     assert info["converged"] is False
     assert info["iterations"] == 2
 
@@ -88,16 +99,20 @@ def test_more_columns_than_rows_converge() -> None:
     train_h, train_y = overlapping(30, 0, d=200)
     found, info = linear_probe(train_h, train_y, train_h, classes=7, l2=1e-2)
     assert info["converged"], info
-    assert torch.equal(found, train_y)
+    assert torch.equal(found.argmax(dim=1), train_y)
     assert info["train_top1"] == 100
 
 
 def test_shuffled_labels_give_chance() -> None:
     train_h, train_y = overlapping(3000, 0)
     test_h, test_y = overlapping(2000, 1)
-    shuffled = train_y[torch.randperm(3000, generator=torch.Generator().manual_seed(3))]
-    control, _ = linear_probe(train_h, shuffled, test_h, classes=7)
-    assert abs((control == test_y).double().mean() - 1 / 7) < 0.04
+    # The test labels are in random order too: rows of a class share one prediction, and how many of them are right by luck
+    # is no binomial number.
+    generator = torch.Generator().manual_seed(3)
+    shuffled, test_y = train_y[torch.randperm(3000, generator=generator)], test_y[torch.randperm(2000, generator=generator)]
+    control, _ = linear_probe(train_h, shuffled, test_h, classes=7)  # with a choice of l2, which could leak too
+    low, high = binom.interval(0.999, 2000, 1 / 7)
+    assert low <= int((control.argmax(dim=1) == test_y).sum()) <= high
 
 
 def test_it_is_deterministic() -> None:
@@ -105,3 +120,65 @@ def test_it_is_deterministic() -> None:
     first, second = (linear_probe(train_h, train_y, train_h, classes=7) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
+
+
+def test_the_choice_is_the_best_of_the_grid_on_held_out_training_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train_y = torch.randint(7, (400,), generator=generator)
+    train_h = torch.randn(400, 60, generator=generator)  # so much noise that a weak penalty learns it
+    train_h[torch.arange(400), train_y] += 1.5
+    choice = choose_l2(train_h, train_y, classes=7, seed=3)
+    fit, held_out = stratified_split(train_y, share=0.2, seed=3)
+    measured = []
+    for l2 in choice["grid"]:  # each from zero and to the end, by the public probe
+        logits, _ = linear_probe(train_h[fit], train_y[fit], train_h[held_out], classes=7, l2=l2)
+        measured.append(100 * float((logits.argmax(dim=1) == train_y[held_out]).double().mean()))
+    assert choice["validation_rows"] == len(held_out)
+    row = 100 / len(held_out)
+    assert choice["validation_top1"] == pytest.approx(measured, abs=2.01 * row)  # the fits of the choice end a little earlier
+    assert choice["l2"] == choice["grid"][choice["validation_top1"].index(max(choice["validation_top1"]))]
+    assert max(measured) > measured[-1] + 2 * row  # so the choice matters
+    assert not choice["at_edge"]
+
+
+def test_the_chosen_fit_is_that_of_the_same_value_given() -> None:
+    train_h, train_y = overlapping(600, 0)
+    test_h, _ = overlapping(200, 1)
+    chosen, info = linear_probe(train_h, train_y, test_h, classes=7, seed=5)
+    assert info["choice"]["seed"] == 5
+    assert info["choice"]["grid"] == list(L2_GRID)
+    given, given_info = linear_probe(train_h, train_y, test_h, classes=7, l2=info["l2"])
+    assert torch.equal(chosen, given)
+    assert given_info == {**info, "choice": None}
+
+
+def test_a_best_value_at_the_end_of_the_grid_is_told() -> None:
+    train_h, train_y = overlapping(600, 0)
+    assert choose_l2(train_h, train_y, classes=7, grid=[1e3, 1e4])["at_edge"]
+
+
+def test_the_split_is_stratified_seeded_and_complete() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 3 + [3] * 2 + [5])[
+        torch.randperm(66, generator=torch.Generator().manual_seed(0))
+    ]
+    fit, held_out = stratified_split(labels, share=0.2, seed=0)
+    assert torch.cat([fit, held_out]).sort().values.tolist() == list(range(66))
+    assert torch.bincount(labels[held_out], minlength=6).tolist() == [10, 2, 1, 0, 0, 0]
+    assert fit.tolist() == sorted(fit.tolist())
+    again, other = (stratified_split(labels, share=0.2, seed=seed)[1] for seed in (0, 1))
+    assert torch.equal(held_out, again)
+    assert not torch.equal(held_out, other)
+
+
+def test_too_few_rows_to_choose_on_are_refused_and_l2_helps() -> None:
+    train_h, train_y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(DataError, match=r"4 labelled training images are too few to choose l2 on.*give l2"):
+        linear_probe(train_h, train_y, train_h, classes=2)
+    logits, _ = linear_probe(train_h, train_y, train_h, classes=2, l2=1e-2)
+    assert torch.equal(logits.argmax(dim=1), train_y)
+
+
+@pytest.mark.parametrize(("l2", "max_iter"), [(-1.0, 5), (1.0, 0)])
+def test_senseless_settings_are_refused(l2: float, max_iter: int) -> None:
+    with pytest.raises(ValueError, match="l2 must not be negative"):
+        linear_probe(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), classes=2, l2=l2, max_iter=max_iter)

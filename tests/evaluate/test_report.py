@@ -11,9 +11,11 @@ from simclr_dist.evaluate.report import claim, result_path, summary, table, writ
 
 
 def result(**encoder: Any) -> dict[str, Any]:
-    fitted = {"converged": True}
+    fitted = {"converged": True, "choice": None, "l2": 0.001}
+    interval = {"interval": [60.0, 71.6]}
     return {
         "encoder": {"name": "resnet10", "width": 1, "file": "runs/a/encoders/step-7.safetensors", "step": 7, "init": "random"}
+        | {"layer": "h", "weights": None}
         | encoder,
         "train": {"images": 100, "labelled": 100},
         "test": {"images": 50, "labelled": 50},
@@ -23,14 +25,14 @@ def result(**encoder: Any) -> dict[str, Any]:
         "protocols": {
             "knn": {
                 "settings": {"k": 20, "k_used": 20, "temperature": 0.1},
-                "results": {"raw_pixels": {"top1": 30.0}, "untrained": {"top1": 22.5}, "trained": {"top1": 67.125}},
+                "results": {"raw_pixels": {"top1": 30.0}, "untrained": {"top1": 22.5}, "trained": {"top1": 67.125, **interval}},
             },
             "linear": {
                 "settings": {"l2": 0.001},
                 "results": {
                     "raw_pixels": {"top1": 16.0, **fitted},
                     "untrained": {"top1": 27.0, **fitted},
-                    "trained": {"top1": 100.0, **fitted},
+                    "trained": {"top1": 100.0, **fitted, **interval},
                 },
             },
         },
@@ -45,7 +47,9 @@ def test_the_table() -> None:
         "raw pixels                30.00   16.00",
         "untrained encoder         22.50   27.00",
         "trained encoder, step 7   67.12  100.00",
-        "kNN: k=20, temperature 0.1; linear: l2 0.001",
+        "  95 % interval           60-72   60-72",
+        "kNN: k=20, temperature 0.1",
+        "linear: l2 0.001 (raw pixels), 0.001 (untrained), 0.001 (trained)",
     ]
 
 

@@ -104,7 +104,7 @@ def test_what_has_changed_is_evaluated_again(run: Path, make_encoder: Make, sets
     assert again(Settings(k=5, workers=0), *sets) == ["evaluated before with k 10, now 5: again"] * 2
     assert (
         again(Settings(k=5, workers=0, l2=0.1, seed=7), *sets)
-        == ["evaluated before with l2 0.01, now 0.1, seed 0, now 7: again"] * 2
+        == ["evaluated before with l2 chosen, now 0.1, seed 0, now 7: again"] * 2
     )
     settings = Settings(k=5, workers=0, l2=0.1, seed=7)
     make_encoder(seed=9, step=100)

@@ -1,0 +1,61 @@
+"""Line charts as SVG text, for a page that needs nothing beside itself."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+Series = Mapping[str, Sequence[tuple[float, float]]]
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 250, 56, 24, 46, 34
+_COLOURS = ("#1f5fa8", "#c7572b", "#2a8f3c", "#7a4fa3")
+
+
+def line_chart(title: str, series: Series, *, unit: str = "") -> str:
+    """An <svg> with a line for each of `series` (points of x and y); points that are not finite are left out."""
+    lines = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return ""
+    xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (0, 1))
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    left, right, low, high = min(xs), max(xs), y_ticks[0], y_ticks[-1]
+
+    def across(x: float) -> float:
+        return _LEFT + (x - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT)
+
+    def up(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - low) / ((high - low) or 1) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">',
+        f'<text class="title" x="{_LEFT}" y="16">{escape(title)}</text>',
+    ]
+    for y in y_ticks:
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:g}{escape(unit)}</text>')
+    parts += [
+        f'<text class="tick" x="{across(x):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{x:g}</text>'
+        for x in x_ticks
+        if left <= x <= right
+    ]
+    for number, (name, points) in enumerate(lines.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
+        if len(points) < 40:
+            parts += [f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.6" fill="{colour}"/>' for x, y in points]
+        x = _LEFT + 110 * number
+        if len(lines) > 1:
+            parts.append(f'<text class="tick" x="{x + 14}" y="34">{escape(name)}</text>')
+            parts.append(f'<line x1="{x}" x2="{x + 10}" y1="30" y2="30" stroke="{colour}" stroke-width="2.5"/>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, two to `most` + 1 of them."""
+    if high <= low:
+        low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+    size = 10.0 ** math.floor(math.log10((high - low) / most))
+    size *= next(times for times in (1, 2, 5, 10) if (high - low) / (size * times) <= most)
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [round(number * size, 12) for number in range(first, last + 1)]

@@ -1,0 +1,108 @@
+"""The downstream classifier of the introductory blog: a small MLP with dropout on frozen features.
+
+Linear(d, 128), ReLU, dropout 0.2, Linear(128, 128), ReLU, dropout 0.2, Linear(128, classes), Adam with learning rate 1e-4
+and cross-entropy, on features as they are. The blog names neither batch size nor epochs; those here are ours. Its listing
+never clears the gradients, which sums them up over the whole training; here every step has its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN = 128
+DROPOUT = 0.2
+LR = 1e-4
+EPOCHS = 50
+BATCH_SIZE = 128
+SEEDS = (0, 1, 2)
+_ROWS_AT_ONCE = 8192
+
+
+def mlp_probe(
+    train_h: Tensor,
+    train_y: Tensor,
+    test_h: Tensor,
+    *,
+    classes: int,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
+    seeds: Sequence[int] = SEEDS,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Scores of the test rows by one MLP for each seed, each after its last epoch.
+
+    A seed decides initial weights, order of the rows and dropout; the global random state is left as it was. The test rows
+    are read after the last step of the last MLP.
+
+    Args:
+        train_h: [n, d] features. train_y: [n] int64 labels in [0, classes). test_h: [m, d], on the device of train_h.
+        batch_size: at most; the last batch of an epoch has what is left.
+
+    Returns:
+        [seeds, m, classes] float32 logits, to be measured one by one and joined by `scores.spread`, and a dict of plain
+        values: the settings, `steps` of each MLP, and for each seed `loss` (mean over the last epoch, with dropout) and
+        `train_top1` (percent, without).
+    """
+    if epochs < 1 or batch_size < 1 or len(seeds) == 0:
+        raise ValueError(f"epochs, batch_size and the number of seeds must be at least 1, got {epochs}, {batch_size}, {seeds}")
+    if len(train_h) == 0:
+        raise ValueError("there are no training rows to fit")
+    device, x, y = train_h.device, train_h.float(), train_y.to(train_h.device)
+    networks, losses = [], []
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            network, loss = _fit(x, y, classes, epochs, batch_size)
+        networks.append(network)
+        losses.append(loss)
+    info = {
+        "layers": [x.shape[1], HIDDEN, HIDDEN, classes],
+        "dropout": DROPOUT,
+        "optimizer": "Adam",
+        "lr": LR,
+        "features": "as they are",
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seeds": list(seeds),
+        "steps": epochs * -(-len(x) // batch_size),
+        "loss": losses,
+        "train_top1": [100 * int((_logits(network, x).argmax(dim=1) == y).sum()) / len(y) for network in networks],
+    }
+    return torch.stack([_logits(network, test_h) for network in networks]), info
+
+
+def classifier(features: int, classes: int) -> nn.Sequential:
+    """The blog's `DownstreamClassifier` for features [n, `features`], initialised as torch does."""
+    return nn.Sequential(
+        nn.Linear(features, HIDDEN),
+        nn.ReLU(inplace=True),
+        nn.Dropout(DROPOUT),
+        nn.Linear(HIDDEN, HIDDEN),
+        nn.ReLU(inplace=True),
+        nn.Dropout(DROPOUT),
+        nn.Linear(HIDDEN, classes),
+    )
+
+
+def _fit(x: Tensor, y: Tensor, classes: int, epochs: int, batch_size: int) -> tuple[nn.Module, float]:
+    """The network after the last epoch, in evaluation mode, and the mean loss of that epoch; random by the global state."""
+    network = classifier(x.shape[1], classes).to(x.device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LR)
+    total = torch.zeros((), device=x.device)
+    for _ in range(epochs):
+        total = torch.zeros_like(total)
+        for rows in torch.randperm(len(x)).split(batch_size):
+            rows = rows.to(x.device)
+            loss = nn.functional.cross_entropy(network(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(rows)
+    return network.eval(), float(total) / len(x)
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, h: Tensor) -> Tensor:
+    classes = network[-1].out_features  # type: ignore[index]
+    return torch.cat([torch.empty(0, classes, device=h.device)] + [network(rows.float()) for rows in h.split(_ROWS_AT_ONCE)])

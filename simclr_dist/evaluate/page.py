@@ -1,0 +1,189 @@
+"""An evaluation as one HTML page that needs nothing beside itself: numbers, curves, neighbours, and how to repeat it."""
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from simclr_dist.atomic import write_atomically
+from simclr_dist.errors import DataError
+from simclr_dist.evaluate.charts import line_chart
+from simclr_dist.evaluate.earlier import read_result
+from simclr_dist.evaluate.features import RAW_PIXELS
+from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result
+
+_LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
+_MOST_CLASSES = 40  # of a confusion matrix that can still be read
+_STYLE = """
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --soft: #666; --line: #ddd; --cell: 31, 95, 168; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #17191c; --soft: #9a9a9a; --line: #3a3d42; --cell: 90, 150, 220; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 980px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.sub, .tick, caption, th { color: var(--soft); fill: var(--soft); font-weight: normal; }
+table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+td:first-child, th:first-child { text-align: left; } .best { font-weight: 600; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { width: 460px; max-width: 100%; }
+.facts td { text-align: left; overflow-wrap: anywhere; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
+svg .tick { fill: var(--soft); } svg .title { font-size: 13px; }
+svg .grid { stroke: var(--line); } .scroll { overflow-x: auto; } img { max-width: 100%; }
+.confusion td { padding: .15rem .4rem; text-align: center; border: 0; font-size: 12px; }
+.confusion th { font-size: 12px; }
+pre { background: rgba(128, 128, 128, .12); padding: .7rem; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def write_page(path: Path, result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> None:
+    """Write the page of `result`; with `run`, the training's curves and those of its other results; `neighbours` is a PNG.
+
+    Raises DataError when it cannot be written.
+    """
+    try:
+        write_atomically(path, page(result, run=run, neighbours=neighbours).encode())
+    except OSError as error:
+        raise DataError(f"{path}: cannot write the page: {error.strerror or error}") from None
+
+
+def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
+    """The page's text; see `write_page`."""
+    encoder = result["encoder"]
+    title = f"{encoder['name']}, step {encoder['step']}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="sub">{escape(str(encoder["file"]))}; {result["train"]["labelled"]} training and'
+        f" {result['test']['labelled']} test images, {result['classes']} classes</p>",
+        _accuracies(result),
+    ]
+    if charts := _charts(result, run):
+        parts += ["<h2>Curves</h2>", f'<div class="charts">{charts}</div>']
+    if neighbours:
+        picture = base64.b64encode(neighbours).decode()
+        parts += ["<h2>Nearest neighbours</h2>", f'<img alt="nearest neighbours" src="data:image/png;base64,{picture}">']
+    if signals := result.get("signals"):
+        rows = [[name.replace("_", " "), _number(value)] for name, value in _flat(signals).items()]
+        parts += ["<h2>Of the features themselves</h2>", _table(["signal of the test images", "value"], rows)]
+    parts += _confusions(result)
+    parts += ["<h2>How to repeat it</h2>", *_origin(result)]
+    body = "\n".join(parts)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _accuracies(result: Result) -> str:
+    rows = []
+    for protocol, part in result["protocols"].items():
+        for name, measured in part["results"].items():
+            low, high = measured.get("interval") or (math.nan, math.nan)
+            interval = "" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
+            cells = [_number(measured.get(key)) for key in ("top1", "top5", "mean_per_class")]
+            rows.append([f"{protocol}: {_LABELS.get(name, name)}", cells[0], interval, *cells[1:]])
+    return _table(["protocol", "top-1 %", "95 % interval", "top-5 %", "mean per class %"], rows, strong=_LABELS[TRAINED])
+
+
+def _charts(result: Result, run: Path | None) -> str:
+    if run is None:
+        return ""
+    lines = _metrics(run)
+    loss = {name: _points(lines, name) for name in ("loss/nt_xent", "loss/dcl", "loss/chance")}
+    charts = [
+        line_chart("loss", {name.removeprefix("loss/"): points for name, points in loss.items() if points}),
+        line_chart("learning rate", {"rate": _points(lines, "optim/learning_rate")}),
+        line_chart("effective rank of z", {"rank": _points(lines, "embedding/effective_rank")}),
+    ]
+    earlier = [read_result(path) for path in sorted((run / "eval").glob("step-*.json"))]
+    same = [r for r in [*earlier, result] if r and r["test"]["digest"] == result["test"]["digest"]]
+    curves = {}
+    for protocol in result["protocols"]:
+        by_step = {r["encoder"]["step"]: r["protocols"][protocol] for r in same if protocol in r["protocols"]}
+        curves[protocol] = [(step, by_step[step]["results"][TRAINED]["top1"]) for step in sorted(by_step)]
+    charts.append(line_chart("test accuracy over checkpoints", curves, unit=" %"))
+    return "\n".join(charts)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    try:
+        text = (run / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # a kill may have cut the last line short
+    return found
+
+
+def _points(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def _confusions(result: Result) -> list[str]:
+    names = [str(name) for name in result.get("class_names") or range(result["classes"])]
+    parts = []
+    for protocol, part in result["protocols"].items():
+        matrix = part["results"].get(TRAINED, {}).get("confusion")
+        if not matrix or len(matrix) > _MOST_CLASSES:
+            continue
+        rows = []
+        for name, row in zip(names, matrix, strict=True):
+            total = sum(row) or 1
+            cells = "".join(f'<td style="background: rgba(var(--cell), {count / total:.2f})">{count}</td>' for count in row)
+            rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+        heads = "".join(f"<th>{escape(name[:8])}</th>" for name in names)
+        parts.append(f"<h2>Confusions: {escape(protocol)}</h2>")
+        caption = "<caption>rows: true class; columns: predicted</caption>"
+        parts.append(
+            f'<div class="scroll"><table class="confusion">{caption}<tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
+        )
+    return parts
+
+
+def _origin(result: Result) -> list[str]:
+    told = []
+    if command := result.get("command"):
+        told.append(f"<pre>{escape(shlex.join(command))}</pre>")
+    facts = {
+        "encoder": result["encoder"]["sha256"],
+        "started from": result["encoder"]["init"],
+        "training images": f"{result['train']['folder']} ({result['train']['digest']})",
+        "test images": f"{result['test']['folder']} ({result['test']['digest']})",
+        "hardware": ", ".join(f"{name} {value}" for name, value in result["hardware"].items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in result["versions"].items()),
+        "seconds": _number(result["seconds"]["total"]),
+    }
+    for protocol, part in result["protocols"].items():
+        facts[f"{protocol} settings"] = ", ".join(f"{name} {value}" for name, value in part["settings"].items())
+    table = _table(["", ""], [[name, str(value)] for name, value in facts.items()])
+    told.append(f'<div class="facts">{table}</div>')
+    return told
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str = "") -> str:
+    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    for row in rows:
+        kind = ' class="best"' if strong and strong in row[0] else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _flat(signals: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Numbers in numbers as one level; lists are for the JSON file."""
+    found: dict[str, Any] = {}
+    for name, value in signals.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{name}: ")
+        elif not isinstance(value, list):
+            found[before + name] = value
+    return found
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

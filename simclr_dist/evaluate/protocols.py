@@ -1,0 +1,125 @@
+"""The protocols on frozen features: what each is told, and what it measures, as plain values for the result."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_dist.data.draws import ViewSettings, draw_views
+from simclr_dist.data.reader import Sample
+from simclr_dist.data.views import crop_view
+from simclr_dist.evaluate import mlp, sgd_probe
+from simclr_dist.evaluate.features import Features, Images
+from simclr_dist.evaluate.knn import weighted_knn
+from simclr_dist.evaluate.linear import linear_probe
+from simclr_dist.evaluate.options import Settings
+from simclr_dist.evaluate.scores import score, spread
+
+_VIEW = 2  # pre-training draws views 0 and 1
+ViewsOfEpoch = Callable[[int], tuple[Tensor, Tensor]]
+
+
+class Question(NamedTuple):
+    """What a protocol learns from and is asked; `views` gives the training features of an epoch's new crops."""
+
+    learn: Features
+    ask: Features
+    classes: int
+    settings: Settings
+    views: ViewsOfEpoch | None = None
+
+
+def told(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings of each protocol that is asked for: two results with the same ones can be compared."""
+    every: dict[str, dict[str, Any]] = {
+        "knn": {"k": settings.k, "temperature": settings.temperature, "similarity": "cosine"},
+        "linear": {
+            "l2": "chosen" if settings.l2 is None else settings.l2,
+            "max_iter": settings.max_iter,
+            "solver": "L-BFGS",
+            "features": "standardised",
+        },
+        "sgd": {"epochs": settings.sgd_epochs, "views": "new crop and flip of each image in every epoch"},
+        "mlp": {"hidden": mlp.HIDDEN, "dropout": mlp.DROPOUT, "learning_rate": mlp.LR, "epochs": settings.mlp_epochs},
+    }
+    return {name: every[name] for name in settings.protocols}
+
+
+def measure(protocol: str, question: Question) -> dict[str, Any]:
+    """Scores (`scores.Scores.to_dict`) with what the protocol says of itself, and its seconds.
+
+    Of a protocol with several seeds the scores are the first seed's, but for `top1` and `mean_per_class`, which are means,
+    with the `spread` beside them.
+    """
+    begin = time.perf_counter()
+    found = _PROTOCOLS[protocol](question)
+    return {**found, "seconds": time.perf_counter() - begin}
+
+
+def _knn(question: Question) -> dict[str, Any]:
+    learn, ask, classes, settings, _ = question
+    votes = weighted_knn(learn.h, learn.label, ask.h, k=settings.k, temperature=settings.temperature, classes=classes)
+    return score(votes, ask.label).to_dict()
+
+
+def _linear(question: Question) -> dict[str, Any]:
+    learn, ask, classes, settings, _ = question
+    logits, info = linear_probe(learn.h, learn.label, ask.h, classes=classes, l2=settings.l2, max_iter=settings.max_iter)
+    return {**score(logits, ask.label).to_dict(), **info}
+
+
+def _sgd(question: Question) -> dict[str, Any]:
+    assert question.views is not None
+    logits, info = sgd_probe.sgd_probe(
+        question.views, question.ask.h, classes=question.classes, epochs=question.settings.sgd_epochs
+    )
+    return {**score(logits, question.ask.label).to_dict(), **info}
+
+
+def _mlp(question: Question) -> dict[str, Any]:
+    learn, ask, classes, settings, _ = question
+    h, asked = learn.h.float(), ask.h.float()
+    by_seed, info = mlp.mlp_probe(h, learn.label, asked, classes=classes, epochs=settings.mlp_epochs)
+    runs = [score(logits, ask.label) for logits in by_seed]
+    over_seeds = spread(runs)
+    means = {name: over_seeds[name]["mean"] for name in ("top1", "mean_per_class")}
+    return {**runs[0].to_dict(), **means, "spread": over_seeds, **info}
+
+
+_PROTOCOLS: dict[str, Callable[[Question], dict[str, Any]]] = {"knn": _knn, "linear": _linear, "sgd": _sgd, "mlp": _mlp}
+
+
+class NewCrops:
+    """Images as a random crop and flip of each: those of pre-training without its colours; by (`seed`, `epoch`, row)."""
+
+    def __init__(self, images: Images, image_size: int, *, seed: int, epoch: int) -> None:
+        self._images, self._seed, self._epoch = images, seed, epoch
+        self._settings = ViewSettings(image_size=image_size, jitter=0.0, gray=0.0, blur=0.0)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, row: int) -> Sample:
+        sample = self._images[row]
+        height, width = sample.image.shape[1:]
+        drawn = draw_views(
+            self._settings,
+            seed=self._seed,
+            epoch=self._epoch,
+            rows=np.array([row]),
+            view=_VIEW,
+            heights=np.array([height]),
+            widths=np.array([width]),
+        )
+        size, how = self._settings.image_size, self._settings.interpolation
+        crop = crop_view(sample.image, drawn.box[0], bool(drawn.flip[0]), size, how)
+        return sample._replace(image=crop)
+
+
+def as_it_is(image: Tensor, size: int) -> Tensor:
+    """The view of an image that is one already, uint8 [3, size, size]."""
+    assert image.shape[-2:] == torch.Size((size, size))
+    return image

@@ -1,0 +1,105 @@
+"""The paper's linear evaluation: a linear classifier by SGD on features of randomly cropped and flipped training images.
+
+SimCLR (Chen et al. 2020), appendix B.6 with the settings of B.5 that it builds on: Nesterov momentum 0.9, learning rate
+0.1 x B / 256 without warm-up, 90 epochs, no weight decay or other regularisation, random crops and flips for training, one
+plain view for testing, features as they are. The paper names no decay of the learning rate: the cosine to zero over all
+steps is its published code's, and so is the classifier that starts from zero.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+EPOCHS = 90  # of the paper
+BATCH_SIZE = 512  # of the published code for CIFAR-10; on ImageNet 4096
+BASE_LR = 0.1
+MOMENTUM = 0.9
+_ROWS_AT_ONCE = 8192
+
+EpochFeatures = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def sgd_probe(
+    train: EpochFeatures | tuple[Tensor, Tensor],
+    test_h: Tensor,
+    *,
+    classes: int,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Scores of the test rows by the classifier after its last epoch.
+
+    Each epoch goes once through all rows in an order of its own, cut into batches whose sizes differ by one at most, so
+    that no last small batch takes a full step. The test rows are read after the last step.
+
+    Args:
+        train: gives, for an epoch's number from 0, the features [n, d] of newly drawn views of all training images and
+            their labels [n] int64 in [0, classes), both always in the shapes of the first epoch; or one such pair, for
+            features that stay the same.
+        test_h: [m, d], on the device of the training features.
+        batch_size: at most; of fewer training rows, all of them.
+        seed: of the order of the rows. The caller seeds its crops.
+
+    Returns:
+        [m, classes] float32 logits, and a dict of plain values: the settings, `views` ("new in every epoch" or "fixed"),
+        `paper_epochs`, `as_in_paper` (90 epochs, of new views), `steps`, `loss` (mean over the last epoch) and
+        `train_top1` in percent (of the last epoch's rows, by the final classifier).
+    """
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least 1, got epochs={epochs} and batch_size={batch_size}")
+    fixed = isinstance(train, tuple)
+    draw = (lambda _: train) if isinstance(train, tuple) else train
+    h, y = draw(0)
+    if len(h) == 0:
+        raise ValueError("there are no training rows to fit")
+    shape, device = h.shape, h.device
+    pieces = -(-len(h) // batch_size)
+    batch_size = min(batch_size, len(h))
+    lr, steps = BASE_LR * batch_size / 256, epochs * pieces
+    weight = torch.zeros(classes, h.shape[1], device=device, requires_grad=True)
+    bias = torch.zeros(classes, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=MOMENTUM, nesterov=True)
+    generator = torch.Generator().manual_seed(seed)
+    step, total = 0, torch.zeros((), device=device)
+    for epoch in range(epochs):
+        if epoch > 0:
+            h, y = draw(epoch)
+            if h.shape != shape or len(y) != len(h):
+                raise ValueError(f"epoch {epoch}: features {tuple(h.shape)} and {len(y)} labels, epoch 0 had {tuple(shape)}")
+        y, total = y.to(device), torch.zeros_like(total)
+        for rows in torch.randperm(len(h), generator=generator).tensor_split(pieces):
+            rows = rows.to(device)
+            optimizer.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * step / steps))
+            loss = cross_entropy(linear(h[rows].float(), weight, bias), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(rows)
+            step += 1
+    with torch.no_grad():
+        fitted = torch.cat([linear(rows.float(), weight, bias).argmax(dim=1) for rows in h.split(_ROWS_AT_ONCE)])
+        info = {
+            "epochs": epochs,
+            "paper_epochs": EPOCHS,
+            "as_in_paper": epochs == EPOCHS and not fixed,
+            "views": "fixed" if fixed else "new in every epoch",
+            "batch_size": batch_size,
+            "lr": lr,
+            "schedule": "cosine to 0, no warm-up",
+            "momentum": MOMENTUM,
+            "nesterov": True,
+            "weight_decay": 0.0,
+            "features": "as they are",
+            "seed": seed,
+            "steps": steps,
+            "loss": float(total) / len(h),
+            "train_top1": 100 * int((fitted == y).sum()) / len(y),
+        }
+        logits = [torch.empty(0, classes, device=device)]
+        logits += [linear(rows.float(), weight, bias) for rows in test_h.split(_ROWS_AT_ONCE)]
+    return torch.cat(logits), info

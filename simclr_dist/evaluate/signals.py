@@ -1,0 +1,179 @@
+"""What features say about an encoder without labels, and what labels say about a training batch.
+
+On one process: whoever calls it has all features. A similarity matrix of all pairs never exists.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simclr_dist.errors import ConfigError
+
+# 80 copies planted among 320 photos (JPEG of quality 50; 2 % cut off all round and half as large), by two short SimCLR runs:
+# at .95 they find 97 and 82 % of the pairs of copies with 1 and 0 false ones of 80,000, at .98 they find 78 and 52 %. Features
+# with a large common part, as an untrained network's, have nearly all pairs above either: `mean_cosine` shows it.
+DUPLICATE_COSINE = 0.95
+LISTED = 100
+
+_CHUNK = 8192  # rows that are turned into float64 at a time
+_TILE = 1024  # rows and columns of a tile of similarities
+_CUDA_TILES = 8  # so many times as many on a GPU
+
+
+class Pairs(NamedTuple):
+    """Of all pairs of images: `mean_cosine`, `uniformity`, how many are near-`duplicates`, and the `nearest` of those.
+
+    `nearest` holds (row, later row, cosine), the largest cosine first. Which of equal ones are in it, where it has no place
+    for all, is arbitrary but fixed.
+    """
+
+    mean_cosine: float
+    uniformity: float
+    duplicates: int
+    nearest: tuple[tuple[int, int, float], ...]
+
+
+class FalseNegatives(NamedTuple):
+    """Negatives of the anchor's own class, in batches drawn without replacement: see `false_negatives`."""
+
+    share: float
+    images: float
+    anchors: float
+
+
+def signals(
+    h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED, views: Tensor | None = None
+) -> dict[str, Any]:
+    """All label-free signals of features [n, d], as JSON takes them; None for what so few images do not have.
+
+    `keys` name the images in the list of near-duplicates. With `views`, the features [n, d] of other views of the same
+    images, also alignment. Raises ConfigError as `pairs` does.
+    """
+    found = pairs(h, threshold=threshold, listed=listed)
+    return {
+        "images": len(h),
+        "feature_size": h.shape[1],
+        "zero_features": int((h == 0).all(dim=1).sum()),
+        "effective_rank": _json(effective_rank(h)),
+        "mean_cosine": _json(found.mean_cosine),
+        "uniformity": _json(found.uniformity),
+        **({} if views is None else {"alignment": _json(alignment(h, views))}),
+        "near_duplicates": {
+            "threshold": threshold,
+            "pairs": found.duplicates,
+            "listed": [{"keys": [keys[a], keys[b]], "cosine": cosine} for a, b, cosine in found.nearest],
+        },
+    }
+
+
+def effective_rank(h: Tensor) -> float:
+    """RankMe (Garrido et al. 2023) of features [n, d] as they are: exp of the entropy of the normalised singular values.
+
+    From 1 (all features on one line) to min(n, d). In float64 from the d x d Gram matrix, whose rounding leaves some
+    1e-8 of the largest singular value in place of a zero. NaN where every feature is zero.
+    """
+    gram = torch.zeros(h.shape[1], h.shape[1], dtype=torch.float64, device=h.device)
+    for part in h.split(_CHUNK):
+        part = part.double()
+        gram.addmm_(part.T, part)
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    shares = values / values.sum()
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+def alignment(h_a: Tensor, h_b: Tensor) -> float:
+    """Mean squared distance of the normalised features [n, d] of two views of the same images (Wang and Isola 2020).
+
+    0 where views do not matter, 2 where an image's views have nothing in common. In float64.
+    """
+    assert h_a.shape == h_b.shape, "two views of the same images"
+    total = torch.zeros((), dtype=torch.float64, device=h_a.device)
+    for a, b in zip(h_a.split(_CHUNK), h_b.split(_CHUNK), strict=True):
+        total += (F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)).square().sum()
+    return float(total) / len(h_a) if len(h_a) else math.nan
+
+
+def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED) -> Pairs:
+    """One walk over all n (n - 1) / 2 pairs of features [n, d], exact, a tile of cosines at a time.
+
+    `mean_cosine` and `uniformity` are NaN for fewer than two images. Uniformity is the log of the mean over pairs of
+    exp(-2 distance^2) of normalised features (Wang and Isola 2020): 0 when all are one point, about -4 when they fill a
+    sphere of many dimensions. A pair is a near-duplicate when its cosine (in float32, good to some 1e-6) is above
+    `threshold`; `duplicates` counts all of them, and the `listed` nearest are in `nearest`. A feature of zeros has the cosine
+    0 with every other.
+
+    Raises ConfigError for a threshold that is no cosine, and for fewer than 0 to list.
+    """
+    if not -1 <= threshold < 1:
+        raise ConfigError(f"threshold: {threshold}: must be a cosine below 1")
+    if listed < 0:
+        raise ConfigError(f"listed: {listed}: must be 0 or more")
+    z = F.normalize(h.float(), dim=1)
+    side = _TILE * (_CUDA_TILES if z.is_cuda else 1)
+    spread = torch.zeros((), dtype=torch.float64, device=z.device)
+    duplicates = torch.zeros((), dtype=torch.int64, device=z.device)
+    best: list[Tensor] = [z.new_empty(0), *(torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))]
+    for top, left, tile in _tiles(z, side):
+        found = (tile > threshold).nonzero()
+        duplicates += len(found)
+        cosine = tile[found[:, 0], found[:, 1]]
+        if len(best[0]) == listed:  # then an equal one comes too late
+            nearer = cosine > (best[0][-1] if listed else torch.inf)
+            found, cosine = found[nearer], cosine[nearer]
+        if len(found):
+            merged = [torch.cat(part) for part in zip(best, (cosine, found[:, 0] + top, found[:, 1] + left), strict=True)]
+            order = merged[0].argsort(descending=True, stable=True)[:listed]
+            best = [part[order] for part in merged]
+        spread += tile.sub_(1).mul_(4).exp_().sum(dtype=torch.float64)  # |a - b|^2 = 2 - 2 a.b; exp(-inf) is 0
+    count = len(z) * (len(z) - 1) // 2
+    if not count:
+        return Pairs(math.nan, math.nan, 0, ())
+    total = sum(part.double().sum(0) for part in z.split(_CHUNK))
+    own = sum(part.double().square().sum() for part in z.split(_CHUNK))
+    mean = float((torch.as_tensor(total).square().sum() - own) / (2 * count))
+    nearest = sorted(zip(*(part.tolist() for part in best), strict=True), key=lambda pair: (-pair[0], pair[1], pair[2]))
+    return Pairs(mean, float((spread / count).log()), int(duplicates), tuple((a, b, cosine) for cosine, a, b in nearest))
+
+
+def false_negatives(label: Tensor, batch: int) -> FalseNegatives:
+    """Negatives that show the anchor's own class, expected over batches of `batch` images drawn without replacement.
+
+    Of `label` int64 [n], -1 for none (such images are left out). `share`: the probability that a negative has its anchor's
+    class, sum_c n_c (n_c - 1) / (n (n - 1)), which does not depend on the batch; `images`: how many of the batch's other
+    images have it, (batch - 1) * share; `anchors`: the share of anchors that have one or more such,
+    1 - sum_c n_c / n * C(n - n_c, batch - 1) / C(n - 1, batch - 1). Exact up to rounding.
+
+    Raises ConfigError for a batch below 2, or larger than the number of labelled images.
+    """
+    counts = label[label >= 0].bincount().tolist()
+    n = sum(counts)
+    if not 2 <= batch <= n:
+        raise ConfigError(f"batch: {batch}: must be from 2 to the number of labelled images, {n}")
+    share = sum(c * (c - 1) for c in counts) / (n * (n - 1))
+    none = sum(c / n * _ratio(n - c, n - 1, batch - 1) for c in counts)
+    return FalseNegatives(share, (batch - 1) * share, 1 - none)
+
+
+def _tiles(z: Tensor, side: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, first column, cosines) for every tile on and above the diagonal; -inf but for the pairs row < column."""
+    for top in range(0, len(z), side):
+        for left in range(top, len(z), side):
+            tile = z[top : top + side] @ z[left : left + side].T
+            if left == top:
+                tile.masked_fill_(torch.ones_like(tile, dtype=torch.bool).tril(), -torch.inf)
+            yield top, left, tile
+
+
+def _ratio(a: int, b: int, k: int) -> float:
+    """C(a, k) / C(b, k) for a <= b."""
+    if k > a:
+        return 0.0
+    return math.exp(math.fsum(math.log1p((a - b) / (b - i)) for i in range(k)))
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None

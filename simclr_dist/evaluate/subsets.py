@@ -1,0 +1,102 @@
+"""Class-balanced parts of a labelled set: the same number of images of each class, drawn by a seed and the images' keys."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.atomic import write_atomically
+from simclr_dist.data.manifest import Manifest
+from simclr_dist.errors import DataError
+
+Rows = NDArray[np.int64]
+KEYS_IN_RESULT = 1000
+
+
+def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: int) -> Rows:
+    """Manifest rows of a share `labels` (in (0, 1]) of the images that have a label, ascending, int64 [m].
+
+    Below 1, each class gives the same number of images, labels * n / classes of the n with a label, rounded: SimCLR's 1 % and
+    10 % of ImageNet (paper, section 4.2) are about 13 and 128 images a class. At 1 every labelled image is taken, balanced or
+    not. A class's images are ordered by a hash of (seed, key) and the first ones taken: of two shares with one seed the smaller
+    is a part of the larger, and neither the order of the shards nor their size has a say.
+
+    Raises DataError when a class has too few images, or would give none: which class, how many images, which share would do.
+    """
+    assert 0 < labels <= 1
+    members = [np.flatnonzero(manifest.label == label) for label in range(classes)]
+    images = np.array([len(rows) for rows in members])
+    scarcest = int(images.argmin())
+    name = f"{manifest.folder}: class {_name(manifest, scarcest)}"
+    if images[scarcest] == 0:
+        raise DataError(f"{name} has no image, so it cannot be learned: leave it out of both sets, or add images of it")
+    if labels == 1:
+        return np.flatnonzero(manifest.label >= 0).astype(np.int64)
+    total = int(images.sum())
+    each = math.floor(labels * total / classes + 0.5)
+    if each == 0:
+        one = _three_digits(classes / total, math.ceil)
+        cure = f"{one:g} or more of the labels" if one < 1 else "all of the labels, 1,"
+        raise DataError(
+            f"{name} has {images[scarcest]} images and would give none to {labels:g} of the labels; {cure} would do"
+        )
+    if each > images[scarcest]:
+        most = _three_digits(int(images[scarcest]) * classes / total, math.floor)
+        raise DataError(
+            f"{name} has {images[scarcest]} images, and {labels:g} of the labels are {each} of each class; "
+            f"{most:g} or less would do, or 1 for all images, balanced or not"
+        )
+    return np.sort(np.concatenate([_drawn(manifest, rows, seed)[:each] for rows in members])).astype(np.int64)
+
+
+def describe_subsets(manifest: Manifest, subsets: Sequence[Rows], path: Path, *, everything: bool) -> dict[str, Any]:
+    """The subsets of seeds 0, 1, ... for the result at `path`: sizes, digests of their keys, and the keys.
+
+    Where they are more than KEYS_IN_RESULT, these go to a file beside `path`, {seed: [key, ...]} as JSON; of `everything` (all
+    labelled images) there is no list. Raises DataError when the file cannot be written.
+    """
+    keys = [[str(key) for key in manifest.key[rows]] for rows in subsets]
+    images, classes = len(subsets[0]), len(np.unique(manifest.label[subsets[0]]))
+    described: dict[str, Any] = {
+        "images": images,
+        "images_per_class": None if everything else images // classes,
+        "digests": [keys_digest(found) for found in keys],
+        "keys": None,
+        "keys_file": None,
+    }
+    if everything:
+        return described
+    if len(keys) * images <= KEYS_IN_RESULT:
+        return {**described, "keys": keys}
+    file = path.with_name(f"{path.stem}.keys.json")
+    try:
+        write_atomically(file, json.dumps({str(seed): found for seed, found in enumerate(keys)}).encode() + b"\n")
+    except OSError as error:
+        raise DataError(f"{file}: cannot write the subsets' keys: {error.strerror or error}") from None
+    return {**described, "keys_file": file.name}
+
+
+def keys_digest(keys: Sequence[str]) -> str:
+    """Hex sha256 of the keys, sorted, a line each: the same for the same images in any order."""
+    return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
+
+
+def _drawn(manifest: Manifest, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """One class's rows in the seed's order."""
+    hashes = [hashlib.sha256(f"{seed} {manifest.key[row]}".encode()).digest() for row in rows]
+    return rows[sorted(range(len(rows)), key=hashes.__getitem__)]
+
+
+def _three_digits(share: float, towards: Callable[[float], int]) -> float:
+    """Of a share in (0, 1], as people are told it."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return round(towards(share / unit) * unit, 12)
+
+
+def _name(manifest: Manifest, label: int) -> str:
+    return repr(manifest.classes[label]) if manifest.classes else str(label)
