@@ -85,8 +85,8 @@ def _check(arch: str, width: int, stem: str, mean: Sequence[float], std: Sequenc
         raise ConfigError(f"mean: {list(mean)}: must be three finite numbers")
     if len(std) != 3 or not all(0 < value < math.inf for value in std):
         raise ConfigError(f"std: {list(std)}: must be three numbers above 0, and finite")
-    if image_size < 1:
-        raise ConfigError(f"image_size: {image_size}: must be 1 or more")
+    if not 8 <= image_size <= 4096:
+        raise ConfigError(f"image_size: {image_size}: must be from 8 to 4096")
 
 
 def _read(path: Path) -> Mapping[Any, Any]:

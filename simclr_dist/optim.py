@@ -45,7 +45,7 @@ class LARS(Optimizer):
     For a group with `adapt`: g += weight_decay * w; trust = eta * |w| / |g| (1 if either norm is 0); then classic momentum
     with the rate inside the buffer, v = momentum * v + rate * trust * g; w -= v. Without `adapt`: the same with trust 1.
     No host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes nothing. `foreach`:
-    each operation over all tensors of a group (few launches), or over portions of them (warm caches); None takes the first
+    each operation over all tensors of a group (few operations), or over portions of them (warm caches); None takes the first
     on CUDA and the second on the CPU. `trust_ratios` holds those of the last step, in device tensors that together have one
     for each weight with a gradient in a group with `adapt`, in the order of the parameters.
     """
@@ -111,9 +111,17 @@ class LARS(Optimizer):
 
     def _update(self, group: Group, weights: list[Tensor]) -> None:
         for weight in weights:
-            if "momentum_buffer" not in self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+                if state["momentum_buffer"].stride() != weight.stride():
+                    raise ValueError(
+                        f"LARS: a weight of shape {list(weight.shape)} is a view with gaps; give it memory of its own"
+                    )
+            state["momentum_buffer"] = _in_order_of(weight, state["momentum_buffer"])  # of a checkpoint in another order
         gradients: Any = [_in_order_of(p, p.grad) for p in weights if p.grad is not None]
+        if (scale := getattr(self, "grad_scale", None)) is not None:  # torch.amp.GradScaler leaves the division to us
+            gradients = torch._foreach_div(gradients, scale)
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
         rates: Any = group["lr"]
@@ -132,7 +140,7 @@ class LARS(Optimizer):
         torch._fused_sgd_(
             weights,
             gradients,
-            [self.state[weight]["momentum_buffer"] for weight in weights],
+            [self.state[weight]["momentum_buffer"] for weight in weights] if group["momentum"] else [],
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=1.0,
@@ -145,7 +153,7 @@ class LARS(Optimizer):
 
 
 def _in_order_of(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient: one set by hand may lie in memory in another order, and the fused kernel walks through memory."""
+    """A gradient, or momentum, as the weight lies in memory: the fused kernel walks through memory."""
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 

@@ -278,7 +278,7 @@ def test_dictionaries_without_end(tmp_path: Path) -> None:
         ({"mean": (0.5, 0.5)}, "mean: [0.5, 0.5]: must be three finite numbers"),
         ({"mean": (0.5, 0.5, float("nan"))}, "mean: [0.5, 0.5, nan]: must be three finite numbers"),
         ({"std": (0.5, 0.5, 0)}, "std: [0.5, 0.5, 0]: must be three numbers above 0, and finite"),
-        ({"image_size": 0}, "image_size: 0: must be 1 or more"),
+        ({"image_size": 0}, "image_size: 0: must be from 8 to 4096"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], says: str) -> None:

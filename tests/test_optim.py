@@ -243,6 +243,61 @@ def test_trust_ratios_are_there_for_the_log() -> None:
     assert set(optimizer.state_dict()["state"][0]) == {"momentum_buffer"}
 
 
+def test_lars_takes_a_checkpoint_in_another_order() -> None:
+    plain = nn.Parameter(torch.arange(1.0, 37.0).view(2, 2, 3, 3))
+    last = nn.Parameter(plain.detach().clone(memory_format=torch.preserve_format).contiguous(memory_format=torch.channels_last))
+    first, second = LARS([plain], lr=0.5), LARS([last], lr=0.5)
+    for step in range(2):
+        for weight in (plain, last):
+            weight.grad = torch.linspace(-1, 1 + step, 36).view(2, 2, 3, 3).clone()
+        first.step()
+        if step == 0:
+            with torch.no_grad():
+                last.copy_(plain)
+            second.load_state_dict(copy.deepcopy(first.state_dict()))  # or they share the tensors
+        else:
+            second.step()
+    assert torch.equal(plain, last)
+
+
+def test_lars_refuses_a_view_with_gaps() -> None:
+    weight = nn.Parameter(torch.ones(4, 6)[:, ::2])
+    weight.grad = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"shape \[4, 3\] is a view with gaps"):
+        LARS([weight], lr=0.1).step()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_lars_without_momentum(skip: bool) -> None:
+    weights = _parameters()[:2]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = build_optimizer("lars", [{"params": weights, "weight_decay": 0.0, "adapt": False}], lr=0.5, momentum=0.0)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        step_unless(optimizer, torch.tensor(skip))
+    for weight, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight.detach(), old if skip else old - 1.0)
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+def test_lars_under_torchs_grad_scaler(adapt: bool) -> None:
+    ends = []
+    for scaled in (False, True):
+        weights = _parameters(torch.float32)[:4]
+        optimizer = LARS([{"params": weights, "weight_decay": 0.01, "adapt": adapt}], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**10)
+        for _ in range(3):
+            loss = sum(weight.square().sum() for weight in weights)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append([weight.detach() for weight in weights])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_lars_at_rate_0_only_remembers() -> None:
     weights = _parameters()
     before = [weight.detach().clone() for weight in weights]

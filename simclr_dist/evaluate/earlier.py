@@ -28,7 +28,8 @@ def read_result(path: Path) -> Result:
         result: Result = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return result if isinstance(result, dict) and result.get("format") == FORMAT else {}
+    whole = isinstance(result, dict) and result.get("format") == FORMAT and "seconds" in result  # its last key
+    return result if whole else {}
 
 
 def difference(result: Result, settings: Settings, *, encoder: str, train: str, test: str) -> str:
@@ -43,13 +44,13 @@ def difference(result: Result, settings: Settings, *, encoder: str, train: str, 
         ("test images", result["test"]["digest"], test),
         ("layer", result["settings"]["layer"], settings.layer),
     ]
-    for protocol, now in told(settings).items():
+    for protocol, now in told(settings).items() if result["classes"] else ():
         before = result["protocols"].get(protocol)
         if before is None:
             compared.append((f"protocol {protocol}", "left out", "measured"))
         else:
             compared += [(name, before["settings"][name], value) for name, value in now.items()]
-    if settings.baselines:
+    if settings.baselines and result["classes"] and set(settings.protocols) - {"sgd"}:  # which has none
         compared.append(("baselines", "measured" if baselines(result) else "left out", "measured"))
         compared.append(("seed", result["settings"]["seed"], settings.seed))
     return ", ".join(f"{name} {str(old)[:12]}, now {str(new)[:12]}" for name, old, new in compared if old != new)

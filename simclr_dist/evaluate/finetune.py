@@ -100,8 +100,10 @@ def finetune(
         loaded = _load(encoder, settings.start, here.device)
         card: Card = loaded.card  # type: ignore[assignment]
         described = _describe_encoder(encoder, card)
-        claim(path)
+        claim(path, named=out is not None)
         sets = Sets(train, test)
+        if sets.classes == 0:
+            raise DataError(f"{sets.train.folder}: no image has a label; finetuning needs labelled shards")
         if sets.classes < 2:
             raise DataError(f"{sets.train.folder}: has one class; finetuning needs two or more")
         subsets = [

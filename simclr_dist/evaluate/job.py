@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,20 @@ def evaluate(
     out: str | Path | None = None,
     device: str = "auto",
     say: Say = lambda _: None,
-    command: Sequence[str] | None = None,
     **settings: Any,
 ) -> Result:
     """Measure an encoder on labelled shards; writes `report.result_path(encoder, out)`, a page beside it, and returns the same.
 
     `settings` are the fields of `options.Settings`. Under torchrun the ranks share the extraction, rank 0 classifies and
     writes, and the others return {}. Images without a label are counted and left out; where neither set has any, only the
-    signals that need none are measured. `say` gets a line after each part of the work, on rank 0; `command` is what to type
-    to have it all again.
+    signals that need none are measured. `say` gets a line after each part of the work, on rank 0.
 
     Raises ConfigError for a setting out of range, DataError for an encoder file that is not one, a set that is empty, one
     that alone has no labels, sets whose classes differ, and a result that cannot be written.
     """
     checked = Settings(**settings)
     with world(device) as here:
-        return measure(here, encoder, Sets(train, test), checked, out=out, say=say, command=command)
+        return measure(here, encoder, Sets(train, test), checked, out=out, say=say)
 
 
 class Sets:
@@ -89,7 +87,6 @@ def measure(
     known: Baselines | None = None,
     out: str | Path | None = None,
     say: Say = lambda _: None,
-    command: Sequence[str] | None = None,
 ) -> Result:
     """`evaluate` within a world; `known` baselines are taken over, which the result says.
 
@@ -99,9 +96,9 @@ def measure(
     trained = together(lambda: _load(encoder, settings.layer, here))
     card: dict[str, Any] = trained.card  # type: ignore[assignment]
     file = encoder.weights if isinstance(encoder, Foreign) else encoder
-    path = result_path(file, out)
+    path = result_path(file, out, settings.layer)
     if here.is_main:
-        claim(path)
+        claim(path, named=out is not None)
     described = _describe_encoder(file, card)
     if known and known.shape != shape(described):
         known = None
@@ -132,22 +129,22 @@ def measure(
         return found.h, found.label
 
     test_features = features["test"][TRAINED]
+    if "sgd" in results:  # of all ranks, for all images once more in every epoch: before they wait for rank 0
+        asked_for = Question(_labelled(features["train"][TRAINED]), _labelled(test_features), sets.classes, settings, views)
+        results["sgd"][TRAINED] = measure_by("sgd", asked_for)
+    if not here.is_main:
+        return {}
     for name in (RAW_PIXELS, UNTRAINED, TRAINED) if baselines else (TRAINED,):
         learn, ask = _labelled(features["train"].pop(name)), _labelled(features["test"].pop(name))
         for protocol, rows in results.items():
             if known and name == TRAINED:
-                rows |= known.protocols.get(protocol, {})
-            if protocol == "sgd" and name != TRAINED:
-                continue  # it takes all ranks through all images once more in every epoch
-            if protocol != "sgd" and not here.is_main:
-                continue
-            rows[name] = measure_by(protocol, Question(learn, ask, sets.classes, settings, views))
-            if name != TRAINED:
-                del rows[name]["confusion"], rows[name]["per_class"]
-            if here.is_main:
+                results[protocol] = rows = {**known.protocols.get(protocol, {}), **rows}
+            if protocol != "sgd":
+                rows[name] = measure_by(protocol, Question(learn, ask, sets.classes, settings))
+            if name in rows:
                 say(f"{name}: {NAMES[protocol]} {rows[name]['top1']:.2f} % in {rows[name]['seconds']:.0f} s")
-    if not here.is_main:
-        return {}
+            if name != TRAINED and name in rows:
+                del rows[name]["confusion"], rows[name]["per_class"]
     train, test = _describe_set(sets.train), _describe_set(sets.test)
     asked = sets.test.label[sets.test.label >= 0]
     parts = {
@@ -174,14 +171,14 @@ def measure(
         "baselines_measured_for": known.measured_for if known else Path(file).name if baselines else None,
         "protocols": parts,
         "signals": _signals(test_features, sets, card),
-        "command": list(command) if command else None,
+        "command": _command(encoder, sets, settings),
         "hardware": hardware(here),
         "versions": versions(),
         "seconds": {"features": extracted - begin, "total": time.perf_counter() - begin},
     }
-    write_result(path, result)
     run = path.parent.parent if path.parent.name == "eval" else None
     write_page(path.with_suffix(".html"), result, run=run, neighbours=_neighbours(test_features, sets))
+    write_result(path, result)  # last: with it, the encoder is evaluated
     return result
 
 
@@ -197,11 +194,10 @@ def run_from_arguments(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         device=arguments.device,
         say=_to_stderr,
-        command=["simclr-dist", "eval", *sys.argv[sys.argv.index("eval") + 1 :]] if "eval" in sys.argv else None,
         **{field.name: getattr(check_arguments(arguments), field.name) for field in dataclasses.fields(Settings)},
     )
     if result:
-        path = result_path(arguments.weights or arguments.encoder, arguments.out)
+        path = result_path(arguments.weights or arguments.encoder, arguments.out, arguments.layer)
         print(table(result))
         print(f"written: {path} and {path.with_suffix('.html').name}")
     return 0
@@ -238,6 +234,26 @@ def _count_classes(train: Manifest, test: Manifest) -> int:
             "shard both from one source (--split)"
         )
     return len(train.classes) or int(max(train.label.max(), test.label.max())) + 1
+
+
+def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:
+    """What to type to have it all again."""
+    told = {"train": sets.train.folder, "test": sets.test.folder, **_set(settings, Settings())}
+    if isinstance(encoder, Foreign):
+        told |= {"arch": encoder.arch, "weights": encoder.weights, **_set(encoder, Foreign("", ""), "arch", "weights")}
+    command = ["simclr-dist", "eval", *([] if isinstance(encoder, Foreign) else [str(encoder)])]
+    for name, value in told.items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "baselines":
+            command.append("--no-baselines")
+        else:
+            command += [option, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return command
+
+
+def _set(values: Settings | Foreign, defaults: Settings | Foreign, *but: str) -> dict[str, Any]:
+    fields = (field.name for field in dataclasses.fields(values) if field.name not in but)
+    return {name: value for name in fields if (value := getattr(values, name)) != getattr(defaults, name)}
 
 
 def _signals(test: Features, sets: Sets, card: dict[str, Any]) -> dict[str, Any]:

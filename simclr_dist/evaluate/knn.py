@@ -42,7 +42,7 @@ def weighted_knn(
     for queries, counted in zip(test_h.split(rows_at_once), votes.split(rows_at_once), strict=True):
         similarity = torch.nn.functional.normalize(queries.to(dtype), dim=1) @ keys.T
         nearest, index = _nearest(similarity, k)
-        weight = ((nearest - nearest[:, :1]) / temperature).double().exp()  # relative to the nearest: exp cannot overflow
+        weight = ((nearest - nearest[:, :1]).double() / temperature).exp()  # relative to the nearest: exp cannot overflow
         counted.scatter_add_(1, labels[index], (weight * _WEIGHT_ONE).round().long())
     return votes
 

@@ -199,7 +199,9 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
     # that differ by less than a float32 sum over the rows resolves.
     # Raw pixels are so correlated that plain L-BFGS stalls: solve for v in W = U^-1 v, where U'U is the Hessian at zero.
     hessian = problem.hessian.clone()
-    hessian.diagonal().add_(l2 + 1e-6)  # columns without variance and fewer rows than columns, at l2 = 0
+    # It only has to be near the Hessian. With columns without variance, or fewer rows than columns, float32 sums leave it
+    # eigenvalues below 0, by a part of the largest one.
+    hessian.diagonal().add_(l2 + 1e-6 * (1 + float(hessian.trace())))
     upper, root = torch.linalg.cholesky(hessian, upper=True), math.sqrt(problem.classes)
     weight, bias = hessian.new_zeros(len(hessian), problem.classes), hessian.new_zeros(problem.classes)
     v, u = torch.zeros_like(weight), torch.zeros_like(bias)

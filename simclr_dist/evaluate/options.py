@@ -47,6 +47,8 @@ class Settings:
         for name, least in limits.items():
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"{name}: {value}: must be {least} or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: {self.seed}: must be from 0 to below 2**63")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature: {self.temperature}: must be above 0, and finite")
         if self.l2 is not None and not 0 <= self.l2 < math.inf:

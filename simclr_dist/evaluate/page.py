@@ -54,7 +54,7 @@ def write_page(path: Path, result: Result, *, run: Path | None = None, neighbour
 def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
     """The page's text; see `write_page`."""
     encoder = result["encoder"]
-    title = f"{encoder['name']}, step {encoder['step']}"
+    title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="sub">{escape(str(encoder["file"]))}; {result["train"]["labelled"]} training and'
@@ -98,13 +98,20 @@ def _charts(result: Result, run: Path | None) -> str:
         line_chart("effective rank of z", {"rank": _points(lines, "embedding/effective_rank")}),
     ]
     earlier = [read_result(path) for path in sorted((run / "eval").glob("step-*.json"))]
-    same = [r for r in [*earlier, result] if r and r["test"]["digest"] == result["test"]["digest"]]
+    same = [r for r in [*earlier, result] if r and _alike(r) == _alike(result)]
     curves = {}
     for protocol in result["protocols"]:
-        by_step = {r["encoder"]["step"]: r["protocols"][protocol] for r in same if protocol in r["protocols"]}
+        told = result["protocols"][protocol]["settings"]
+        parts = ((r["encoder"]["step"], r["protocols"].get(protocol)) for r in same)
+        by_step = {step: part for step, part in parts if part and part["settings"] == told}
         curves[protocol] = [(step, by_step[step]["results"][TRAINED]["top1"]) for step in sorted(by_step)]
     charts.append(line_chart("test accuracy over checkpoints", curves, unit=" %"))
     return "\n".join(charts)
+
+
+def _alike(result: Result) -> tuple[Any, ...]:
+    """What accuracies of one curve must share."""
+    return result["encoder"]["layer"], result["train"]["digest"], result["test"]["digest"]
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -115,9 +122,11 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     found = []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             continue  # a kill may have cut the last line short
+        if isinstance(entry, dict) and "step" in entry:
+            found.append(entry)
     return found
 
 
@@ -169,7 +178,7 @@ def _origin(result: Result) -> list[str]:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str = "") -> str:
     lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     for row in rows:
-        kind = ' class="best"' if strong and strong in row[0] else ""
+        kind = ' class="best"' if strong and row[0].endswith(f": {strong}") else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
 

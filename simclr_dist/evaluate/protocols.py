@@ -51,8 +51,8 @@ def told(settings: Settings) -> dict[str, dict[str, Any]]:
 def measure(protocol: str, question: Question) -> dict[str, Any]:
     """Scores (`scores.Scores.to_dict`) with what the protocol says of itself, and its seconds.
 
-    Of a protocol with several seeds the scores are the first seed's, but for `top1` and `mean_per_class`, which are means,
-    with the `spread` beside them.
+    Of a protocol with several seeds the percentages and the ends of the interval are means over the seeds, with the `spread`
+    beside them; confusions and classes are the first seed's.
     """
     begin = time.perf_counter()
     found = _PROTOCOLS[protocol](question)
@@ -85,7 +85,9 @@ def _mlp(question: Question) -> dict[str, Any]:
     by_seed, info = mlp.mlp_probe(h, learn.label, asked, classes=classes, epochs=settings.mlp_epochs)
     runs = [score(logits, ask.label) for logits in by_seed]
     over_seeds = spread(runs)
-    means = {name: over_seeds[name]["mean"] for name in ("top1", "mean_per_class")}
+    means: dict[str, Any] = {name: over_seeds[name]["mean"] for name in ("top1", "mean_per_class")}
+    means["interval"] = np.mean([run.interval for run in runs], axis=0).tolist()
+    means["top5"] = None if runs[0].top5 is None else float(np.mean([run.top5 for run in runs]))
     return {**runs[0].to_dict(), **means, "spread": over_seeds, **info}
 
 

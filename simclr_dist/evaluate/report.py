@@ -22,31 +22,47 @@ UNTRAINED, TRAINED = "untrained", "trained"
 NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
 
 
-def result_path(encoder: str | Path, out: str | Path | None = None) -> Path:
+def result_path(encoder: str | Path, out: str | Path | None = None, layer: str = "h") -> Path:
     """Where the result goes: `out`, else RUN/eval/NAME.json for RUN/encoders/NAME.safetensors, else NAME.eval.json.
 
-    The last stands beside an encoder that is in no run folder, where NAME.json is its card.
+    The last stands beside an encoder that is in no run folder, where NAME.json is its card. Of another layer than h, NAME is
+    followed by the layer's.
     """
     if out is not None:
         return Path(out)
-    encoder = Path(encoder)
+    encoder, of_layer = Path(encoder), "" if layer == "h" else f".{layer}"
     if len(encoder.parts) == 1:
         encoder = encoder.absolute()  # inside the folder of encoders, its name is not part of what was typed
     if encoder.parent.name == "encoders":
-        return encoder.parent.parent / "eval" / f"{encoder.stem}.json"
-    return encoder.with_name(f"{encoder.stem}.eval.json")
+        return encoder.parent.parent / "eval" / f"{encoder.stem}{of_layer}.json"
+    return encoder.with_name(f"{encoder.stem}{of_layer}.eval.json")
 
 
-def claim(path: Path) -> None:
-    """Make the result's folder before the work begins; raises DataError where the result could not be written."""
+def claim(path: Path, *, named: bool = False) -> None:
+    """Make the result's folder before the work begins; raises DataError where the result could not be written.
+
+    A path that somebody has `named` may be that of an encoder, or of its card: nothing but a result is overwritten there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path}: cannot make the result's folder: {error.strerror}") from None
     if path.is_dir():
         raise DataError(f"{path}: is a folder; --out names the result's file")
+    if named and path.suffix != ".json":
+        raise DataError(f"{path}: a result is a .json file; name one with --out")
+    if named and path.exists() and not _is_result(path):
+        raise DataError(f"{path}: is there and is no result of an evaluation; name another file with --out")
     if not os.access(path.parent, os.W_OK):
         raise DataError(f"{path}: its folder cannot be written to")
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return path.stat().st_size == 0
+    return isinstance(found, dict) and str(found.get("format")).startswith(("simclr_dist evaluation", "simclr_dist finetuning"))
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -89,7 +105,8 @@ def table(result: Result) -> str:
         found = (part["results"].get(name) for part in parts.values())
         lines.append(f"{labels[name]:<{width}}" + "".join(f"  {one['top1']:6.2f}" if one else f"  {'':6}" for one in found))
     intervals = [part["results"][TRAINED]["interval"] for part in parts.values()]
-    lines.append(f"{'  95 % interval':<{width}}" + "".join(f"  {f'{low:.0f}-{high:.0f}':>6}" for low, high in intervals))
+    told = (f"{NAMES[protocol]} {low:.2f}-{high:.2f}" for protocol, (low, high) in zip(parts, intervals, strict=True))
+    lines.append(f"95 % intervals of the trained encoder: {', '.join(told)}")
     lines += _told(result, labels)
     for name, part in (("training", train), ("test", test)):
         if part["labelled"] != part["images"]:

@@ -169,7 +169,7 @@ class _Encoders:
             if self._files.get(path) == file:
                 continue
             self._files[path] = file
-            result = read_result(result_path(path))
+            result = read_result(result_path(path, layer=self._settings.layer))
             if not result:
                 return path
             if changed := difference(result, self._settings, encoder=file_digest(path), **self._digests):
@@ -190,7 +190,7 @@ class _Encoders:
     def _take_in(self, path: Path, result: Result, how: str) -> None:
         self._good[path] = True
         try:
-            self._curve.add(result, result_path(path).stat().st_mtime)
+            self._curve.add(result, result_path(path, layer=self._settings.layer).stat().st_mtime)
         except OSError as error:
             self._say(f"{self._run / 'tb' / 'eval'}: cannot be written ({error.strerror}); tried again at the next encoder")
         parts = result["protocols"].items()

@@ -3,14 +3,24 @@
 Products are taken as three TF32 ones ("tf32x3"), which keeps float32's digits on tensor cores.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-_ROWS, _COLUMNS = 64, 64
+# (rows, columns, options of the launch), from fast to small: GPUs differ by four times in the shared memory of a block, and
+# Triton says only when it is asked. What fits is asked for once for each device, kernel and width.
+_SHAPES = (
+    (64, 64, {"num_warps": 4}),
+    (64, 32, {"num_warps": 4, "num_stages": 2}),
+    (32, 32, {"num_warps": 4, "num_stages": 1}),
+    (16, 16, {"num_warps": 4, "num_stages": 1}),
+)
+_first_that_fits: dict[tuple[object, ...], int] = {}
 
 
 @triton.jit
@@ -96,17 +106,30 @@ class Similarities:
 
     def _launch(self, kernel: "triton.JITFunction[..., None]", *tensors: Tensor) -> None:
         rows, dim = self.z.shape
-        kernel[(triton.cdiv(rows, _ROWS),)](
-            self.z,
-            self.columns,
-            *tensors,
-            rows // 2,
-            len(self.columns) // 2,
-            self.first,
-            self.temperature,
-            DIM=dim,
-            WIDTH=max(16, triton.next_power_of_2(dim)),
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            num_warps=4 if dim <= 128 else 8,
-        )
+        width = max(16, triton.next_power_of_2(dim))
+        key = (self.z.device, kernel, width)
+        # Triton launches on the current device, whatever the tensors' is.
+        with torch.cuda.device(self.z.device) if self.z.is_cuda else nullcontext():
+            for number in range(_first_that_fits.get(key, 0), len(_SHAPES)):
+                block_rows, block_columns, options = _SHAPES[number]
+                try:
+                    kernel[(triton.cdiv(rows, block_rows),)](
+                        self.z,
+                        self.columns,
+                        *tensors,
+                        rows // 2,
+                        len(self.columns) // 2,
+                        self.first,
+                        self.temperature,
+                        DIM=dim,
+                        WIDTH=width,
+                        ROWS=block_rows,
+                        COLUMNS=block_columns,
+                        **options,
+                    )
+                except OutOfResources:
+                    if number + 1 == len(_SHAPES):
+                        raise
+                else:
+                    _first_that_fits[key] = number
+                    return

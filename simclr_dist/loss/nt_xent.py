@@ -1,5 +1,7 @@
 """NT-Xent (Chen et al. 2020, equation 1) and its decoupled form (Yeh et al. 2022, DCL)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -43,30 +45,46 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.decoupled = decoupled
         self.scale = scale
-        self._agreed: tuple[int, ...] | None = None  # the shape that all ranks were found to pass
+        self._asked = False  # whether the ranks were found to agree
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """z_a, z_b: float [n, d], row i of each a view of image i; need not be normalised. Returns a scalar.
 
-        Raises ValueError when the shapes differ, between the views or between the ranks (there on every rank; on CUDA, where
-        asking costs a wait for the device, only at the first call).
+        Raises ValueError when shapes or types differ, between the views or between the ranks, and then on every rank (on CUDA,
+        where asking the others costs a wait for the device, they are asked at the first call only).
         """
-        if z_a.dim() != 2 or z_a.shape != z_b.shape:
-            raise ValueError(f"z_a and z_b must be [n, d], both the same, but are {list(z_a.shape)} and {list(z_b.shape)}")
-        self._check_ranks_agree(z_a)
-        with torch.autocast(z_a.device.type, enabled=False):
+        self._check(z_a, z_b)
+        with torch.autocast(z_a.device.type, enabled=False), _full_precision():
             z = torch.cat([z_a, z_b])
             z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
             loss: Tensor = _NTXent.apply(z, self.temperature, self.decoupled)
             return self.scale * loss
 
-    def _check_ranks_agree(self, z: Tensor) -> None:
-        if world_size() == 1 or (z.is_cuda and self._agreed is not None):
-            return
-        shapes = all_gather(torch.tensor(z.shape, device=z.device)).tolist()
-        if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"every rank must pass embeddings of the same shape, but ranks 0, 1, ... pass {shapes}")
-        self._agreed = tuple(z.shape)
+    def _check(self, z_a: Tensor, z_b: Tensor) -> None:
+        good = z_a.dim() == 2 and z_a.shape == z_b.shape and z_a.dtype == z_b.dtype
+        if world_size() > 1 and not (z_a.is_cuda and self._asked):
+            mine = [*z_a.shape, z_a.dtype == torch.float64] if good else [-1, -1, -1]
+            shapes = all_gather(torch.tensor(mine, device=z_a.device)).tolist()
+            if any(shape != shapes[0] for shape in shapes):
+                said = ", ".join(
+                    f"[{n}, {d}]{' float64' * is_double}" if n >= 0 else "what is none" for n, d, is_double in shapes
+                )
+                raise ValueError(f"every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass {said}")
+            self._asked = good
+        if not good:
+            found = f"{list(z_a.shape)} {z_a.dtype} and {list(z_b.shape)} {z_b.dtype}"
+            raise ValueError(f"z_a and z_b must be [n, d], both the same, but are {found}")
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products with float32's digits, also where somebody has allowed less."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _similarities(z: Tensor, columns: Tensor, first: int, temperature: float) -> "Similarities | fused.Similarities":

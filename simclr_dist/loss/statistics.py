@@ -21,12 +21,13 @@ def embedding_statistics(z_a: Tensor, z_b: Tensor) -> dict[str, float]:
     z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)
     columns = gather_views(z)
     positive = (z * z.roll(n, 0)).sum(1)
+    nearly = positive - 1e-5  # a tie is one also where rounding hides it; what is not a number is never below
     before = torch.zeros_like(positive)  # how many negatives are as near as the partner
     spread = torch.zeros((), dtype=torch.float64, device=z.device)
     for rows, others, mirrored, tile in Similarities(z, columns, rank() * n, 1.0).tiles():
-        before[rows] += (tile >= positive[rows, None]).sum(1)
+        before[rows] += (~(tile < nearly[rows, None])).sum(1)
         if mirrored:
-            before[others] += (tile >= positive[None, others]).sum(0)
+            before[others] += (~(tile < nearly[None, others])).sum(0)
         spread += tile.sub_(1).mul_(4).exp_().sum() * (2 if mirrored else 1)  # |a - b|^2 = 2 - 2 a.b
     sums = torch.stack([positive.double().sum(), (before < 1).double().sum(), (before < 5).double().sum(), spread])
     positives, first, fifth, spread = all_sum(sums)

@@ -36,6 +36,10 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     fate = scheduler.overtaken(job)
     if fate == "cancelled" or job in ledger.cancelled_jobs(run):
         return Verdict(True, "cancelled", code=code)
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    for entry in ledger.entries(run):  # a task has decided already, and the batch script asks after it
+        if entry["event"] == "gave_up" and (entry.get("job"), entry.get("restart")) == (job, restart):
+            return Verdict(True, entry["why"], code=code)
     if fate == "requeued":
         return Verdict(False, "SLURM has requeued it: preempted, a node lost, or asked to")
     status = _status(run) if kind == "train" else {}
@@ -51,7 +55,7 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     fruitless, most = _fruitless(run, kind, crash=crash), max_restarts if crash else MAX_IDLE_STOPS
     if fruitless >= most:
         what = f"{fruitless + 1} {'crashes' if crash else 'stops'} in a row at step {_progress(run, kind)}; the last: {why}"
-        ledger.record(run, "gave_up", kind=kind, job=job, why=what)
+        ledger.record(run, "gave_up", kind=kind, job=job, restart=restart, why=what)
         return Verdict(True, what, crash, code)
     return Verdict(False, why, crash)
 

@@ -103,7 +103,7 @@ def test_unlabelled_and_shared_images_are_counted(make_encoder: Make, make_shard
 def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]) -> None:
     encoder = make_encoder()
     settings = {"k": 10, "workers": 0, "sgd_epochs": 3, "mlp_epochs": 30, "protocols": ("knn", "linear", "sgd", "mlp")}
-    result = evaluate(encoder, *sets, device="cpu", command=["simclr-dist", "eval", "x"], **settings)
+    result = evaluate(encoder, *sets, device="cpu", **settings)
     parts = result["protocols"]
     assert list(parts) == ["knn", "linear", "sgd", "mlp"]
     assert set(parts["mlp"]["results"]) == set(parts["knn"]["results"]) == {"raw_pixels", "untrained", "trained"}
@@ -122,7 +122,10 @@ def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]
     assert "weighted avg" in text
     page = (encoder.parent.parent / "eval" / "step-00001200.html").read_text()
     assert "knn: untrained encoder" in page
-    assert "simclr-dist eval x" in page
+    assert (
+        f"simclr-dist eval {encoder} --train {sets[0]} --test {sets[1]} --k 10 --workers 0 --protocols knn,linear,sgd,mlp"
+        in page
+    )
     assert "data:image/png;base64," in page
     assert result["signals"]["effective_rank"] > 1
 
@@ -208,7 +211,7 @@ def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tupl
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("k", 0), ("temperature", 0.0), ("l2", -1.0), ("l2", float("nan")), ("batch_size", 0), ("sgd_epochs", 0)],
+    [("k", 0), ("temperature", 0.0), ("l2", -1.0), ("l2", float("nan")), ("batch_size", 0), ("sgd_epochs", 0), ("seed", -1)],
 )
 def test_settings_out_of_range_are_refused_first(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{setting}: {value}: must be"):

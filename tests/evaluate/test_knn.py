@@ -118,3 +118,13 @@ def test_senseless_settings_are_refused(k: int, temperature: float) -> None:
         weighted_knn(
             torch.ones(3, 2), torch.zeros(3, dtype=torch.int64), torch.ones(1, 2), k=k, temperature=temperature, classes=1
         )
+
+
+def test_a_tiny_temperature_is_the_nearest_neighbour() -> None:
+    generator = torch.Generator().manual_seed(3)
+    train_h, test_h = (torch.randn(n, 8, generator=generator) for n in (50, 20))
+    train_y = torch.arange(50) % 5
+    votes = weighted_knn(train_h, train_y, test_h, k=7, temperature=1e-300, classes=5)
+    nearest = (torch.nn.functional.normalize(test_h) @ torch.nn.functional.normalize(train_h).T).argmax(1)
+    assert torch.equal(votes.argmax(1), train_y[nearest])
+    assert votes.min() == 0

@@ -182,3 +182,14 @@ def test_too_few_rows_to_choose_on_are_refused_and_l2_helps() -> None:
 def test_senseless_settings_are_refused(l2: float, max_iter: int) -> None:
     with pytest.raises(ValueError, match="l2 must not be negative"):
         linear_probe(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), classes=2, l2=l2, max_iter=max_iter)
+
+
+def test_many_more_columns_than_rows() -> None:
+    """Raw pixels of a small set: the Hessian at zero has hardly a rank, and the weakest penalties no help to give."""
+    generator = torch.Generator().manual_seed(5)
+    smooth = torch.randn(120, 12, generator=generator) @ torch.randn(12, 3072, generator=generator)
+    pixels = (smooth + 0.01 * torch.randn(120, 3072, generator=generator)).mul(20).add(128).clamp(0, 255).to(torch.uint8)
+    labels = torch.arange(120) % 2
+    logits, info = linear_probe(pixels, labels, pixels[:30], classes=2)
+    assert logits.isfinite().all()
+    assert info["choice"]["l2"] in info["choice"]["grid"]

@@ -29,6 +29,7 @@ def _result(step: int = 40) -> dict[str, Any]:
             "file": "runs/<b>x</b>.safetensors",
             "sha256": "e" * 64,
             "init": "random",
+            "layer": "h",
         },
         "train": {"labelled": 100, "folder": "data/train", "digest": "a"},
         "test": {"labelled": 20, "folder": "data/test", "digest": "b"},
@@ -95,6 +96,12 @@ def test_accuracy_is_drawn_over_checkpoints(tmp_path: Path) -> None:
     other["test"]["digest"] = "another set"
     chart = page(other, run=tmp_path)
     assert chart[chart.index("test accuracy over checkpoints") :].count("<circle") == 1, "other test images are another curve"
+
+
+def test_only_the_trained_encoder_stands_out() -> None:
+    result = _result()
+    result["protocols"]["knn"]["results"]["untrained"] = _measured(30.0)
+    assert page(result).count('<tr class="best">') == 1
 
 
 def test_it_does_without_a_run_and_without_much() -> None:

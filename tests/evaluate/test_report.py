@@ -47,7 +47,7 @@ def test_the_table() -> None:
         "raw pixels                30.00   16.00",
         "untrained encoder         22.50   27.00",
         "trained encoder, step 7   67.12  100.00",
-        "  95 % interval           60-72   60-72",
+        "95 % intervals of the trained encoder: kNN 60.00-71.60, linear 60.00-71.60",
         "kNN: k=20, temperature 0.1",
         "linear: l2 0.001 (raw pixels), 0.001 (untrained), 0.001 (trained)",
     ]
@@ -109,3 +109,21 @@ def test_an_impossible_place_is_refused_before_the_work(tmp_path: Path) -> None:
         claim(tmp_path / "file" / "step-7.json")
     with pytest.raises(DataError, match="is a folder"):
         claim(tmp_path)
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
+    """Above all no encoder and no card."""
+    for name in ("step-7.safetensors", "step-7.html"):
+        with pytest.raises(DataError, match=r"a result is a \.json file"):
+            claim(tmp_path / name, named=True)
+    card = tmp_path / "step-7.json"
+    card.write_text('{"format": "simclr_dist encoder 1"}')
+    with pytest.raises(DataError, match="is no result of an evaluation"):
+        claim(card, named=True)
+    card.write_text('{"format": "simclr_dist evaluation 1"}')
+    claim(card, named=True)
+
+
+def test_each_layer_has_a_result_of_its_own() -> None:
+    assert result_path("r/encoders/step-7.safetensors", layer="z") == Path("r/eval/step-7.z.json")
+    assert result_path("mine.safetensors", layer="projector.1").name == "mine.projector.1.eval.json"

@@ -246,6 +246,17 @@ def test_no_host_sync() -> None:
             NTXentLoss(0.01)(z_a, z_b)
 
 
+def test_less_precise_products_are_not_for_the_loss() -> None:
+    z_a, z_b = _pair(200, 128, dtype=torch.float32)
+    expected = NTXentLoss(0.05)(z_a, z_b)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(NTXentLoss(0.05)(z_a, z_b), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_only_the_gradient_is_kept() -> None:
     z_a, z_b = _pair(40, 16, dtype=torch.float32)
     kept: list[torch.Size] = []
@@ -268,19 +279,32 @@ def _uneven(here: World) -> list[str]:
     said = []
     loss = NTXentLoss(0.1)
     loss(torch.ones(3, 4), torch.ones(3, 4))
-    for shape in ((3 + here.rank, 4), (3, 4 + here.rank // 2)):
+    last = here.rank == 2
+    for a, b in (
+        (torch.ones(3 + here.rank, 4), torch.ones(3 + here.rank, 4)),
+        (torch.ones(3, 4 + last), torch.ones(3, 4 + last)),
+        (torch.ones(3, 4), torch.ones(3 + last, 4)),
+        (torch.ones(3, 4, dtype=torch.float64 if last else torch.float32),) * 2,
+        (torch.ones(3, 4, *[1] * last),) * 2,
+    ):
         try:
-            loss(torch.ones(shape), torch.ones(shape))
+            loss(a, b)
         except ValueError as error:
             said.append(str(error))
     loss(torch.ones(5, 4), torch.ones(5, 4))
     return said
 
 
-def test_ranks_with_other_shapes_are_refused_on_every_rank() -> None:
-    line = "every rank must pass embeddings of the same shape, but ranks 0, 1, ... pass "
+def test_ranks_that_pass_something_else_are_refused_on_every_rank() -> None:
+    line = "every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass "
     for said in ranks.run(_uneven, 3):
-        assert said == [line + "[[3, 4], [4, 4], [5, 4]]", line + "[[3, 4], [3, 4], [3, 5]]"]
+        assert said == [
+            line + "[3, 4], [4, 4], [5, 4]",
+            line + "[3, 4], [3, 4], [3, 5]",
+            line + "[3, 4], [3, 4], what is none",
+            line + "[3, 4], [3, 4], [3, 4] float64",
+            line + "[3, 4], [3, 4], what is none",
+        ]
 
 
 def _collectives(here: World) -> list[list[list[int]]]:
@@ -302,5 +326,5 @@ def _collectives(here: World) -> list[list[list[int]]]:
 def test_two_collectives_in_the_forward_and_none_in_the_backward() -> None:
     """The embeddings and two numbers a row; before them the shapes."""
     for forward, backward in ranks.run(_collectives, 2):
-        assert forward == [[2], [2, 6, 4], [2, 2, 6]]
+        assert forward == [[3], [2, 6, 4], [2, 2, 6]]
         assert backward == []

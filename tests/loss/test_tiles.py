@@ -27,6 +27,7 @@ CASES = [
     (2, 2, 0, 3, 0.1, 2**20),
     (1, 1, 0, 3, 0.1, 2**20),
     (1, 3, 2, 3, 50.0, 2**20),
+    (7, 7, 0, 250, 0.1, 2**20),
 ]
 
 
@@ -123,3 +124,31 @@ print("equal")
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_kernels_take_less_where_a_gpu_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton refuses what does not fit a block's shared memory; that is asked for once."""
+    pytest.importorskip("triton")
+    from simclr_dist.loss import fused
+
+    asked: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(*_: Any, ROWS: int, **__: Any) -> None:
+                asked.append(ROWS)
+                if ROWS > 32:
+                    raise fused.OutOfResources(200_000, 100_000, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr(fused, "_first_that_fits", {})
+    kernel = Kernel()
+    similarities = fused.Similarities(torch.ones(8, 4), torch.ones(8, 4), 0, 0.1)
+    for _ in range(2):
+        similarities._launch(kernel)  # type: ignore[arg-type]
+    assert asked == [64, 64, 32, 32]
+    monkeypatch.setattr(fused, "_SHAPES", fused._SHAPES[:2])
+    monkeypatch.setattr(fused, "_first_that_fits", {})
+    with pytest.raises(fused.OutOfResources):
+        similarities._launch(kernel)  # type: ignore[arg-type]

@@ -96,6 +96,8 @@ def test_what_brings_nothing_new_is_given_up(
         assert go_on(tmp_path, "train", "7", verdict, one_of_many=True)
     assert settle(tmp_path, "train", "7", code, 3).final
     assert events(tmp_path)[-1] == "gave_up"
+    assert settle(tmp_path, "train", "7", code, 3).final, "the batch script asks again, after the task"
+    assert events(tmp_path).count("gave_up") == 1
     ledger.record(tmp_path, "submitted", job="8")
     assert not settle(tmp_path, "train", "8", code, 3).final, "a new submission starts counting anew"
 
