@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simclr_dist import stopping
-from simclr_dist.data.manifest import MANIFEST_NAME
-from simclr_dist.data.sources import FileChunk, Source, find_source, printable
 from simclr_dist.errors import PREEMPTED, ConfigError, DataError
-from simclr_dist.evaluate.feature_file import is_feature_file
+
+if TYPE_CHECKING:
+    from simclr_dist.data.sources import Source
 
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZE = 256
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-bad", action="store_true", help="leave out and count images that cannot be read, instead of refusing")
 
 
-def check_arguments(arguments: argparse.Namespace) -> tuple[EmbedSettings, Path | Source]:
+def check_arguments(arguments: argparse.Namespace) -> "tuple[EmbedSettings, Path | Source]":
     """The settings among `add_arguments`' options, and what they name as SRC (`find_images`).
 
     Raises ConfigError and DataError for what is out of range, is not there, or could not be written.
@@ -72,6 +73,9 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[EmbedSettings, Path 
 
 def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
     """Make the folder of `out` and try to write there; raises DataError where the features could not, or must not, go."""
+    from simclr_dist.data.manifest import MANIFEST_NAME  # pyarrow: every verb's --help waits for what stands at the top
+    from simclr_dist.evaluate.feature_file import is_feature_file
+
     out = Path(out)
     if out.is_dir():
         raise DataError(f"{out}: is a folder; name the file of features, like {out / 'features.parquet'}")
@@ -92,12 +96,15 @@ def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
         raise DataError(f"{out}: its folder cannot be written to: {error.strerror}") from None
 
 
-def find_images(sources: Sequence[str | Path]) -> Path | Source:
+def find_images(sources: Sequence[str | Path]) -> "Path | Source":
     """What is to be embedded: a folder of shards (its path), or image files, listed without reading them.
 
     One folder of images (`data.sources.find_source`: labels by class folder), or one or more files in the order of their
     paths, without labels. Raises DataError where there is nothing, or not one of these.
     """
+    from simclr_dist.data.manifest import MANIFEST_NAME
+    from simclr_dist.data.sources import FileChunk, Source, find_source, printable
+
     paths = [Path(source) for source in sources]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]

@@ -3,11 +3,9 @@
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import training_runs as runs
 from simclr_dist.config import load_config
@@ -23,23 +21,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_shards(tmp_path_factory.mktemp("images"))
 
 
-def assert_same_bits(a: Any, b: Any, where: str = "checkpoint") -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same_bits(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_bits(x, y, f"{where}.{i}")
-    else:
-        assert a == b, where
-
-
 # Three processes, since only there do the bits of a sum depend on the order of its terms: with DDP's own all-reduce in the
 # place of data_parallel's hook this test fails at 3 (seen), and not at 2.
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -53,7 +34,7 @@ def test_killed_and_started_again_a_run_ends_with_the_same_bits(shards: Path, tm
     assert "resumed at step" in runs.train(killed, world_size)
 
     after, expected = runs.checkpoint(killed / "run", 40), runs.checkpoint(straight / "run", 40)
-    assert_same_bits(after, expected)
+    runs.assert_same_bits(after, expected)
     assert {"model", "optimizer", "counters", "step", "init", "data_digest", "bad_samples", "config"} <= set(after)
     assert any(state["momentum_buffer"].any() for state in after["optimizer"]["state"].values())
     assert [line["step"] for line in runs.metrics(killed / "run")] == list(range(1, 41))
