@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simclr_dist import train
 from simclr_dist.data.draws import ViewSettings
-from simclr_dist.data.reader import Views, two_views
+from simclr_dist.data.steps import Views, two_views
 
 
 def views_of_different_images(views: Views, settings: ViewSettings, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from simclr_dist.data.reader import Sample, mind_parent_only
+from simclr_dist.data.reader import Sample
+from simclr_dist.data.steps import mind_parent_only
 from simclr_dist.data.views import eval_view, normalise
 from simclr_dist.distributed import all_gather_rows, rank, world_size
 from simclr_dist.errors import DataError, RankError

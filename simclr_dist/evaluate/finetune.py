@@ -27,7 +27,8 @@ from tqdm import tqdm
 from simclr_dist.data.draws import ViewSettings, draw_views
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import ShardDataset, mind_parent_only
+from simclr_dist.data.reader import ShardDataset
+from simclr_dist.data.steps import mind_parent_only
 from simclr_dist.data.views import crop_view, normalise
 from simclr_dist.distributed import world
 from simclr_dist.errors import ConfigError, DataError

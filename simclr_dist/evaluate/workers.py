@@ -1,6 +1,6 @@
 """A DataLoader's worker processes, which end with whoever reads, and by nothing else.
 
-The workers mind no stop signal but their parent's (`data.reader.mind_parent_only`); and the parent leaves the loader only
+The workers mind no stop signal but their parent's (`data.steps.mind_parent_only`); and the parent leaves the loader only
 between two batches, since half way in it would leave processes, or their tracebacks, behind.
 """
 

@@ -7,7 +7,8 @@ from simclr_dist import checkpoint, ledger, stopping
 from simclr_dist.agreement import StopAgreement, any_asked, check_ranks_agree
 from simclr_dist.config import Config, check_fits
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import ShardDataset, StepDataset, load_steps, two_views
+from simclr_dist.data.reader import ShardDataset
+from simclr_dist.data.steps import StepDataset, load_steps, two_views
 from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
 from simclr_dist.errors import ConfigError, DivergedError, SaveError, StoppedError
 from simclr_dist.export import export_encoder

@@ -16,8 +16,9 @@ from PIL import Image
 from simclr_dist.data.draws import ViewSettings
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import ShardDataset, StepDataset, Views, load_steps, two_views
+from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.shards import write_shards
+from simclr_dist.data.steps import StepDataset, Views, load_steps, two_views
 from simclr_dist.errors import DataError, RankError
 
 # DataLoader forks its workers, as it does for users, and finds three too many for a small machine.

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import ranks
 from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import Sample, ShardDataset, StepDataset, two_views
+from simclr_dist.data.reader import Sample, ShardDataset
+from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.distributed import World, all_gather
 from simclr_dist.learner import Learner, backward, build_learner, training_step
 from simclr_dist.train.describe import view_settings

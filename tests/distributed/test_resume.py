@@ -10,7 +10,8 @@ import pytest
 import training_runs as runs
 from simclr_dist.config import load_config
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import ShardDataset, StepDataset, load_steps
+from simclr_dist.data.reader import ShardDataset
+from simclr_dist.data.steps import StepDataset, load_steps
 from simclr_dist.train.describe import view_settings
 
 pytestmark = pytest.mark.slow
