@@ -20,19 +20,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[0] = str(TESTS)  # in the place of this folder, where this file has the name of the tests' package
+sys.path.pop(0)  # this folder, where this file has the name of the tests' package
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores, and bits depend on the number of threads
 
-import torch  # noqa: E402
+import torch
 
-import training_runs as runs  # noqa: E402
-from faults import killed_saves  # noqa: E402
-from faults.commands import Command, running, simclr_dist  # noqa: E402
-from faults.seeded_kills import killed_again_and_again  # noqa: E402
-from simclr_dist import ledger, stopping  # noqa: E402
-from simclr_dist.errors import PREEMPTED  # noqa: E402
+import training_runs as runs
+from faults import killed_saves
+from faults.commands import Command, running, simclr_dist
+from faults.seeded_kills import killed_again_and_again
+from simclr_dist import ledger, stopping
+from simclr_dist.errors import PREEMPTED
 
+TESTS = Path(__file__).parents[1] / "tests"
 EVERY = 5  # steps between checkpoints
 
 

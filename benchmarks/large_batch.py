@@ -61,7 +61,7 @@ def child(task: dict[str, Any]) -> None:
     expendable()
     try:
         result = measure(**task)
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_memory_error(error):
             raise
         result = {"failed": FULL}

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from simclr_dist.distributed import world
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
@@ -292,7 +292,7 @@ def child(task: dict[str, Any]) -> None:
     expendable()
     try:
         result = (save_exact if "file" in task else distributed if "processes" in task else alone)(**task)
-    except Exception as error:
+    except (MemoryError, RuntimeError, ProcessRaisedException) as error:
         if not is_memory_error(error):
             raise
         result = {"failed": FULL}

@@ -14,6 +14,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +29,9 @@ DROPPED = 3
 RATE, MOMENTUM, WEIGHT_DECAY, TRUST = 0.1, 0.9, 1e-6, 0.001
 
 
-def ours(groups: list[Group]) -> Optimizer:
-    """The LARS of this project."""
-    return LARS(groups, RATE, momentum=MOMENTUM, trust_coefficient=TRUST)
+def ours(foreach: bool | None) -> Callable[[list[Group]], Optimizer]:
+    """The LARS of this project: all tensors at once, or as it chooses."""
+    return partial(LARS, lr=RATE, momentum=MOMENTUM, trust_coefficient=TRUST, foreach=foreach)
 
 
 def peer(module: str, name: str, trust: str) -> Callable[[list[Group]], Optimizer]:
@@ -53,7 +54,8 @@ class Contestant(NamedTuple):
 
 
 CONTESTANTS = {
-    "ours": Contestant(ours),
+    "ours": Contestant(ours(None)),
+    "ours, all at once": Contestant(ours(True)),
     "torch_optimizer": Contestant(peer("torch_optimizer", "LARS", "trust_coefficient"), "torch-optimizer", "torch_optimizer"),
     "lightly": Contestant(peer("lightly.utils.lars", "LARS", "trust_coefficient"), "lightly", "lightly"),
     "timm": Contestant(peer("timm.optim.lars", "Lars", "trust_coeff"), "timm", "timm"),
@@ -63,7 +65,9 @@ CONTESTANTS = {
 class Count(TorchDispatchMode):
     """Counts what reaches the dispatcher."""
 
-    operations = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
@@ -90,7 +94,7 @@ def timed(optimizer: Optimizer, wait: Callable[[], None]) -> tuple[float, float]
 
 def operations(optimizer: Optimizer) -> int:
     """Of a step."""
-    count: Count = Count()  # type: ignore[no-untyped-call]
+    count = Count()
     with count:
         optimizer.step()
     return count.operations

@@ -79,12 +79,17 @@ class NTXentLoss(nn.Module):
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 products with float32's digits, also where somebody has allowed less."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Per backend: torch.get_float32_matmul_precision fails once somebody has used these.
+    mkldnn: Any = torch.backends.mkldnn  # whose `matmul` is not in its type
+    products = torch.backends.cuda.matmul, mkldnn.matmul
+    before = [backend.fp32_precision for backend in products]
     try:
+        for backend in products:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(products, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _similarities(z: Tensor, columns: Tensor, first: int, temperature: float) -> "Similarities | fused.Similarities":

@@ -15,7 +15,7 @@ import training_runs as runs
 from faults import hooks
 from faults.commands import Command, running, simclr_dist
 from faults.seeded_kills import killed_again_and_again
-from faults.straight import EVERY, STEPS, images, run_on_2_ranks
+from faults.straight import EVERY, STEPS
 from simclr_dist import ledger
 from simclr_dist.checkpoint import saved_steps
 from simclr_dist.errors import DataError, StoppedError, TakenOverError
@@ -23,17 +23,6 @@ from simclr_dist.run import newest_step, recorded, write_status
 from training_runs import until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return images(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a run to which nothing happens."""
-    return run_on_2_ranks(tmp_path_factory.getbasetemp())
 
 
 # Kills

@@ -8,7 +8,7 @@ import pytest
 
 import training_runs as runs
 from faults.small_disk import SmallDisk
-from faults.straight import STEPS, images, run_on_2_ranks
+from faults.straight import STEPS
 from simclr_dist.checkpoint import load_newest, saved_steps
 from simclr_dist.config import load_config
 from simclr_dist.config_reader import write_yaml
@@ -16,17 +16,6 @@ from simclr_dist.errors import SaveError
 from simclr_dist.run import newest_step, truncate_metrics
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return images(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a run to which nothing happens."""
-    return run_on_2_ranks(tmp_path_factory.getbasetemp())
 
 
 SETTINGS: dict[str, Any] = {"steps": STEPS, "checkpoint": {"every": 2, "keep_last": 1}}

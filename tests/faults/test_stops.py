@@ -12,23 +12,12 @@ import pytest
 import training_runs as runs
 from faults import hooks
 from faults.commands import running, simclr_dist, wait_for_ranks
-from faults.straight import STEPS, images, run_on_2_ranks
+from faults.straight import STEPS
 from simclr_dist.checkpoint import load_newest, saved_steps
 from simclr_dist.errors import PREEMPTED
 from training_runs import until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return images(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a run to which nothing happens."""
-    return run_on_2_ranks(tmp_path_factory.getbasetemp())
 
 
 NEVER = {"every": 1000}  # only the stop itself saves

@@ -246,15 +246,29 @@ def test_no_host_sync() -> None:
             NTXentLoss(0.01)(z_a, z_b)
 
 
-def test_less_precise_products_are_not_for_the_loss() -> None:
+@pytest.mark.parametrize("way", ["one for all", "by backend"])
+def test_less_precise_products_are_not_for_the_loss(way: str) -> None:
+    """torch has two ways to allow them, and who has used the newer one may no longer ask by the older."""
     z_a, z_b = _pair(200, 128, dtype=torch.float32)
     expected = NTXentLoss(0.05)(z_a, z_b)
-    torch.set_float32_matmul_precision("medium")
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in products]
     try:
+        if way == "one for all":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            products[0].fp32_precision, products[1].fp32_precision = "tf32", "bf16"
+        allowed = [backend.fp32_precision for backend in products]
+        assert allowed != before
         assert torch.equal(NTXentLoss(0.05)(z_a, z_b), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert [backend.fp32_precision for backend in products] == allowed
+        if way == "one for all":
+            assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(products, before, strict=True):
+            backend.fp32_precision = precision
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_only_the_gradient_is_kept() -> None:
