@@ -2,9 +2,10 @@
 
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes, allowed: Callable[[], None] = lambda: None) -> None:
@@ -13,11 +14,18 @@ def write_atomically(path: Path, content: bytes, allowed: Callable[[], None] = l
     `allowed` is called last, when the content is safe on disk and before it takes its place: what it raises leaves the old
     file. Raises OSError when the disk does not take the content; no temporary file is left.
     """
+    with replacing(path, allowed) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, allowed: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """`write_atomically` of what is written into the file in the block; what the block raises leaves the old file."""
     # Not named by process id: two machines that write here may both be at number 7.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         allowed()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.evaluate.features import extract_features
+from simclr_dist.evaluate.neighbours import find_neighbours
 from simclr_dist.export import load_encoder, untrained_encoder
 from simclr_dist.train.describe import view_settings
 
@@ -75,9 +75,9 @@ def _neighbours(sheet: Image.Image, images: ShardDataset, network: nn.Module, ti
     features = extract_features(
         network, images, image_size=card["image_size"], mean=card["mean"], std=card["std"], batch_size=256, workers=0
     )
-    h, labels = F.normalize(features.h, dim=1), images.manifest.label
+    labels = images.manifest.label
     queries = _first_of_each_class(labels)[:_SHOWN]
-    nearest = (h[queries] @ h.T).scatter_(1, torch.from_numpy(queries)[:, None], -2.0).topk(_NEIGHBOURS, dim=1).indices.tolist()
+    nearest = find_neighbours(features.h, torch.from_numpy(queries), _NEIGHBOURS).nearest.tolist()
     same = sum(int(labels[j] == labels[q]) for q, row in zip(queries, nearest, strict=True) for j in row)
     _text(sheet, f"{title}: {same} of {len(queries) * _NEIGHBOURS} of the query's class", at)
     pen = ImageDraw.Draw(sheet)

@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.models import resnet as blocks
 
 import training_runs as runs
+from networks import images, randomised
 from simclr_dist import cli, export, onnx_export
 from simclr_dist.errors import ConfigError, DataError, SaveError
 from simclr_dist.export import export_encoder, file_digest, load_encoder, projector_path, untrained_encoder
@@ -28,20 +29,6 @@ CARD = {
     "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
 }  # fmt: skip
 SMALL = {**CARD, "encoder": "resnet10", "stem": "small_stride2", "feature_size": 128, "image_size": 16}
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """BatchNorm away from its start values, its statistics too."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.dim() == 1:
-                tensor += 0.1 * torch.rand(tensor.shape, generator=generator)
-    return model
-
-
-def images(n: int, size: int) -> torch.Tensor:
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def exported(path: Path, card: dict[str, Any] = SMALL, **projector: Any) -> tuple[nn.Module, nn.Module]:

@@ -5,33 +5,20 @@ import torch
 import torchvision
 from torch import nn
 
+from networks import images, randomised
 from simclr_dist.model import ResNet, SimCLR, build_projector, frozen_running_statistics
-
-
-def _randomised(model: nn.Module) -> nn.Module:
-    """BatchNorm away from its start values, its statistics too."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.dim() == 1:
-                tensor += 0.1 * torch.rand(tensor.shape, generator=generator)
-    return model
-
-
-def _images(n: int, size: int) -> torch.Tensor:
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_equals_torchvision(name: str) -> None:
-    ours = _randomised(ResNet(name)).eval()
+    ours = randomised(ResNet(name)).eval()
     theirs = torchvision.models.get_model(name)
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert missing == ["fc.weight", "fc.bias"]
     assert unexpected == []
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict())  # strict
-    x = _images(2, 64)
+    x = images(2, 64)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs.eval()(x))
         assert torch.equal(ours.train()(x), theirs.train()(x))
@@ -67,7 +54,7 @@ def test_stems(stem: str, size: int, after_stem: int, width: int) -> None:
     encoder = ResNet("resnet10", width=width, stem=stem)
     seen: list[torch.Size] = []
     encoder.layer1.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    h = encoder(_images(3, size))
+    h = encoder(images(3, size))
     assert seen == [(3, 16 * width, after_stem, after_stem)]
     assert h.shape == (3, encoder.feature_size)
 
@@ -110,15 +97,15 @@ def test_projector(settings: dict[str, int], expected: list[tuple[int, int]], ba
 def test_autocast_is_a_choice() -> None:
     encoder = ResNet("resnet10", stem="small_stride2")
     projector = build_projector(encoder.feature_size, hidden=8, dim=4)
-    assert SimCLR(encoder, projector)(_images(4, 8)).dtype == torch.float32
-    assert SimCLR(encoder, projector, torch.bfloat16)(_images(4, 8)).dtype == torch.bfloat16
+    assert SimCLR(encoder, projector)(images(4, 8)).dtype == torch.float32
+    assert SimCLR(encoder, projector, torch.bfloat16)(images(4, 8)).dtype == torch.bfloat16
 
 
 def test_frozen_running_statistics_in_one_process() -> None:
     model = ResNet("resnet10", stem="small_stride2")
     before = [buffer.clone() for buffer in model.buffers()]
     with frozen_running_statistics(model):
-        frozen = model(_images(4, 8))
+        frozen = model(images(4, 8))
     assert all(map(torch.equal, before, model.buffers()))
-    assert torch.equal(frozen, model(_images(4, 8)))
+    assert torch.equal(frozen, model(images(4, 8)))
     assert not any(map(torch.equal, before, model.buffers()))

@@ -31,7 +31,7 @@ FLOORS = {
 WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
     "rendezvous", "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
-    "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file",
+    "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
     "data.manifest", "data.draws", "data.order", "data.images", "data.sources", "data.shards",
 ]  # fmt: skip
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,6 +94,12 @@ PRESETS: dict[str, ViewSettings] = {
 }
 """`imagenet`: the paper's strength 1. `small`: the paper's CIFAR-10 (strength 0.5, no blur; CIFAR-10's mean and std).
 `blog`: a milder jitter without blur, at 224 pixels."""
+
+
+def preset_views(preset: str, own: Mapping[str, Any]) -> ViewSettings:
+    """A preset with the values put in that are set in `own` (by the names of `ViewSettings`, None where not set)."""
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    return replace(PRESETS[preset], **{name: value for name, value in values.items() if value is not None})
 
 
 class ViewDraws(NamedTuple):

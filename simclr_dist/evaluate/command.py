@@ -1,9 +1,12 @@
 """`simclr-dist eval`: what can be refused is refused, and stop signals are heard, before torch is imported."""
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 
 from simclr_dist import stopping
-from simclr_dist.errors import PREEMPTED
+from simclr_dist.errors import PREEMPTED, RankError, UserError
 from simclr_dist.evaluate.options import check_arguments
 
 _STOPPED = "simclr-dist: stopped by {signal}; the same command starts the evaluation again"
@@ -22,3 +25,13 @@ def run(arguments: argparse.Namespace) -> int:
         from simclr_dist.evaluate.job import run_from_arguments as evaluate_from_arguments
     stopping.exit_when_asked(PREEMPTED, _STOPPED)
     return evaluate_from_arguments(arguments)
+
+
+def told_once(run: Callable[[], int]) -> int:
+    """The exit code of a command that torchrun may have started; a mistake of the user's is one line, on rank 0, and 2."""
+    try:
+        return run()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"simclr-dist: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,6 +1,7 @@
 """Results of earlier evaluations: whether one still holds, and what of it another encoder can use."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,10 @@ class Baselines(NamedTuple):
 def read_result(path: Path) -> Result:
     """The result at `path`; {} when there is none of this format."""
     try:
-        result: Result = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if FORMAT.encode() not in content[:200]:  # its first key: others need no reading
+            return {}
+        result: Result = json.loads(content)
     except (OSError, ValueError):
         return {}
     whole = isinstance(result, dict) and result.get("format") == FORMAT and "seconds" in result  # its last key
@@ -43,6 +47,7 @@ def difference(result: Result, settings: Settings, *, encoder: str, train: str, 
         ("training images", result["train"]["digest"], train),
         ("test images", result["test"]["digest"], test),
         ("layer", result["settings"]["layer"], settings.layer),
+        ("precision", result["settings"]["precision"], settings.precision),
     ]
     for protocol, now in told(settings).items() if result["classes"] else ():
         before = result["protocols"].get(protocol)
@@ -67,6 +72,32 @@ def baselines(result: Result) -> Baselines | None:
         return None
     source = result.get("baselines_measured_for") or Path(result["encoder"]["file"]).name
     return Baselines(source, shape(result["encoder"]), found)
+
+
+def comparable(folder: Path, result: Result) -> dict[int, tuple[dict[str, Any], float]]:
+    """By step, the protocols of results like `result` (itself among them) and when they were written (seconds since 1970).
+
+    Out of a run's `folder` of results, those of the same layer, precision and images; of them the protocols of the same
+    settings.
+    """
+    found = {}
+    for path in sorted(folder.glob("step-*.json")):
+        one = read_result(path)
+        if one and _images(one) == _images(result):
+            found[int(one["encoder"]["step"])] = _alike(one, result), path.stat().st_mtime
+    found[int(result["encoder"]["step"])] = dict(result["protocols"]), time.time()
+    return {step: part for step, part in found.items() if part[0]}
+
+
+def _images(result: Result) -> tuple[Any, ...]:
+    """What accuracies of one curve must share."""
+    settings = result["settings"]
+    return settings["layer"], settings["precision"], result["train"]["digest"], result["test"]["digest"]
+
+
+def _alike(one: Result, result: Result) -> dict[str, Any]:
+    told = {name: part["settings"] for name, part in result["protocols"].items()}
+    return {name: part for name, part in one["protocols"].items() if name in told and part["settings"] == told[name]}
 
 
 def shape(encoder: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.io import ImageReadMode  # registers torch.ops.image
 
 from simclr_dist.data.images import prepare_image
@@ -22,10 +22,11 @@ from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.sources import FileChunk, Source, printable
 from simclr_dist.distributed import World, all_sum, on_rank_0, together, world
-from simclr_dist.errors import DataError, RankError, UserError
+from simclr_dist.errors import DataError, RankError
+from simclr_dist.evaluate.command import told_once
 from simclr_dist.evaluate.embed_options import EmbedSettings, add_arguments, check_out, find_images, run
 from simclr_dist.evaluate.feature_file import About, write_features
-from simclr_dist.evaluate.features import Images, extract
+from simclr_dist.evaluate.features import Images, extract, in_precision
 from simclr_dist.export import file_digest, load_encoder
 
 _TOLD = 10  # images that are left out are named up to here, then counted
@@ -149,7 +150,7 @@ def embed_within(here: World, encoder: str | Path, found: Path | Source, out: Pa
     try:
         features = extract(
             read,
-            {"encoder": _Autocast(network, here.device.type) if settings.precision == "bf16" else network},
+            {"encoder": in_precision(network, settings.precision, here.device)},
             image_size=card["image_size"],
             mean=card["mean"],
             std=card["std"],
@@ -165,15 +166,7 @@ def embed_within(here: World, encoder: str | Path, found: Path | Source, out: Pa
     if bad.all():
         raise DataError(f"none of the {len(images)} images can be read, like {_reason(images, 0)}")
     digest, classes, keys = _describe(images, features.label, here.device)
-    about = About(
-        encoder_sha256=file_digest(encoder),
-        shape={name: card[name] for name in ("encoder", "width", "stem", "feature_size")},
-        layer=card["layer"],
-        image_size=card["image_size"],
-        precision=settings.precision,
-        data_digest=digest,
-        classes=classes,
-    )
+    about = About.of_card(card, file_digest(encoder), precision=settings.precision, data_digest=digest, classes=classes)
     label, h = features.label.cpu().numpy(), features.h.cpu().numpy()
     left_out = np.flatnonzero(bad).tolist()
     if left_out:
@@ -206,31 +199,12 @@ def _reason(images: Images, row: int) -> str:
     return f"image {row} could not be read, and now can"
 
 
-class _Autocast(nn.Module):
-    """An encoder computed in bf16 where autocast does so."""
-
-    def __init__(self, encoder: nn.Module, device_type: str) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self._device_type = device_type
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(self._device_type, torch.bfloat16):
-            h: Tensor = self.encoder(x)
-        return h
-
-
 def main(argv: Sequence[str], prog: str = "python -m simclr_dist.evaluate.embed") -> int:
     """`simclr-dist embed`, where torchrun starts it; returns the exit code (a wrong command line exits with 2)."""
     parser = argparse.ArgumentParser(prog=prog, description="Features of images by an exported encoder, as Parquet.")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    try:
-        return run(arguments)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"simclr-dist: {error}", file=sys.stderr, flush=True)
-        return 2
+    return told_once(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from simclr_dist import stopping
 from simclr_dist.errors import PREEMPTED, ConfigError, DataError
+from simclr_dist.evaluate.options import PRECISIONS
 
 if TYPE_CHECKING:
     from simclr_dist.data.sources import Source
 
-PRECISIONS = ("fp32", "bf16")
 BATCH_SIZE = 256
 WORKERS = 2
 

@@ -1,6 +1,6 @@
 """Features as a Parquet file: key, label and embedding of each image, and what they are features of. Needs no torch."""
 
-import io
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simclr_dist.atomic import write_atomically
+from simclr_dist.atomic import replacing
 from simclr_dist.errors import DataError
 
 FORMAT = "simclr_dist features 1"
+
+Embedding = NDArray[np.float32] | NDArray[np.uint8]
 
 _METADATA_KEY = b"simclr_dist"
 _ROW_GROUP_BYTES = 64 * 2**20
@@ -34,9 +36,10 @@ _MEANINGS = {
 class About:
     """What features are features of; two files with the same `About` hold the same numbers, up to rounding.
 
-    `encoder_sha256` is that of the encoder's file, hex; `shape` what its card says of its architecture, as JSON knows it;
-    `layer` what was taken from it ("h"); `image_size` the side of the view in pixels; `precision` "fp32" or "bf16", of the
-    computation (what is stored is float32); `data_digest` that of the images, hex; `classes` names by label, () without.
+    `encoder_sha256` is that of the encoder's file, hex, or of what else says which weights; `shape` what its card says of its
+    architecture, as JSON knows it; `layer` what was taken from it ("h"); `image_size` the side of the view in pixels;
+    `precision` "fp32" or "bf16", of the computation (what is stored is float32; of raw pixels "uint8", and so they are stored);
+    `data_digest` that of the images, hex; `classes` names by label, () without.
     """
 
     encoder_sha256: str
@@ -47,28 +50,42 @@ class About:
     data_digest: str
     classes: tuple[str, ...] = field(default=())
 
+    @classmethod
+    def of_card(
+        cls, card: Mapping[str, Any], sha256: str, *, precision: str, data_digest: str, classes: Sequence[str], **shape: Any
+    ) -> "About":
+        """Of features by the encoder with this `card` and digest; `shape` is what else they depend on."""
+        shape = {**{name: card[name] for name in ("encoder", "width", "stem", "feature_size")}, **shape}
+        if weights := card.get("weights"):  # of a file that holds more than the encoder, and not its colours
+            shape |= {"prefix": weights["prefix"], "mean": card["mean"], "std": card["std"]}
+        shape = json.loads(json.dumps(shape))  # as it is read again
+        return cls(sha256, shape, card["layer"], card["image_size"], precision, data_digest, tuple(classes))
+
+    def digest(self) -> str:
+        """Hex sha256 of all of it: a name for the file."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
 
 class FeatureTable(NamedTuple):
-    """`key` of each of the n images, `label` int64 [n] (-1: none), `embedding` float32 [n, d] (read-only)."""
+    """`key` of each of the n images, `label` int64 [n] (-1: none), `embedding` float32 [n, d] (of raw pixels uint8)."""
 
     key: tuple[str, ...]
     label: NDArray[np.int64]
-    embedding: NDArray[np.float32]
+    embedding: Embedding
     about: About
 
 
-def write_features(
-    path: str | Path, key: Sequence[str], label: NDArray[np.int64], embedding: NDArray[np.float32], about: About
-) -> None:
+def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64], embedding: Embedding, about: About) -> None:
     """Write `path` atomically: columns key (string), label (int64, null for -1), embedding (fixed-size list of float32).
 
-    `label` is [n], `embedding` [n, d]; `about` goes into the schema's metadata as JSON, under "simclr_dist". The same input
-    gives the same bytes. The file is built in memory, so the embedding is there twice for a moment.
+    `label` is [n], `embedding` [n, d] (uint8 stays uint8); `about` goes into the schema's metadata as JSON, under
+    "simclr_dist". The same input gives the same bytes. It goes to disk 64 MiB at a time.
 
     Raises DataError for no image, for two images of one key, and when the disk does not take the file.
     """
     path = Path(path)
-    embedding = np.ascontiguousarray(embedding, dtype=np.float32)
+    kind: type[Any] = np.uint8 if embedding.dtype == np.uint8 else np.float32
+    embedding = np.ascontiguousarray(embedding, dtype=kind)
     assert embedding.ndim == 2, "one embedding a row"
     assert len(key) == len(label) == len(embedding), "one key and one label a row"
     if not len(key):
@@ -77,24 +94,27 @@ def write_features(
         seen: set[str] = set()
         double = next(k for k in key if k in seen or seen.add(k))  # type: ignore[func-returns-value]
         raise DataError(f"{path}: the key {double!r} stands for two images; rename one of them")
-    size = embedding.shape[1]
-    schema = _schema(size).with_metadata({_METADATA_KEY: json.dumps({"format": FORMAT, **asdict(about)}).encode()})
-    columns = [
-        pa.array(key, type=pa.string()),
-        pa.array(label, type=pa.int64(), mask=label < 0),
-        pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), type=schema.field("embedding").type),
-    ]
-    target = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_arrays(columns, schema=schema),
-        target,
-        row_group_size=max(1, _ROW_GROUP_BYTES // (4 * size)),
-        use_dictionary=["label"],  # type: ignore[arg-type, unused-ignore]
-        compression={"key": "zstd", "label": "zstd", "embedding.list.element": "none"},  # which gains nothing on floats
-        write_page_checksum=True,
-    )
+    rows, size = max(1, _ROW_GROUP_BYTES // embedding[0].nbytes), embedding.shape[1]
+    schema = _schema(size, pa.from_numpy_dtype(embedding.dtype))
+    schema = schema.with_metadata({_METADATA_KEY: json.dumps({"format": FORMAT, **asdict(about)}).encode()})
+    packed = "none" if embedding.dtype == np.float32 else "zstd"  # which gains nothing on floats
+    options: dict[str, Any] = {
+        "use_dictionary": ["label"],
+        "compression": {"key": "zstd", "label": "zstd", "embedding.list.element": packed},
+        "write_page_checksum": True,
+    }
     try:
-        write_atomically(path, target.getvalue())
+        with replacing(path) as target, pq.ParquetWriter(target, schema, **options) as writer:
+            for start in range(0, len(key), rows):
+                part = slice(start, start + rows)
+                columns = [
+                    pa.array(key[part], type=pa.string()),
+                    pa.array(label[part], type=pa.int64(), mask=label[part] < 0),
+                    pa.FixedSizeListArray.from_arrays(
+                        pa.array(embedding[part].reshape(-1)), type=schema.field("embedding").type
+                    ),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
     except OSError as error:
         raise DataError(f"{path}: cannot write the features: {error.strerror or error}") from None
 
@@ -110,42 +130,63 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
         raise DataError(f"{path}: no such file of features; make it with `simclr-dist embed ENCODER SRC {path}`")
     try:
         # In one thread, for the reason that data.manifest gives.
-        content = pa.BufferReader(path.read_bytes())
-        with pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
+        with path.open("rb") as content, pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
             about = _read_about(path, file.schema_arrow)
-            table = file.read(use_threads=False).combine_chunks()
+            if expected is not None:
+                _compare(path, about, expected)
+            kind: Any = file.schema_arrow.field("embedding").type if "embedding" in file.schema_arrow.names else None
+            if not _is_ours(file.schema_arrow, kind) or not file.metadata.num_rows:
+                raise _foreign(path)
+            embedding: Any = np.empty((file.metadata.num_rows, kind.list_size), dtype=kind.value_type.to_pandas_dtype())
+            parts, start = [], 0
+            for number in range(file.num_row_groups):  # one at a time: memory for one more than what is returned
+                table = file.read_row_group(number, use_threads=False).combine_chunks()
+                values = table.column("embedding").combine_chunks().flatten().to_numpy()
+                embedding[start : start + len(table)] = values.reshape(len(table), kind.list_size)
+                parts.append(table.drop_columns("embedding"))
+                start += len(table)
+            rest = pa.concat_tables(parts)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable file of features ({_first_line(error)}); embed the images again") from None
-    if expected is not None:
-        _compare(path, about, expected)
-    kind = table.schema.field("embedding").type
-    if not table.schema.remove_metadata().equals(_schema(getattr(kind, "list_size", 0))) or not table.num_rows:
-        raise _foreign(path)
-    label = table.column("label").fill_null(-1).to_numpy()
-    embedding = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(table.num_rows, kind.list_size)
-    if label.min() < -1 or (about.classes and label.max() >= len(about.classes)) or table.column("key").null_count:
+    label = rest.column("label").fill_null(-1).to_numpy()
+    if label.min() < -1 or (about.classes and label.max() >= len(about.classes)) or rest.column("key").null_count:
         raise DataError(f"{path}: it has a label or a key that cannot be; embed the images again")
-    return FeatureTable(tuple(table.column("key").to_pylist()), label, embedding, about)
+    return FeatureTable(tuple(rest.column("key").to_pylist()), label, embedding, about)
+
+
+def read_about(path: str | Path) -> About:
+    """What the file at `path` holds features of, by its header alone; raises DataError for a file that is none of ours."""
+    path = Path(path)
+    try:
+        with path.open("rb") as content, pq.ParquetFile(content, pre_buffer=False) as file:
+            return _read_about(path, file.schema_arrow)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable file of features ({_first_line(error)})") from None
 
 
 def is_feature_file(path: str | Path) -> bool:
     """Whether `path` is, by its schema, a file that `write_features` wrote; False also where nothing is."""
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            _read_about(Path(path), file.schema_arrow)
-    except (pa.ArrowException, OSError, DataError):
+        read_about(path)
+    except DataError:
         return False
     return True
 
 
-def _schema(size: int) -> pa.Schema:
+def _schema(size: int, kind: pa.DataType) -> pa.Schema:
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
             pa.field("label", pa.int64()),
-            pa.field("embedding", pa.list_(pa.field("element", pa.float32(), nullable=False), size), nullable=False),
+            pa.field("embedding", pa.list_(pa.field("element", kind, nullable=False), size), nullable=False),
         ]
     )
+
+
+def _is_ours(schema: pa.Schema, kind: Any) -> bool:
+    values = getattr(kind, "value_type", None)
+    size = getattr(kind, "list_size", 0)
+    return values in (pa.float32(), pa.uint8()) and schema.remove_metadata().equals(_schema(size, values))
 
 
 def _read_about(path: Path, schema: pa.Schema) -> About:

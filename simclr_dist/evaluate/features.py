@@ -53,12 +53,14 @@ def extract(
     device: str | torch.device = "cpu",
     title: str = "features",
     view: Callable[[Tensor, int], Tensor] = eval_view,
+    colour: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Features]:
     """Features of all images by each encoder, and with `pixels` by none (`RAW_PIXELS`), from one decode of each image.
 
     Rank r of the process group's W reads rows r, r + W, ...; no image is padded, repeated or dropped, and each rank
     returns the features of all rows in row order, on `device`. One `view` an image, eval mode, no gradient.
-    Raw pixels are the view at min(image_size, 32) pixels, flattened.
+    Raw pixels are the view at `pixel_side(image_size)` pixels, flattened. `colour` makes the encoders' input of a batch of
+    views (uint8 [n, 3, s, s], on `device`) and their rows (int64 [n]); without it they are normalised.
 
     Raises DataError for an empty set, EncoderError for features that are not finite, RankError for an image that cannot
     be read.
@@ -67,7 +69,7 @@ def extract(
         raise DataError("there are no images to extract features from")
     mine = range(rank(), len(images), world_size())
     sizes = [image_size] if encoders else []
-    sizes += [min(image_size, _PIXEL_SIZE)] if pixels else []
+    sizes += [pixel_side(image_size)] if pixels else []
     views = _Views(images, sizes, view)
     loader: DataLoader[_Batch | str] = DataLoader(
         views,
@@ -90,7 +92,8 @@ def extract(
                 if isinstance(batch, str):
                     raise RankError(batch)
                 if encoders:
-                    x = normalise(batch.views[0].to(device, non_blocking=True), *colours)
+                    x = batch.views[0].to(device, non_blocking=True)
+                    x = colour(x, batch.row) if colour else normalise(x, *colours)
                     for name, encoder in encoders.items():
                         parts[name].append(encoder(x).float())
                 if pixels:
@@ -109,6 +112,11 @@ def extract(
                 raise EncoderError(f"{name}: the representation of {bad} of {len(h)} images is not finite")
             features[name] = Features(h, label, row)
     return features
+
+
+def pixel_side(image_size: int) -> int:
+    """The side of raw pixels beside an encoder of `image_size`."""
+    return min(image_size, _PIXEL_SIZE)
 
 
 def extract_features(
@@ -149,6 +157,12 @@ def pixel_features(images: Images, image_size: int, *, batch_size: int = 256, wo
         workers=workers,
     )
     return found[RAW_PIXELS]
+
+
+def in_precision(encoder: nn.Module, precision: str, device: torch.device) -> nn.Module:
+    """The encoder as it is ("fp32"), or computed in bf16 where autocast does so ("bf16")."""
+    assert precision in ("fp32", "bf16"), precision
+    return _Autocast(encoder, device.type) if precision == "bf16" else encoder
 
 
 class _Batch(NamedTuple):
@@ -199,3 +213,17 @@ def _eval_mode(encoders: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for encoder, training in modes:
             encoder.train(training)
+
+
+class _Autocast(nn.Module):
+    """An encoder computed in bf16 where autocast does so."""
+
+    def __init__(self, encoder: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._device_type = device_type
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self._device_type, torch.bfloat16):
+            h: Tensor = self.encoder(x)
+        return h

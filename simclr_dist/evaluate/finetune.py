@@ -24,20 +24,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from simclr_dist.data.draws import ViewSettings, draw_views
-from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import mind_parent_only
-from simclr_dist.data.views import crop_view, normalise
+from simclr_dist.data.views import normalise
 from simclr_dist.distributed import world
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluate import workers as processes
+from simclr_dist.evaluate.crops import crop, crop_and_flip
 from simclr_dist.evaluate.features import extract
 from simclr_dist.evaluate.finetune_options import FinetuneSettings, check_alone
-from simclr_dist.evaluate.job import Say, Sets
-from simclr_dist.evaluate.report import Result, claim, hardware, result_path, versions, write_result
+from simclr_dist.evaluate.report import Result, Say, claim, hardware, result_path, versions, write_result
 from simclr_dist.evaluate.scores import Scores, score, spread
+from simclr_dist.evaluate.sets import Sets, describe_set
 from simclr_dist.evaluate.subsets import Rows, balanced_subset, describe_subsets
 from simclr_dist.export import Card, file_digest, load_encoder, projector_path, untrained_encoder
 from simclr_dist.optim import learning_rate
@@ -54,7 +53,6 @@ PROTOCOL = {
     "test_views": "one, deterministic",
     "measured": "after the last epoch",
 }
-_VIEW = 2  # pre-training draws views 0 and 1
 
 
 class Recipe(NamedTuple):
@@ -126,11 +124,11 @@ def finetune(
         result = {
             "format": FORMAT,
             "encoder": described,
-            "train": _describe_set(sets.train),
-            "test": _describe_set(sets.test),
+            "train": describe_set(sets.train),
+            "test": describe_set(sets.test),
             "classes": sets.classes,
             "class_names": list(sets.train.classes),
-            "test_images_in_train": _shared(sets.test, sets.train),
+            "test_images_in_train": sets.shared(),
             "settings": {**dataclasses.asdict(settings), **recipe._asdict(), **PROTOCOL},
             "subsets": describe_subsets(sets.train, subsets, path, everything=settings.labels == 1),
             "runs": runs,
@@ -250,26 +248,19 @@ class _Steps(Dataset["_Crops | str"]):
 
     def __init__(self, images: ShardDataset, rows: Rows, plan: Plan, image_size: int) -> None:
         self.images, self.rows, self.plan = images, rows, plan
-        self.settings = ViewSettings(image_size=image_size, jitter=0.0, gray=0.0, blur=0.0)
+        self.settings = crop_and_flip(image_size)
         self.abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, step: int) -> "_Crops | str":
         if self.abandoned:
             return "nobody waits for it"
         epoch, places = self.plan[step]
-        rows = self.rows[places]
         try:
-            samples = [self.images[int(row)] for row in rows]
+            samples = [self.images[int(row)] for row in self.rows[places]]
         except DataError as error:
             return str(error)
-        height, width = np.array([sample.image.shape[1:] for sample in samples]).T
-        drawn = draw_views(self.settings, seed=self.plan.seed, epoch=epoch, rows=rows, view=_VIEW, heights=height, widths=width)
-        size, how = self.settings.image_size, self.settings.interpolation
-        crops = [
-            crop_view(sample.image, box, bool(flip), size, how)
-            for sample, box, flip in zip(samples, drawn.box, drawn.flip, strict=True)
-        ]
-        return _Crops(torch.stack(crops), torch.tensor([sample.label for sample in samples]))
+        crops = crop(samples, self.settings, seed=self.plan.seed, epoch=epoch)
+        return _Crops(crops, torch.tensor([sample.label for sample in samples]))
 
 
 def _load(encoder: str | Path, start: str, device: torch.device) -> nn.Module:
@@ -302,17 +293,6 @@ def _describe_encoder(encoder: str | Path, card: Card) -> dict[str, Any]:
     projector = None if card["layer"] == "h" else file_digest(projector_path(encoder))
     shown = {key: value for key, value in card.items() if key != "config"}
     return {"file": str(encoder), "sha256": file_digest(encoder), "projector_sha256": projector, "card": shown}
-
-
-def _describe_set(manifest: Manifest) -> dict[str, Any]:
-    labelled = int((manifest.label >= 0).sum())
-    return {"folder": str(manifest.folder), "digest": manifest.digest, "images": len(manifest), "labelled": labelled}
-
-
-def _shared(test: Manifest, train: Manifest) -> int:
-    """How many test images are training images too, byte for byte."""
-    known = {digest.tobytes() for digest in train.sha256}
-    return sum(digest.tobytes() in known for digest in test.sha256)
 
 
 def _table(result: Result) -> str:

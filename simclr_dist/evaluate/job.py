@@ -6,31 +6,31 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from simclr_dist.data.manifest import Manifest
-from simclr_dist.data.reader import ShardDataset
 from simclr_dist.distributed import World, together, world
 from simclr_dist.errors import DataError
+from simclr_dist.evaluate.augmented import training_views
+from simclr_dist.evaluate.board import board_folder, show_curve, show_projector
+from simclr_dist.evaluate.classify import by_new_crops, classify
+from simclr_dist.evaluate.collect import Collector
 from simclr_dist.evaluate.earlier import Baselines, shape
-from simclr_dist.evaluate.features import RAW_PIXELS, EncoderError, Features, extract
+from simclr_dist.evaluate.feature_store import FeatureStore, features_folder
+from simclr_dist.evaluate.features import EncoderError, Features
 from simclr_dist.evaluate.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.options import Foreign, Settings, check_arguments, foreign
 from simclr_dist.evaluate.page import write_page
-from simclr_dist.evaluate.protocols import NewCrops, Question, as_it_is, told
-from simclr_dist.evaluate.protocols import measure as measure_by
+from simclr_dist.evaluate.protocols import told
 from simclr_dist.evaluate.report import (
     FORMAT,
-    NAMES,
     TRAINED,
-    UNTRAINED,
     Result,
+    Say,
     claim,
     hardware,
     result_path,
@@ -38,11 +38,10 @@ from simclr_dist.evaluate.report import (
     versions,
     write_result,
 )
-from simclr_dist.evaluate.signals import false_negatives, signals
+from simclr_dist.evaluate.sets import Sets, describe_set
+from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
 from simclr_dist.export import file_digest, load_encoder, untrained_encoder
 from simclr_dist.foreign import load_foreign
-
-Say = Callable[[str], None]
 
 
 def evaluate(
@@ -65,17 +64,15 @@ def evaluate(
     that alone has no labels, sets whose classes differ, and a result that cannot be written.
     """
     checked = Settings(**settings)
+    folder = None
+    if checked.keep_features:
+        weights = encoder.weights if isinstance(encoder, Foreign) else encoder
+        folder = Path(checked.features) if checked.features else features_folder(result_path(weights, out, checked.layer))
     with world(device) as here:
-        return measure(here, encoder, Sets(train, test), checked, out=out, say=say)
-
-
-class Sets:
-    """Training and test images; raises DataError, on all ranks, where the two cannot be compared."""
-
-    def __init__(self, train: str | Path, test: str | Path) -> None:
-        self.images = together(lambda: {"train": ShardDataset(train), "test": ShardDataset(test)})
-        self.train, self.test = self.images["train"].manifest, self.images["test"].manifest
-        self.classes = _count_classes(self.train, self.test)
+        result = measure(here, encoder, Sets(train, test), checked, out=out, features=folder, say=say)
+    if result and (run := _run(result_path(result["encoder"]["file"], out, checked.layer))):
+        show_curve(run, result, say)
+    return result
 
 
 def measure(
@@ -86,9 +83,10 @@ def measure(
     *,
     known: Baselines | None = None,
     out: str | Path | None = None,
+    features: Path | None = None,
     say: Say = lambda _: None,
 ) -> Result:
-    """`evaluate` within a world; `known` baselines are taken over, which the result says.
+    """`evaluate` within a world; `known` baselines are taken over, which the result says. `features` is the store's folder.
 
     Raises EncoderError, on all ranks, where another encoder could do better.
     """
@@ -103,49 +101,25 @@ def measure(
     if known and known.shape != shape(described):
         known = None
     baselines = settings.baselines and known is None
-    encoders = {UNTRAINED: untrained_encoder(card, settings.seed, here.device)} if baselines else {}
-    encoders[TRAINED] = trained
-    options: dict[str, Any] = {
-        "image_size": card["image_size"],
-        "mean": card["mean"],
-        "std": card["std"],
-        "batch_size": settings.batch_size,
-        "workers": settings.workers,
-        "device": here.device,
-    }
-    features = {
-        name: extract(images, encoders, pixels=baselines, title=f"{name} features", **options)
-        for name, images in sets.images.items()
-    }
+    untrained = untrained_encoder(card, settings.seed, here.device) if baselines else None
+    store = FeatureStore(features, say) if features is not None and here.is_main else None
+    collector = Collector(here, sets, settings, trained, described["sha256"], untrained, store)
+    found = collector.sets(pixels=baselines)
+    drawn = training_views(card)
+    views = collector.views(drawn)
     extracted = time.perf_counter()
     if here.is_main:
-        say(f"features of {len(sets.train) + len(sets.test)} images: {extracted - begin:.0f} s")
-    results: dict[str, dict[str, Any]] = {name: {} for name in (settings.protocols if sets.classes else ())}
-
-    def views(epoch: int) -> tuple[Tensor, Tensor]:
-        crops = NewCrops(sets.images["train"], card["image_size"], seed=settings.seed, epoch=epoch)
-        found = extract(crops, {TRAINED: trained}, view=as_it_is, title=f"epoch {epoch + 1}", **options)[TRAINED]
-        found = _labelled(found)
-        return found.h, found.label
-
-    test_features = features["test"][TRAINED]
-    if "sgd" in results:  # of all ranks, for all images once more in every epoch: before they wait for rank 0
-        asked_for = Question(_labelled(features["train"][TRAINED]), _labelled(test_features), sets.classes, settings, views)
-        results["sgd"][TRAINED] = measure_by("sgd", asked_for)
+        say(_told(sets, store, extracted - begin))
+    new_crops = sets.classes > 0 and "sgd" in settings.protocols
     if not here.is_main:
+        for epoch in range(settings.sgd_epochs if new_crops else 0):
+            collector.crops(epoch)
         return {}
-    for name in (RAW_PIXELS, UNTRAINED, TRAINED) if baselines else (TRAINED,):
-        learn, ask = _labelled(features["train"].pop(name)), _labelled(features["test"].pop(name))
-        for protocol, rows in results.items():
-            if known and name == TRAINED:
-                results[protocol] = rows = {**known.protocols.get(protocol, {}), **rows}
-            if protocol != "sgd":
-                rows[name] = measure_by(protocol, Question(learn, ask, sets.classes, settings))
-            if name in rows:
-                say(f"{name}: {NAMES[protocol]} {rows[name]['top1']:.2f} % in {rows[name]['seconds']:.0f} s")
-            if name != TRAINED and name in rows:
-                del rows[name]["confusion"], rows[name]["per_class"]
-    train, test = _describe_set(sets.train), _describe_set(sets.test)
+    test_features = found["test"][TRAINED]
+    sgd = by_new_crops(found, sets.classes, settings, collector.crops) if new_crops else None
+    collector.keep()  # the other ranks, which would have waited for the disk, are done
+    results = classify(found, sets.classes, settings, sgd=sgd, known=known, say=say)
+    train, test = describe_set(sets.train), describe_set(sets.test)
     asked = sets.test.label[sets.test.label >= 0]
     parts = {
         name: {"settings": asked_for, "results": results[name]} for name, asked_for in told(settings).items() if name in results
@@ -160,23 +134,29 @@ def measure(
         "classes": sets.classes,
         "class_names": list(sets.train.classes),
         "largest_class_percent": 100 * float(np.bincount(asked).max()) / len(asked) if len(asked) else None,
-        "test_images_in_train": int(np.isin(_digests(sets.test), _digests(sets.train)).sum()),
+        "test_images_in_train": sets.shared(),
         "settings": {
             "seed": settings.seed,
             "batch_size": settings.batch_size,
             "workers": settings.workers,
             "views": "one, deterministic",
             "layer": settings.layer,
+            "precision": settings.precision,
+            "signal_views": drawn.told(),
         },
         "baselines_measured_for": known.measured_for if known else Path(file).name if baselines else None,
+        "features_reused": store.reused if store else {},
         "protocols": parts,
-        "signals": _signals(test_features, sets, card),
+        "signals": _signals(test_features, views, sets, card),
         "command": _command(encoder, sets, settings),
         "hardware": hardware(here),
         "versions": versions(),
         "seconds": {"features": extracted - begin, "total": time.perf_counter() - begin},
     }
-    run = path.parent.parent if path.parent.name == "eval" else None
+    run = _run(path)
+    if run is not None:
+        title = f"{settings.layer} of {len(sets.test)} test images, step {card['step']}"
+        show_projector(board_folder(run, settings.layer), title, sets.images["test"], sets.test, test_features.h, say)
     write_page(path.with_suffix(".html"), result, run=run, neighbours=_neighbours(test_features, sets))
     write_result(path, result)  # last: with it, the encoder is evaluated
     return result
@@ -207,6 +187,12 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _run(result: Path) -> Path | None:
+    """The run whose folder of results this is in."""
+    run = result.absolute().parent.parent
+    return run if result.absolute().parent.name == "eval" and (run / "encoders").is_dir() else None
+
+
 def _load(encoder: str | Path | Foreign, layer: str, here: World) -> nn.Module:
     try:
         if isinstance(encoder, Foreign):
@@ -214,26 +200,6 @@ def _load(encoder: str | Path | Foreign, layer: str, here: World) -> nn.Module:
         return load_encoder(encoder, here.device, layer)
     except DataError as error:
         raise EncoderError(str(error)) from None
-
-
-def _count_classes(train: Manifest, test: Manifest) -> int:
-    """How many classes both sets have, 0 where neither has labels; raises DataError where they cannot be compared."""
-    for manifest in (train, test):
-        if len(manifest) == 0:
-            raise DataError(f"{manifest.folder}: the set is empty; an evaluation needs images")
-    without = [manifest for manifest in (train, test) if int(manifest.label.max()) < 0]
-    if len(without) == 2:
-        return 0
-    if without:
-        raise DataError(f"{without[0].folder}: no image has a label, but the other set's have; label both, or neither")
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        how = f"{differing[0]!r} is in one of them only" if differing else "their order differs"
-        raise DataError(
-            f"{test.folder}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.folder}: {how}; "
-            "shard both from one source (--split)"
-        )
-    return len(train.classes) or int(max(train.label.max(), test.label.max())) + 1
 
 
 def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:
@@ -244,8 +210,8 @@ def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> l
     command = ["simclr-dist", "eval", *([] if isinstance(encoder, Foreign) else [str(encoder)])]
     for name, value in told.items():
         option = f"--{name.replace('_', '-')}"
-        if name == "baselines":
-            command.append("--no-baselines")
+        if name in ("baselines", "keep_features"):
+            command.append(f"--no-{name.removeprefix('keep_')}")
         else:
             command += [option, ",".join(value) if isinstance(value, tuple) else str(value)]
     return command
@@ -256,9 +222,15 @@ def _set(values: Settings | Foreign, defaults: Settings | Foreign, *but: str) ->
     return {name: value for name in fields if (value := getattr(values, name)) != getattr(defaults, name)}
 
 
-def _signals(test: Features, sets: Sets, card: dict[str, Any]) -> dict[str, Any]:
+def _told(sets: Sets, store: FeatureStore | None, seconds: float) -> str:
+    reused = f" ({len(store.reused)} files of them in {store.folder})" if store and store.reused else ""
+    return f"features of {len(sets.train) + len(sets.test)} images{reused}: {seconds:.0f} s"
+
+
+def _signals(test: Features, views: list[Features], sets: Sets, card: dict[str, Any]) -> dict[str, Any]:
     """What the test features say without labels; and what labels say about the batches of the training."""
     found = signals(test.h, sets.test.key.tolist())
+    found["views"] = view_signals(*(view.h for view in views))
     batch = (card.get("config") or {}).get("global_batch_size")
     labels = torch.from_numpy(sets.train.label[sets.train.label >= 0].astype(np.int64))
     if batch and 1 < batch <= len(labels):
@@ -273,11 +245,6 @@ def _neighbours(test: Features, sets: Sets) -> bytes | None:
     return neighbour_sheet(sets.images["test"], found, test.label.cpu(), classes=sets.test.classes)
 
 
-def _labelled(features: Features) -> Features:
-    keep = features.label >= 0
-    return features if bool(keep.all()) else Features(*(part[keep] for part in features))
-
-
 def _describe_encoder(path: str | Path, card: dict[str, Any]) -> dict[str, Any]:
     shown = ("width", "stem", "layer", "feature_size", "image_size", "mean", "std", "step", "init", "data_digest")
     return {
@@ -288,16 +255,3 @@ def _describe_encoder(path: str | Path, card: dict[str, Any]) -> dict[str, Any]:
         "name": card["encoder"],
         **{key: card[key] for key in shown},
     }
-
-
-def _describe_set(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "folder": str(manifest.folder),
-        "digest": manifest.digest,
-        "images": len(manifest),
-        "labelled": int((manifest.label >= 0).sum()),
-    }
-
-
-def _digests(manifest: Manifest) -> np.ndarray[Any, np.dtype[np.void]]:
-    return np.ascontiguousarray(manifest.sha256).view("V32").ravel()

@@ -1,6 +1,7 @@
 """A sheet of images and their nearest neighbours by cosine, as one PNG."""
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,14 +65,16 @@ def neighbour_sheet(
     """A PNG: a query at the left of each row, its neighbours beside it, the cosine below each.
 
     `label` int64 [n], -1 for none. Where there are labels, class names (`classes` by label, else numbers) are below the images
-    too, neighbours of the query's class have a green frame and others a red one, and the title counts the green ones. The same
-    input gives the same bytes. Raises what `images` raises for an image that cannot be read.
+    too, neighbours of the query's class have a green frame and others a red one, and the title counts the green ones. A name
+    that the font cannot show is shown without accents, or by its number. The same input gives the same bytes. Raises what
+    `images` raises for an image that cannot be read.
     """
     rows, columns = neighbours.nearest.shape
     labels = label.tolist()
     query, nearest = neighbours.query.tolist(), neighbours.nearest.tolist()
     sheet = Image.new("RGB", (_left(columns + 1) + _GAP, _top(rows) + _GAP), _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    drawn = [_drawable(name, number, font) for number, name in enumerate(classes)]
     beside = [(labels[q], labels[j]) for q, found in zip(query, nearest, strict=True) for j in found]
     frames = [own == other for own, other in beside if min(own, other) >= 0]
     if frames:
@@ -81,7 +84,7 @@ def neighbour_sheet(
         for column, index in enumerate([q, *found]):
             x, y = _left(column), _top(row)
             sheet.paste(_thumbnail(images[index].image), (x, y))
-            name = "" if labels[index] < 0 else classes[labels[index]] if classes else str(labels[index])
+            name = "" if labels[index] < 0 else drawn[labels[index]] if classes else str(labels[index])
             number = f"{neighbours.cosine[row, column - 1]:.2f}" if column else ""
             if column:
                 same = labels[index] == labels[q]
@@ -112,6 +115,16 @@ def _thumbnail(image: Tensor) -> Image.Image:
     square = Image.new("RGB", (_TILE, _TILE), "#eeeeee")
     square.paste(picture.resize(shape, Image.Resampling.BICUBIC), ((_TILE - shape[0]) // 2, (_TILE - shape[1]) // 2))
     return square
+
+
+def _drawable(name: str, number: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The name; where the font has only its box for a character, without accents; else, as of Chinese ones, the number."""
+    lacking = bytes(font.getmask("\U0010ffff"))
+    plain = "".join(one for one in unicodedata.normalize("NFKD", name) if not unicodedata.combining(one))
+    for words in (name, plain):
+        if all(one.isspace() or bytes(font.getmask(one)) != lacking for one in words):
+            return words
+    return str(number)
 
 
 def _fitting(words: str, room: float, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

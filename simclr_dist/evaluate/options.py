@@ -14,6 +14,7 @@ BATCH_SIZE = 256
 WORKERS = 2
 POLL = 30.0
 PROTOCOLS = ("knn", "linear", "sgd", "mlp")
+PRECISIONS = ("fp32", "bf16")
 DEFAULT_PROTOCOLS = ("knn", "linear")
 IMAGE_SIZE = 224
 _OF_WEIGHTS = ("image_size", "width", "stem", "prefix")
@@ -25,8 +26,10 @@ MLP_EPOCHS = 50
 class Settings:
     """How features are made and classified; raises ConfigError for the first value out of its range.
 
-    `seed` is that of the untrained encoder's weights, `baselines` whether it and raw pixels are measured too, `l2` None when
-    it is to be chosen on training images, `layer` what the features are (see `export.load_encoder`).
+    `seed` is that of the untrained encoder's weights and of the crops that sgd draws, `baselines` whether that encoder and raw
+    pixels are measured too, `l2` None when it is to be chosen on training images, `layer` what the features are (see
+    `export.load_encoder`), `precision` that of the encoders' computation. `features` is the folder of feature files (None:
+    `feature_store.features_folder`), `keep_features` whether there is one at all.
     """
 
     k: int = K
@@ -41,6 +44,9 @@ class Settings:
     layer: str = "h"
     sgd_epochs: int = SGD_EPOCHS
     mlp_epochs: int = MLP_EPOCHS
+    precision: str = "fp32"
+    features: str | None = None
+    keep_features: bool = True
 
     def __post_init__(self) -> None:
         limits = {"k": 1, "max_iter": 1, "batch_size": 1, "workers": 0, "sgd_epochs": 1, "mlp_epochs": 1}
@@ -57,6 +63,10 @@ class Settings:
             raise ConfigError(
                 f"protocols: {','.join(self.protocols)!r}: must be some of {', '.join(PROTOCOLS)}, with commas between"
             )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision: {self.precision!r}: must be one of {', '.join(PRECISIONS)}")
+        if self.features is not None and not self.keep_features:
+            raise ConfigError(f"features: {self.features!r}: has no effect with --no-features")
         for name in ("sgd", "mlp"):
             if getattr(self, f"{name}_epochs") != getattr(Settings, f"{name}_epochs") and name not in self.protocols:
                 raise ConfigError(f"{name}_epochs: has no effect without the protocol {name}")
@@ -106,8 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-iter", type=int, default=MAX_ITER, help="limit of the linear probe's iterations (%(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images that an encoder sees at a time (%(default)s)")
     add("--workers", type=int, default=WORKERS, help="reading processes beside each rank (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of the untrained encoder's weights (%(default)s)")
+    add("--seed", type=int, default=0, help="of the untrained encoder's weights and of the protocol sgd's crops (%(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (%(default)s)")
+    add("--precision", default="fp32", choices=PRECISIONS, help="of the encoder's computation (%(default)s)")
+    add(
+        "--features",
+        metavar="FOLDER",
+        help="of feature files: those that fit are used, others added (default: RUN/eval/features)",
+    )
+    add("--no-features", dest="keep_features", action="store_false", help="neither use feature files nor write any")
     add("--out", metavar="JSON", help="the result's file (default: RUN/eval/step-XXXXXXXX.json); an older one is replaced")
     add(
         "--no-baselines",

@@ -6,18 +6,21 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from simclr_dist.atomic import write_atomically
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.charts import line_chart
-from simclr_dist.evaluate.earlier import read_result
+from simclr_dist.evaluate.earlier import comparable
 from simclr_dist.evaluate.features import RAW_PIXELS
 from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result
+from simclr_dist.evaluate.scores import confusions
 
 _LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
 _MOST_CLASSES = 40  # of a confusion matrix that can still be read
+_MOST_CONFUSIONS = 20  # that are listed where it cannot
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --soft: #666; --line: #ddd; --cell: 31, 95, 168; }
 @media (prefers-color-scheme: dark) {
@@ -97,21 +100,13 @@ def _charts(result: Result, run: Path | None) -> str:
         line_chart("learning rate", {"rate": _points(lines, "optim/learning_rate")}),
         line_chart("effective rank of z", {"rank": _points(lines, "embedding/effective_rank")}),
     ]
-    earlier = [read_result(path) for path in sorted((run / "eval").glob("step-*.json"))]
-    same = [r for r in [*earlier, result] if r and _alike(r) == _alike(result)]
-    curves = {}
-    for protocol in result["protocols"]:
-        told = result["protocols"][protocol]["settings"]
-        parts = ((r["encoder"]["step"], r["protocols"].get(protocol)) for r in same)
-        by_step = {step: part for step, part in parts if part and part["settings"] == told}
-        curves[protocol] = [(step, by_step[step]["results"][TRAINED]["top1"]) for step in sorted(by_step)]
+    steps = [(step, protocols) for step, (protocols, _) in sorted(comparable(run / "eval", result).items(), key=itemgetter(0))]
+    curves = {
+        name: [(step, protocols[name]["results"][TRAINED]["top1"]) for step, protocols in steps if name in protocols]
+        for name in result["protocols"]
+    }
     charts.append(line_chart("test accuracy over checkpoints", curves, unit=" %"))
     return "\n".join(charts)
-
-
-def _alike(result: Result) -> tuple[Any, ...]:
-    """What accuracies of one curve must share."""
-    return result["encoder"]["layer"], result["train"]["digest"], result["test"]["digest"]
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -139,7 +134,13 @@ def _confusions(result: Result) -> list[str]:
     parts = []
     for protocol, part in result["protocols"].items():
         matrix = part["results"].get(TRAINED, {}).get("confusion")
-        if not matrix or len(matrix) > _MOST_CLASSES:
+        if not matrix:
+            continue
+        if len(matrix) > _MOST_CLASSES:
+            wrong = sorted((cell for cell in confusions(matrix) if cell[0] != cell[1]), key=lambda cell: -cell[2])
+            told = [[names[own], names[other], str(count)] for own, other, count in wrong[:_MOST_CONFUSIONS]]
+            parts.append(f"<h2>Most frequent confusions: {escape(protocol)}</h2>")
+            parts.append(_table(["true class", "predicted", "test images"], told))
             continue
         rows = []
         for name, row in zip(names, matrix, strict=True):

@@ -5,20 +5,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from simclr_dist.data.draws import ViewSettings, draw_views
-from simclr_dist.data.reader import Sample
-from simclr_dist.data.views import crop_view
 from simclr_dist.evaluate import mlp, sgd_probe
-from simclr_dist.evaluate.features import Features, Images
+from simclr_dist.evaluate.features import Features
 from simclr_dist.evaluate.knn import weighted_knn
 from simclr_dist.evaluate.linear import linear_probe
 from simclr_dist.evaluate.options import Settings
 from simclr_dist.evaluate.scores import score, spread
 
-_VIEW = 2  # pre-training draws views 0 and 1
 ViewsOfEpoch = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -42,7 +37,11 @@ def told(settings: Settings) -> dict[str, dict[str, Any]]:
             "solver": "L-BFGS",
             "features": "standardised",
         },
-        "sgd": {"epochs": settings.sgd_epochs, "views": "new crop and flip of each image in every epoch"},
+        "sgd": {
+            "epochs": settings.sgd_epochs,
+            "views": "new crop and flip of each image in every epoch",
+            "seed": settings.seed,
+        },
         "mlp": {"hidden": mlp.HIDDEN, "dropout": mlp.DROPOUT, "learning_rate": mlp.LR, "epochs": settings.mlp_epochs},
     }
     return {name: every[name] for name in settings.protocols}
@@ -92,36 +91,3 @@ def _mlp(question: Question) -> dict[str, Any]:
 
 
 _PROTOCOLS: dict[str, Callable[[Question], dict[str, Any]]] = {"knn": _knn, "linear": _linear, "sgd": _sgd, "mlp": _mlp}
-
-
-class NewCrops:
-    """Images as a random crop and flip of each: those of pre-training without its colours; by (`seed`, `epoch`, row)."""
-
-    def __init__(self, images: Images, image_size: int, *, seed: int, epoch: int) -> None:
-        self._images, self._seed, self._epoch = images, seed, epoch
-        self._settings = ViewSettings(image_size=image_size, jitter=0.0, gray=0.0, blur=0.0)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, row: int) -> Sample:
-        sample = self._images[row]
-        height, width = sample.image.shape[1:]
-        drawn = draw_views(
-            self._settings,
-            seed=self._seed,
-            epoch=self._epoch,
-            rows=np.array([row]),
-            view=_VIEW,
-            heights=np.array([height]),
-            widths=np.array([width]),
-        )
-        size, how = self._settings.image_size, self._settings.interpolation
-        crop = crop_view(sample.image, drawn.box[0], bool(drawn.flip[0]), size, how)
-        return sample._replace(image=crop)
-
-
-def as_it_is(image: Tensor, size: int) -> Tensor:
-    """The view of an image that is one already, uint8 [3, size, size]."""
-    assert image.shape[-2:] == torch.Size((size, size))
-    return image

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import platform
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from simclr_dist.evaluate.features import RAW_PIXELS
 from simclr_dist.evaluate.scores import ClassScores, Scores, class_report
 
 Result = dict[str, Any]
-FORMAT = "simclr_dist evaluation 2"
+Say = Callable[[str], None]
+FORMAT = "simclr_dist evaluation 3"
 UNTRAINED, TRAINED = "untrained", "trained"
 NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
 
@@ -58,19 +61,41 @@ def claim(path: Path, *, named: bool = False) -> None:
 
 
 def _is_result(path: Path) -> bool:
+    """By its first key; a large one need not be read for that. Also an empty file."""
     try:
-        found = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            head = file.read(200).decode()
     except (OSError, ValueError):
-        return path.stat().st_size == 0
-    return isinstance(found, dict) and str(found.get("format")).startswith(("simclr_dist evaluation", "simclr_dist finetuning"))
+        return False
+    return not head or bool(re.match(r'\s*{\s*"format": "simclr_dist (evaluation|finetuning)', head))
 
 
 def write_result(path: Path, result: Result) -> None:
     """Write JSON atomically; raises DataError when that cannot be."""
     try:
-        write_atomically(path, json.dumps(result, indent=2, allow_nan=False).encode() + b"\n")
+        write_atomically(path, as_json(result).encode() + b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot write the result: {error.strerror or error}") from None
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """JSON text with a line for each key, but a row of a table (a list of plain values, or one dict in a list) in one line.
+
+    Raises ValueError for a number that JSON has not.
+    """
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        parts = (f"{deeper}{json.dumps(str(key))}: {as_json(part, deeper)}" for key, part in value.items())
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(part, dict | list | tuple) for part in value):
+        rows = (deeper + (json.dumps(part, allow_nan=False) if _is_flat(part) else as_json(part, deeper)) for part in value)
+        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _is_flat(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return not any(isinstance(part, dict | list | tuple) for part in parts)
 
 
 def summary(result: Result) -> dict[str, dict[str, float]]:

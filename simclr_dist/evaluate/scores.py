@@ -1,7 +1,7 @@
 """What predictions are worth: top-1 with its interval, top-5, each class, and which class is taken for which."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from simclr_dist.errors import DataError
 
 RESAMPLES = 1000
+DENSE = 100  # classes, up to which every cell of a confusion matrix is written
 TOP = 5
 
 
@@ -47,12 +48,27 @@ class Scores:
     confusion: tuple[tuple[int, ...], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, names as here; `per_class` is a list of dicts, in the order of the classes."""
+        """Plain values for JSON, names as here; `per_class` is a list of dicts, in the order of the classes.
+
+        `confusion` has a row for each class: counts by predicted class, of more than `DENSE` classes those that are not 0 as
+        {"predicted class": count}. `confusions` reads both.
+        """
         plain = dataclasses.asdict(self)
         plain["interval"] = list(self.interval)
         plain["per_class"] = [dataclasses.asdict(one) for one in self.per_class]
-        plain["confusion"] = [list(row) for row in self.confusion]
+        plain["confusion"] = [
+            list(row) if len(row) <= DENSE else {str(other): count for other, count in enumerate(row) if count}
+            for row in self.confusion
+        ]
         return plain
+
+
+def confusions(confusion: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+    """(true class, predicted class, images) of `Scores.to_dict`'s confusion matrix, where there are images."""
+    for own, row in enumerate(confusion):
+        for other, count in row.items() if isinstance(row, dict) else enumerate(row):
+            if count:
+                yield own, int(other), count
 
 
 def score(scores: Tensor, labels: Tensor, *, seed: int = 0) -> Scores:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.errors import ConfigError
+from simclr_dist.loss.statistics import rank_me
 
 # 80 copies planted among 320 photos (JPEG of quality 50; 2 % cut off all round and half as large), by two short SimCLR runs:
 # at .95 they find 97 and 82 % of the pairs of copies with 1 and 0 false ones of 80,000, at .98 they find 78 and 52 %. Features
@@ -45,13 +46,10 @@ class FalseNegatives(NamedTuple):
     anchors: float
 
 
-def signals(
-    h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED, views: Tensor | None = None
-) -> dict[str, Any]:
+def signals(h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED) -> dict[str, Any]:
     """All label-free signals of features [n, d], as JSON takes them; None for what so few images do not have.
 
-    `keys` name the images in the list of near-duplicates. With `views`, the features [n, d] of other views of the same
-    images, also alignment. Raises ConfigError as `pairs` does.
+    `keys` name the images in the list of near-duplicates. Raises ConfigError as `pairs` does.
     """
     found = pairs(h, threshold=threshold, listed=listed)
     return {
@@ -61,7 +59,6 @@ def signals(
         "effective_rank": _json(effective_rank(h)),
         "mean_cosine": _json(found.mean_cosine),
         "uniformity": _json(found.uniformity),
-        **({} if views is None else {"alignment": _json(alignment(h, views))}),
         "near_duplicates": {
             "threshold": threshold,
             "pairs": found.duplicates,
@@ -70,8 +67,18 @@ def signals(
     }
 
 
+def view_signals(h_a: Tensor, h_b: Tensor) -> dict[str, Any]:
+    """Of the features [n, d] of two augmented views of n images: `alignment`, and `uniformity` of the first (see `pairs`).
+
+    The pair that SimCLR's loss weighs against each other (Wang and Isola 2020): both small is good; an alignment near 0 beside
+    a uniformity near 0 is collapse.
+    """
+    uniformity = pairs(h_a, listed=0).uniformity
+    return {"images": len(h_a), "alignment": _json(alignment(h_a, h_b)), "uniformity": _json(uniformity)}
+
+
 def effective_rank(h: Tensor) -> float:
-    """RankMe (Garrido et al. 2023) of features [n, d] as they are: exp of the entropy of the normalised singular values.
+    """`loss.statistics.rank_me` of features [n, d] as they are.
 
     From 1 (all features on one line) to min(n, d). In float64 from the d x d Gram matrix, whose rounding leaves some
     1e-8 of the largest singular value in place of a zero. NaN where every feature is zero.
@@ -80,9 +87,7 @@ def effective_rank(h: Tensor) -> float:
     for part in h.split(_CHUNK):
         part = part.double()
         gram.addmm_(part.T, part)
-    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    shares = values / values.sum()
-    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+    return float(rank_me(gram))
 
 
 def alignment(h_a: Tensor, h_b: Tensor) -> float:

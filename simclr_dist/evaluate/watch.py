@@ -16,12 +16,14 @@ import torch.distributed as dist
 from simclr_dist import ledger
 from simclr_dist.distributed import World, all_gather_objects, world
 from simclr_dist.errors import DataError
+from simclr_dist.evaluate.board import board_folder
 from simclr_dist.evaluate.curve import Curve
 from simclr_dist.evaluate.earlier import Baselines, baselines, difference, read_result
 from simclr_dist.evaluate.features import EncoderError
-from simclr_dist.evaluate.job import Say, Sets, measure
+from simclr_dist.evaluate.job import measure
 from simclr_dist.evaluate.options import POLL, Settings, check_arguments, check_watch
-from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, result_path
+from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, Say, result_path
+from simclr_dist.evaluate.sets import Sets
 from simclr_dist.export import file_digest
 from simclr_dist.run import read_status
 
@@ -102,11 +104,17 @@ class Orders:
         return f"simclr_dist/watch/{self._number}"
 
 
+def _folder(settings: Settings) -> Path | None:
+    """Of feature files: with many encoders only where one was named, since each leaves a file as large as its features."""
+    return Path(settings.features) if settings.features and settings.keep_features else None
+
+
 def _follow(here: World, sets: Sets, settings: Settings, orders: Orders) -> int:
     """What the ranks other than 0 do."""
     while "encoder" in (order := orders.take()):
         try:
-            measure(here, order["encoder"], sets, settings, known=Baselines(*order["known"]) if order["known"] else None)
+            known = Baselines(*order["known"]) if order["known"] else None
+            measure(here, order["encoder"], sets, settings, known=known)
         except EncoderError:
             continue  # rank 0 says it
     return int(order["code"])
@@ -123,7 +131,7 @@ def _lead(here: World, run: Path, sets: Sets, settings: Settings, orders: Orders
         if path := encoders.next():
             orders.give({"encoder": str(path), "known": encoders.known})
             try:
-                encoders.evaluated(path, measure(here, path, sets, settings, known=encoders.known))
+                encoders.evaluated(path, measure(here, path, sets, settings, known=encoders.known, features=_folder(settings)))
             except EncoderError as error:
                 encoders.failed(path, error)
         elif state in _ENDED or ended:
@@ -146,7 +154,7 @@ class _Encoders:
     def __init__(self, run: Path, sets: Sets, settings: Settings, say: Say) -> None:
         self._run, self._settings, self._say = run, settings, say
         self._digests = {"train": sets.train.digest, "test": sets.test.digest}
-        self._curve = Curve(run / "tb" / "eval")
+        self._curve = Curve(board_folder(run, settings.layer))
         self._files: dict[Path, tuple[int, ...]] = {}  # as they were when they were last looked at
         self._good: dict[Path, bool] = {}
         self.known: Baselines | None = None
@@ -192,7 +200,8 @@ class _Encoders:
         try:
             self._curve.add(result, result_path(path, layer=self._settings.layer).stat().st_mtime)
         except OSError as error:
-            self._say(f"{self._run / 'tb' / 'eval'}: cannot be written ({error.strerror}); tried again at the next encoder")
+            folder = board_folder(self._run, self._settings.layer)
+            self._say(f"{folder}: cannot be written ({error.strerror}); tried again at the next encoder")
         parts = result["protocols"].items()
         line = f"{path.stem}: " + ", ".join(f"{NAMES[name]} {part['results'][TRAINED]['top1']:.2f} %" for name, part in parts)
         if self._settings.baselines:

@@ -15,7 +15,7 @@ def embedding_statistics(z_a: Tensor, z_b: Tensor) -> dict[str, float]:
     similarity/positive and /negative are mean cosines; retrieval/top1 and /top5 the shares of anchors whose partner is among
     the one or five nearest (a tie counts against it: collapsed embeddings find nothing); embedding/alignment the mean squared
     distance of partners and /uniformity the log of the mean exp(-2 distance^2) of negatives (Wang and Isola 2020);
-    embedding/effective_rank is RankMe (Garrido et al. 2023): exp of the entropy of the normalised singular values.
+    embedding/effective_rank is `rank_me`.
     """
     n = len(z_a)
     z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)
@@ -35,9 +35,6 @@ def embedding_statistics(z_a: Tensor, z_b: Tensor) -> dict[str, float]:
     columns = columns.double()
     own = columns.square().sum()
     negatives = (columns.sum(0).square().sum() - own - positives) / (anchors * (anchors - 2) or torch.nan)
-    covariance = columns.T @ columns
-    values = torch.linalg.eigvalsh(covariance.nan_to_num()).clamp_min(0).sqrt()  # which refuses what is not finite
-    shares = values / values.sum() + 0 * covariance.sum()
     found = {
         "similarity/positive": positives / anchors,
         "similarity/negative": negatives,
@@ -45,6 +42,16 @@ def embedding_statistics(z_a: Tensor, z_b: Tensor) -> dict[str, float]:
         "retrieval/top5": fifth / anchors,
         "embedding/alignment": 2 - 2 * positives / anchors,
         "embedding/uniformity": (spread / (anchors * (anchors - 2) or torch.nan)).log(),
-        "embedding/effective_rank": torch.exp(-(torch.special.xlogy(shares, shares)).sum()),
+        "embedding/effective_rank": rank_me(columns.T @ columns),
     }
     return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+
+
+def rank_me(gram: Tensor) -> Tensor:
+    """RankMe (Garrido et al. 2023) of features z by their Gram matrix z.T @ z [d, d], float64.
+
+    exp of the entropy of the normalised singular values. NaN where one is not finite, or all are zero.
+    """
+    values = torch.linalg.eigvalsh(gram.nan_to_num()).clamp_min(0).sqrt()  # which refuses what is not finite
+    shares = values / values.sum() + 0 * gram.sum()
+    return torch.exp(-(torch.special.xlogy(shares, shares)).sum())

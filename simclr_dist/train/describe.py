@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from simclr_dist.config import Config
-from simclr_dist.data.draws import PRESETS, ViewSettings
+from simclr_dist.data.draws import ViewSettings, preset_views
 from simclr_dist.data.order import Plan
 from simclr_dist.distributed import World
 from simclr_dist.learner import Learner
@@ -16,8 +16,8 @@ from simclr_dist.learner import Learner
 
 def view_settings(config: Config) -> ViewSettings:
     """The preset with the config's own values put in."""
-    own = {k: v for k, v in dataclasses.asdict(config.views).items() if k != "preset" and v is not None}
-    return dataclasses.replace(PRESETS[config.views.preset], **own)
+    own = dataclasses.asdict(config.views)
+    return preset_views(own.pop("preset"), own)
 
 
 def encoder_card(config: Config, learner: Learner, settings: ViewSettings, step: int, digest: str) -> dict[str, Any]:

@@ -38,6 +38,34 @@ def test_what_is_written_is_read(path: Path) -> None:
     assert is_feature_file(path)
 
 
+def test_raw_pixels_stay_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simclr_dist.evaluate.feature_file._ROW_GROUP_BYTES", 40)
+    pixels = np.arange(120, dtype=np.uint8).reshape(3, 40)
+    write_features(tmp_path / "f.parquet", KEYS, LABELS, pixels, ABOUT)
+    found = read_features(tmp_path / "f.parquet", ABOUT).embedding
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, pixels)
+    assert pq.ParquetFile(tmp_path / "f.parquet").num_row_groups == 3
+
+
+def test_what_fails_half_way_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after the first 64 MiB."""
+    whole = path.read_bytes()
+    monkeypatch.setattr("simclr_dist.evaluate.feature_file._ROW_GROUP_BYTES", 40)
+    written = []
+
+    def fails(self: pq.ParquetWriter, table: pa.Table, **_: Any) -> None:
+        written.append(len(table))
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fails)
+    with pytest.raises(DataError, match="cannot write the features: No space left on device"):
+        write_features(path, KEYS, LABELS, H + 1, ABOUT)
+    assert path.read_bytes() == whole
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_the_columns_are_those_promised(path: Path) -> None:
     schema = pq.read_schema(path)
     assert schema.names == ["key", "label", "embedding"]

@@ -18,8 +18,8 @@ from evaluated import draw_images
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluate.__main__ import main
+from simclr_dist.evaluate.crops import RandomCrops, crop_and_flip
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.protocols import NewCrops
 from simclr_dist.evaluate.report import summary, table
 
 Make = Callable[..., Path]
@@ -112,6 +112,7 @@ def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]
         row = part["results"]["trained"]
         assert row["interval"][0] <= row["top1"] <= row["interval"][1]
         assert sum(map(sum, row["confusion"])) == 47
+    assert parts["sgd"]["settings"]["seed"] == 0, "its crops depend on it"
     sgd = parts["sgd"]["results"]["trained"]
     assert (sgd["views"], sgd["as_in_paper"], sgd["epochs"]) == ("new in every epoch", False, 3)
     assert parts["linear"]["results"]["trained"]["choice"]["validation_rows"] == 18
@@ -132,7 +133,7 @@ def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]
 
 def test_new_crops_are_new_in_every_epoch_and_the_same_for_every_order(sets: tuple[Path, Path]) -> None:
     images = ShardDataset(sets[0])
-    first, again, other = (NewCrops(images, 16, seed=1, epoch=epoch) for epoch in (0, 0, 1))
+    first, again, other = (RandomCrops(images, crop_and_flip(16), seed=1, epoch=epoch) for epoch in (0, 0, 1))
     assert len(first) == 91
     later = again[7]  # row 3 is read after it here, and before it there
     assert torch.equal(first[3].image, again[3].image)
@@ -175,12 +176,14 @@ def test_two_processes_write_one_result_like_one_process(make_encoder: Make, set
     job += ["--protocols", "knn,linear,sgd", "--sgd-epochs", "2"]
     command = [*launcher, *map(str, [*job, "--workers", "1", "--device", "cpu", "--out", out])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained encoder, step 1200") == 1
-    both = json.loads(out.read_text())
-    assert both["hardware"]["world_size"] == 2
-    assert summary(both) == summary(alone)
+    for reused in (0, 8):  # features of the second start come out of files, which rank 0 alone reads
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("trained encoder, step 1200") == 1
+        both = json.loads(out.read_text())
+        assert both["hardware"]["world_size"] == 2
+        assert len(both["features_reused"]) == reused
+        assert summary(both) == summary(alone)
 
 
 def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:

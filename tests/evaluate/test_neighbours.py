@@ -104,3 +104,10 @@ def test_few_images() -> None:
     found = find_neighbours(features(2), choose_queries(torch.tensor([-1, -1])))
     assert found.nearest.tolist() == [[1], [0]]
     assert pixels(neighbour_sheet(Colours(), found, torch.tensor([-1, -1]))).shape[0] == 24 + 2 * ROW + 6
+
+
+def test_names_that_the_font_lacks_are_no_boxes() -> None:
+    label = torch.arange(50) % 3
+    found = find_neighbours(features(), choose_queries(label, 3), 4)
+    shown = neighbour_sheet(Colours(), found, label, classes=["Küche", "\u72ac", "\u0441at"])
+    assert shown == neighbour_sheet(Colours(), found, label, classes=["Kuche", "1", "2"])

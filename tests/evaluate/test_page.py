@@ -33,6 +33,7 @@ def _result(step: int = 40) -> dict[str, Any]:
         },
         "train": {"labelled": 100, "folder": "data/train", "digest": "a"},
         "test": {"labelled": 20, "folder": "data/test", "digest": "b"},
+        "settings": {"layer": "h", "precision": "fp32"},
         "classes": 2,
         "class_names": ["cat & dog", "<script>alert(1)</script>"],
         "protocols": {"knn": {"settings": {"k": 200}, "results": results}},
@@ -96,6 +97,17 @@ def test_accuracy_is_drawn_over_checkpoints(tmp_path: Path) -> None:
     other["test"]["digest"] = "another set"
     chart = page(other, run=tmp_path)
     assert chart[chart.index("test accuracy over checkpoints") :].count("<circle") == 1, "other test images are another curve"
+
+
+def test_many_classes_have_their_most_frequent_confusions_alone() -> None:
+    result = _result()
+    result["classes"], result["class_names"] = 1000, [f"class <{number}>" for number in range(1000)]
+    matrix: list[dict[str, int]] = [{str(number): 40} for number in range(1000)]
+    matrix[7]["9"] = 6
+    result["protocols"]["knn"]["results"]["trained"]["confusion"] = matrix
+    text = page(result)
+    assert "<td>class &lt;7&gt;</td><td>class &lt;9&gt;</td><td>6</td>" in text
+    assert len(text) < 20_000
 
 
 def test_only_the_trained_encoder_stands_out() -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.report import claim, result_path, summary, table, write_result
+from simclr_dist.evaluate.report import FORMAT, as_json, claim, result_path, summary, table, write_result
+from simclr_dist.evaluate.scores import confusions, score
 
 
 def result(**encoder: Any) -> dict[str, Any]:
@@ -127,3 +129,30 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
 def test_each_layer_has_a_result_of_its_own() -> None:
     assert result_path("r/encoders/step-7.safetensors", layer="z") == Path("r/eval/step-7.z.json")
     assert result_path("mine.safetensors", layer="projector.1").name == "mine.projector.1.eval.json"
+
+
+def test_many_classes_take_little_room(tmp_path: Path) -> None:
+    """A result of 1000 classes and 50,000 test images: all counts, and a line for each class."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(50_000) % 1000
+    scores = torch.rand(50_000, 1000, generator=random)
+    scores[torch.arange(50_000), labels] += 0.99
+    one = score(scores, labels)
+    plain = one.to_dict()
+    path = tmp_path / "r.json"
+    write_result(path, {"format": FORMAT, "protocols": {"knn": {"results": {"trained": plain}}}, "seconds": 1})
+    assert path.stat().st_size < 1_000_000
+    assert json.loads(path.read_text())["protocols"]["knn"]["results"]["trained"] == plain
+    assert sum(count for *_, count in confusions(plain["confusion"])) == 50_000
+    assert [one.confusion[i][j] for i, j, _ in confusions(plain["confusion"])] == [
+        n for *_, n in confusions(plain["confusion"])
+    ]
+
+
+def test_rows_are_lines() -> None:
+    value = {"a": {"b": [1, 2.5, None], "c": []}, "rows": [[1, 2], [3, 4]], "per": [{"x": 1}, {"x": {"y": [2]}}], "e": {}}
+    text = as_json(value)
+    assert json.loads(text) == value
+    assert '"b": [1, 2.5, null],' in text
+    assert "\n    [1, 2],\n    [3, 4]\n" in text
+    assert '\n    {"x": 1},\n' in text

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluate import signals as module
-from simclr_dist.evaluate.signals import alignment, effective_rank, false_negatives, pairs, signals
+from simclr_dist.evaluate.signals import alignment, effective_rank, false_negatives, pairs, signals, view_signals
 from simclr_dist.loss.statistics import embedding_statistics
 
 
@@ -121,16 +121,21 @@ def test_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_signals_as_json() -> None:
     h = features(10, 4)
     h[7] = h[2]
-    found = signals(h, [f"{i}.jpg" for i in range(10)], threshold=0.999, views=features(10, 4, seed=1))
+    found = signals(h, [f"{i}.jpg" for i in range(10)], threshold=0.999)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["images"], found["feature_size"]) == (10, 4)
     assert found["near_duplicates"]["pairs"] == 1
     assert found["near_duplicates"]["listed"][0]["keys"] == ["2.jpg", "7.jpg"]
-    assert found["alignment"] == alignment(h, features(10, 4, seed=1))
     alone = signals(torch.zeros(1, 4), ["a"])
     assert alone["uniformity"] is None
     assert alone["effective_rank"] is None
-    assert "alignment" not in alone
+    views = view_signals(h, features(10, 4, seed=1))
+    assert views == {
+        "images": 10,
+        "alignment": alignment(h, features(10, 4, seed=1)),
+        "uniformity": pairs(h).uniformity,
+    }
+    assert view_signals(torch.ones(1, 4), torch.ones(1, 4)) == {"images": 1, "alignment": 0.0, "uniformity": None}
 
 
 @pytest.mark.parametrize("batch", [2, 3, 5, 7])

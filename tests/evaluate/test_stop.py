@@ -140,6 +140,7 @@ def test_during_the_linear_probe_and_twice(start: Start, make_encoder: Make, mak
     encoder = make_encoder(image_size=32)  # raw pixels of 3072 values: a second for their probe
     process = start("-m", "simclr_dist.evaluate", encoder, "--train", train, "--test", test, "--device", "cpu")
     assert process.stderr.readline().startswith("features of 331 images")
+    assert process.stderr.readline().startswith("features kept in ")
     assert process.stderr.readline().startswith("raw_pixels: kNN")
     time.sleep(random.uniform(0.1, 0.3))
     send(process, signal.SIGTERM, group=True)

@@ -1,0 +1,67 @@
+"""A folder of feature files beside a result, so that the next evaluation of the same encoder need not read the images."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.errors import DataError
+from simclr_dist.evaluate.feature_file import About, Embedding, FeatureTable, read_about, read_features, write_features
+
+
+def features_folder(result: Path) -> Path:
+    """Where the features of a result go: RUN/eval/features for all results of a run, else a folder named as the result."""
+    return result.parent / "features" if result.parent.name == "eval" else result.with_suffix(".features")
+
+
+class FeatureStore:
+    """The files of one folder, found by what they are features of, whatever their names.
+
+    What cannot be used is passed over and `say` gets a line that names it; it is never overwritten, but for a damaged file
+    of the very name that new features get (`About.digest`, 16 digits).
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self._say = folder, say
+        self.reused: dict[str, str] = {}
+        self._about: dict[Path, About] = {}
+        self._kept: list[Path] = []
+        for path in sorted(folder.glob("*.parquet")):
+            try:
+                self._about[path] = read_about(path)
+            except DataError as error:
+                say(f"{error}; it is passed over")
+
+    def find(self, title: str, about: About, key: Sequence[str]) -> FeatureTable | None:
+        """Features of exactly `about` for the images `key`, in their order; None where no file has them."""
+        for path in (path for path, found in self._about.items() if found == about):
+            try:
+                table = read_features(path, about)
+            except DataError as error:
+                self._say(f"{error}; the images are read")
+                continue
+            if table.key != tuple(key):
+                self._say(f"{path}: has {len(table.key)} images, not exactly the {len(key)} asked for; the images are read")
+                continue
+            self.reused[title] = str(path)
+            return table
+        return None
+
+    def keep(self, about: About, key: Sequence[str], label: NDArray[np.int64], embedding: Embedding) -> None:
+        """Write features; where that cannot be, `say` gets the reason, and the evaluation has what it needs all the same."""
+        path = self.folder / f"{about.digest()[:16]}.parquet"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_features(path, key, label, embedding, about)
+            self._kept.append(path)
+        except OSError as error:
+            self._say(f"{self.folder}: cannot be made: {error.strerror}; features are not kept")
+        except DataError as error:
+            self._say(f"{error}; they are not kept")
+
+    def tell(self) -> None:
+        """A line on what was written, and how large it is."""
+        if self._kept:
+            size = sum(path.stat().st_size for path in self._kept) / 2**20
+            self._say(f"features kept in {self.folder}: {len(self._kept)} files, {size:.1f} MiB")
