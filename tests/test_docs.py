@@ -1,0 +1,105 @@
+"""The documents' commands, typed as they stand there: with few tiny images and steps, in an empty folder."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr_dist.cli import _parser
+from simclr_dist.demo_images import CLASSES, render
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:\.venv/bin/)?simclr-dist (.+)")
+
+# What makes the tutorial's run small enough for a test.
+SMALLER = {
+    "global_batch_size: 256": "global_batch_size: 32\ndevice: cpu",
+    "epochs: 200": "steps: 2",
+    "  image_size: 128": "  image_size: 32",
+    "  encoder: resnet18": "  encoder: resnet10\n  stem: small_stride2\n  projector_hidden: 16\n  projector_dim: 8",
+    "  warmup_epochs: 10": "  warmup_steps: 1",
+    "train\nviews": "train\n  workers: 1\nviews",
+}
+
+
+def indented(document: Path) -> list[str]:
+    """The lines of its indented blocks, without comments behind them."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("    ")]
+
+
+def fenced(document: Path, language: str) -> str:
+    """Its one block in that language."""
+    (block,) = re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    return str(block)
+
+
+def commands(document: Path) -> list[str]:
+    """What it says behind `simclr-dist`, in its order."""
+    return [match[1] for line in indented(document) if (match := COMMAND.fullmatch(line))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_can_be_typed(document: Path) -> None:
+    """Also those that need a cluster, which tests/slurm and tests/submit run: no verb or option in them is unknown."""
+    inline = re.findall(r"`(?:\.venv/bin/)?simclr-dist ((?:[a-z]+ )[^`]*--[^`]*)`", document.read_text(encoding="utf-8"))
+    for command in [*commands(document), *(" ".join(line.split()) for line in inline)]:
+        if command == "--help" or re.search(r"[\[|]|\.\.\.", command):
+            continue
+        known, rest = _parser().parse_known_args(shlex.split(command))
+        assert known.verb, command
+        assert not rest or hasattr(known, "config"), f"{command}: {rest}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path: Path) -> None:
+    tutorial = ROOT / "docs" / "tutorial.md"
+    for number in range(60):
+        path = tmp_path / "PHOTOS" / CLASSES[number % 3] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(number % 3, np.random.default_rng(number), size=40)).save(path)
+    config = fenced(tutorial, "yaml")
+    for old, new in SMALLER.items():
+        assert old in config
+        config = config.replace(old, new)
+    (tmp_path / "my.yaml").write_text(config)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    typed = commands(tutorial)
+    assert [command.split()[0] for command in typed] == [
+        "--help", "train", "shard", "plan", "train", "eval", "eval", "finetune", "embed", "export", "check", "submit",
+    ]  # fmt: skip
+    for command in typed:
+        words = shlex.split(command.replace("step-00001000", "step-00000002"))
+        words += ["--epochs", "1", "--seeds", "1"] if words[0] == "finetune" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "simclr_dist.cli", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    for made in ("runs/mine/eval/step-00000002.json", "runs/mine/eval/step-00000002.html", "features.parquet", "mine.onnx"):
+        assert (tmp_path / made).stat().st_size > 1000, made
+    python = fenced(tutorial, "python").replace("step-00001000", "step-00000002")
+    run = subprocess.run(
+        [sys.executable, "-c", python], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "128\n"
