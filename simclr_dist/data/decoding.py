@@ -44,6 +44,7 @@ class Decoder:
 
     partial: Partial
     settings: str
+    parts: int
     short_side: int | None
     quality: int
 
@@ -57,7 +58,10 @@ class Decoder:
         stamp = chunk.stamp().hex()
         if (about := _read_about(path)) is not None:
             if about["settings"] != self.settings:
-                raise StaleError(f"{path}: was made with other settings; remove {self.partial.folder} and start anew")
+                part = f"(part {number % self.parts + 1}) " if self.parts > 1 else ""
+                raise StaleError(
+                    f"{path}: {part}was made with other settings; remove that file, and its .bytes, to make it anew"
+                )
             if about["stamp"] != stamp:
                 (first, *_) = chunk.read()
                 raise StaleError(

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from simclr_dist.data.originals import printable
+from simclr_dist.data.png import is_sound_png
 from simclr_dist.errors import DataError
 
 MAX_PIXELS = 100_000_000
@@ -104,6 +105,8 @@ def _why_converted(image: Image.Image, content: bytes, orientation: int) -> str:
         return "a transparent colour"
     if orientation in _UPRIGHT:
         return "rotated by its EXIF block"
+    if image.format == "PNG" and not is_sound_png(content):
+        return "an incomplete or unusual PNG"
     return "an animation" if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 else ""
 
 

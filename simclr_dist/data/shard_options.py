@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--index", metavar="DIR", help="write a manifest beside WebDataset tars of others")
     add("--verify", metavar="DST", help="read all shards of DST again and compare them with the manifest")
     add("--decode", action="store_true", help="with --verify: decode every image, too")
-    parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
+    parser.set_defaults(defaults=vars(parser.parse_args([])))
 
 
 def _integer(least: int) -> "type[int]":

@@ -226,7 +226,7 @@ class _Conversion:
     def decode(self, partial: Partial, units: range, run: Map) -> tuple[int, int, str]:
         """First pass over these units; good and bad images, and the first bad one."""
         digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()
-        decoder = Decoder(partial, digest, self.settings.short_side, self.settings.quality)
+        decoder = Decoder(partial, digest, self.parts, self.settings.short_side, self.settings.quality)
         good, bad, first_bad = 0, 0, ""
         total = sum(len(self.source.chunks[unit]) for unit in units)
         with self.bar(desc="decoding", total=total) as shown:
