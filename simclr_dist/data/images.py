@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from simclr_dist.data.jpeg import is_sound_jpeg
 from simclr_dist.data.originals import printable
 from simclr_dist.data.png import is_sound_png
 from simclr_dist.errors import DataError
@@ -107,6 +108,8 @@ def _why_converted(image: Image.Image, content: bytes, orientation: int) -> str:
         return "rotated by its EXIF block"
     if image.format == "PNG" and not is_sound_png(content):
         return "an incomplete or unusual PNG"
+    if image.format in ("JPEG", "MPO") and not is_sound_jpeg(content):
+        return "an incomplete or unusual JPEG"
     return "an animation" if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 else ""
 
 
