@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from simclr_dist import __version__, stopping
 from simclr_dist.config import Config, check_fits, load_config
+from simclr_dist.data import shard_options
 from simclr_dist.errors import ConfigError, UserError
 from simclr_dist.evaluate import command as evaluate_command
 from simclr_dist.evaluate import embed_options
@@ -65,19 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--processes", type=_at_least(1), default=2, help="training processes (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    shard = verbs.add_parser("shard", help="turn images into shards", description=_SHARD)
-    shard.add_argument("source", help="ImageFolder, flat folder of images, Parquet file or folder of them")
-    shard.add_argument("destination", help="folder to write; must not exist")
-    shard.add_argument("--shard-size", type=_at_least(1), default=1000, help="images a shard (default: %(default)s)")
-    shard.add_argument("--seed", type=_at_least(0), default=0, help="of the shuffle and the split (default: %(default)s)")
-    shard.add_argument("--short-side", type=_at_least(8), help="shrink images to this short side in pixels")
-    shard.add_argument(
-        "--quality", type=_at_least(1), default=95, help="JPEG quality of re-encoded images (default: %(default)s)"
+    shard = verbs.add_parser(
+        "shard",
+        help="turn images into shards; --index tars of others, --verify shards",
+        description=shard_options.DESCRIPTION,
+        epilog=shard_options.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shard.add_argument("--split", help="like 0.8/0.2: write DST/train and DST/test, stratified by label")
-    shard.add_argument("--processes", type=_at_least(1), default=os.cpu_count(), help="(default: all cores)")
-    shard.add_argument("--strict", action="store_true", help="refuse when a file is not an image, instead of leaving it out")
-    shard.set_defaults(run=_shard)
+    shard_options.add_arguments(shard)
+    shard.set_defaults(run=lambda arguments, _: shard_options.run(arguments))
 
     train = verbs.add_parser("train", help="pre-train an encoder (resumes by itself)", add_help=False)
     train.add_argument("config", nargs="?", help="YAML file")
@@ -126,10 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SHARD = """Write WebDataset tars and a Parquet manifest. Every image is decoded once; what is not an image is listed with its
-reason and left out. The same input and seed give the same bytes."""
-
-
 def _at_least(least: int) -> "type[int]":
     def parse(text: str) -> int:
         value = int(text)
@@ -153,41 +146,6 @@ def _demo(arguments: argparse.Namespace, _: list[str]) -> int:
     from simclr_dist.demo import run_demo
 
     return run_demo(Path(arguments.folder), seed=arguments.seed, processes=arguments.processes)
-
-
-def _shard(arguments: argparse.Namespace, _: list[str]) -> int:
-    from simclr_dist.data.shards import write_shards
-
-    split = None
-    if arguments.split is not None:
-        try:
-            split = tuple(float(part) for part in arguments.split.split("/"))
-        except ValueError:
-            split = ()
-        if len(split) != 2 or min(split) <= 0 or abs(sum(split) - 1) > 1e-9:
-            raise ConfigError(f"--split: {arguments.split!r} is not two shares that add up to 1, like 0.8/0.2")
-    summary = write_shards(
-        arguments.source,
-        arguments.destination,
-        shard_size=arguments.shard_size,
-        seed=arguments.seed,
-        short_side=arguments.short_side,
-        quality=arguments.quality,
-        split=split,
-        processes=arguments.processes,
-        strict=arguments.strict,
-        progress=True,
-    )
-    print(
-        f"{summary.written} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, {len(summary.classes)} classes"
-    )
-    print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept, {len(summary.skipped)} files were no images")
-    for problem in summary.rejected[:10]:
-        print(f"left out: {problem.name}: {problem.reason}")
-    if summary.rejected:
-        print(f"left out: {len(summary.rejected)} in all, listed in {Path(arguments.destination) / 'rejected.jsonl'}")
-    print(f"written to {', '.join(map(str, summary.destinations))}")
-    return 0
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simclr_dist.data.sources import printable
+from simclr_dist.data.jpeg import is_sound_jpeg
+from simclr_dist.data.originals import printable
+from simclr_dist.data.png import is_sound_png
 from simclr_dist.errors import DataError
 
 MAX_PIXELS = 100_000_000
@@ -31,12 +33,16 @@ _UPRIGHT = {
 
 
 class PreparedImage(NamedTuple):
-    """An image as shards store it: 8-bit RGB or gray, upright; `extension` is jpg, png or webp."""
+    """An image as shards store it: 8-bit RGB or gray, upright; `extension` is jpg, png or webp.
+
+    `reason` says why it is not stored as it was, "" when it is.
+    """
 
     content: bytes
     extension: str
     width: int
     height: int
+    reason: str = ""
 
 
 def prepare_image(content: bytes, *, short_side: int | None = None, quality: int = 95) -> PreparedImage:
@@ -67,16 +73,8 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
         extension = _KEPT_FORMATS.get(image.format or "")
         orientation = _orientation(image)
         shrink = short_side is not None and min(width, height) > short_side
-        unchanged = (
-            extension is not None
-            and image.mode in ("RGB", "L")
-            and "transparency" not in image.info
-            and orientation not in _UPRIGHT
-            # Pillow shows 16-bit and 2-bit PNGs in 8-bit modes; the bit depth stands in the header.
-            and not (image.format == "PNG" and content[24] != 8)
-            and not (image.format != "MPO" and getattr(image, "n_frames", 1) > 1)
-        )
-        if unchanged and not shrink:
+        reason = _why_converted(image, content, orientation)
+        if not reason and not shrink:
             return PreparedImage(content, str(extension), width, height)
         rgb = _as_rgb(image)
     if orientation in _UPRIGHT:
@@ -91,7 +89,28 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
         rgb.save(target, "JPEG", quality=quality)
     else:
         rgb.save(target, "PNG")
-    return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height)
+    reason = reason or f"its shorter side exceeds {short_side} pixels"
+    return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height, reason)
+
+
+def _why_converted(image: Image.Image, content: bytes, orientation: int) -> str:
+    """What keeps a decoded image from being stored as it is; "" for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
+    if image.format not in _KEPT_FORMATS:
+        return f"a {image.format} file"
+    # Pillow shows 16-bit and 2-bit PNGs in 8-bit modes; the bit depth stands in the header.
+    if image.format == "PNG" and content[24] != 8:
+        return f"{content[24]} bits a channel"
+    if image.mode not in ("RGB", "L"):
+        return f"pixels of mode {image.mode}"
+    if "transparency" in image.info:
+        return "a transparent colour"
+    if orientation in _UPRIGHT:
+        return "rotated by its EXIF block"
+    if image.format == "PNG" and not is_sound_png(content):
+        return "an incomplete or unusual PNG"
+    if image.format in ("JPEG", "MPO") and not is_sound_jpeg(content):
+        return "an incomplete or unusual JPEG"
+    return "an animation" if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 else ""
 
 
 def _orientation(image: Image.Image) -> int:

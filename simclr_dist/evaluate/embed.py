@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode  # registers torch.ops.image
 
+from simclr_dist.data.folders import FileChunk
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.originals import Source, printable
 from simclr_dist.data.reader import Sample, ShardDataset
-from simclr_dist.data.sources import FileChunk, Source, printable
 from simclr_dist.distributed import World, all_sum, on_rank_0, together, world
 from simclr_dist.errors import DataError, RankError
 from simclr_dist.evaluate.command import told_once
@@ -62,7 +63,7 @@ class ImageFiles:
     def __getitem__(self, row: int) -> Sample:
         """Raises DataError, naming the file, for what is not an image, or a larger one than is decoded."""
         root, name, label = self._files[row]
-        (original,) = FileChunk(root, row, ((name, label),)).read()
+        (original,) = FileChunk.of(root, row, [(name, label)]).read()
         try:
             if original.problem:
                 raise DataError(original.problem)

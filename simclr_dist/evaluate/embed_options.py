@@ -112,7 +112,9 @@ def find_images(sources: Sequence[str | Path]) -> "Path | Source":
             return folder  # of shards; or of folders of shards, of which the reader will ask for one
         source = find_source(folder)
         if not all(isinstance(chunk, FileChunk) for chunk in source.chunks):
-            raise DataError(f"{folder}: holds images inside Parquet files; make shards of it with `simclr-dist shard` first")
+            raise DataError(
+                f"{folder}: holds images inside tables or archives; make shards of it with `simclr-dist shard` first"
+            )
         return source
     for path in paths:
         if path.is_dir():
@@ -124,7 +126,7 @@ def find_images(sources: Sequence[str | Path]) -> "Path | Source":
     names = sorted(map(os.fspath, paths))
     if double := next((a for a, b in itertools.pairwise(names) if a == b), None):
         raise DataError(f"{printable(double)}: is named twice; name each image once")
-    return Source((), [FileChunk("", 0, tuple((name, -1) for name in names))])
+    return Source((), [FileChunk.of("", 0, [(name, -1) for name in names])])
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -181,7 +181,7 @@ def test_parquet_of_plain_bytes_in_several_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # starts two processes that import torch
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
-    source = copy_animals(tmp_path / "animals", 8)
+    source = copy_animals(tmp_path / "animals", 16)  # more than one chunk
     (source / "cane" / "bad.jpg").write_text("no image")
     cifar(tmp_path / "cifar" / "test.parquet")
     for name, options in (("animals", {"split": (0.8, 0.2), "short_side": 64}), ("cifar", {})):
@@ -505,7 +505,7 @@ def text_labels(path: Path) -> None:
     ("make", "says"),
     [
         (lambda _: None, "no such folder"),
-        (lambda path: path.write_text("hello"), "no such folder of images or .parquet file"),
+        (lambda path: path.write_text("hello"), "nor a .parquet, .arrow, .tar, .zip or .csv file"),
         (nothing, "no image found"),
         (only_text, r"none of its 1 images can be used; the first: a.jpg \(not an image\)"),
         (mixed, "holds both images"),
@@ -646,7 +646,7 @@ def session_of(leader: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "moment"), [(1, "out/*.tar"), (2, "spool/*"), (2, "out/*.tar")])
+@pytest.mark.parametrize(("processes", "moment"), [(1, "out/*.tar"), (2, "units/*"), (2, "out/*.tar")])
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path, processes: int, moment: str) -> None:
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc to list processes")
@@ -654,7 +654,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path, process
     run = start(tmp_path, tmp_path / "src", processes)
     assert run.stderr is not None
     try:
-        wait_for(lambda: run.poll() is not None or list(tmp_path.glob(f"out.partial/run-*/{moment}")))
+        wait_for(lambda: run.poll() is not None or list(tmp_path.glob(f"out.partial/{moment}")))
         assert run.poll() is None, "the run ended before it could be killed"
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
@@ -675,9 +675,9 @@ def test_a_second_run_and_a_killed_worker_end_in_one_line(tmp_path: Path) -> Non
     run = start(tmp_path, tmp_path / "src", 2)
     assert run.stderr is not None
     with run.stderr:
-        wait_for(lambda: list(tmp_path.glob("out.partial/run-*/spool/*")))
-        worker = int(next(tmp_path.glob("out.partial/run-*/spool/*")).name)
+        wait_for(lambda: list(tmp_path.glob("out.partial/units/*")))
         os.kill(run.pid, signal.SIGSTOP)
+        worker = max(set(session_of(run.pid)) - {run.pid})
         with pytest.raises(DataError, match="another run is writing it"):
             write_shards(tmp_path / "src", tmp_path / "out")
         os.kill(worker, signal.SIGKILL)
@@ -687,4 +687,5 @@ def test_a_second_run_and_a_killed_worker_end_in_one_line(tmp_path: Path) -> Non
     assert "DataError" in message
     assert "a worker process died" in message
     assert not (tmp_path / "out").exists()
+    write_shards(tmp_path / "src", tmp_path / "out", shard_size=50)
     assert not (tmp_path / "out.partial").exists()

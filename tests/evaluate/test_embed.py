@@ -279,7 +279,7 @@ def test_images_inside_parquet(make_encoder: Make, folder: Path, tmp_path: Path)
 
     (tmp_path / "rows").mkdir()
     pq.write_table(pa.table({"image": [(folder / "dog" / "gray.jpg").read_bytes()]}), tmp_path / "rows" / "a.parquet")
-    with pytest.raises(DataError, match="holds images inside Parquet files"):
+    with pytest.raises(DataError, match="holds images inside tables or archives"):
         embed(make_encoder(), tmp_path / "rows", tmp_path / "f.parquet", NONE, device="cpu")
     with pytest.raises(DataError, match=r"a\.parquet: is no image"):
         embed(make_encoder(), tmp_path / "rows" / "a.parquet", tmp_path / "f.parquet", NONE, device="cpu")

@@ -1,0 +1,42 @@
+"""Which image goes to which side of a split, and in which order: pure functions of the seed."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simclr_dist.errors import DataError
+
+SPLIT_NAMES = ("train", "test")
+
+
+def deal(
+    index: NDArray[np.int64],
+    label: NDArray[np.int64],
+    sha256: NDArray[np.bytes_],
+    *,
+    total: int,
+    seed: int,
+    split: tuple[float, ...] | None,
+) -> dict[str, NDArray[np.int64]]:
+    """For each destination ('' for one alone) positions in the arrays, shuffled.
+
+    The arrays run over the good images, `index` below `total` rising. A split is stratified by label, and images with equal
+    bytes are on one side. Raises DataError when a side gets none.
+    """
+    # Sorting raw draws, as Generator's methods may change between numpy versions; and a draw for every image of the source,
+    # so that leaving one out does not reorder the others.
+    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+    places, sides = generator.random_raw(total)[index], generator.random_raw(total)[index]
+    shuffled = np.lexsort((index, places))
+    if split is None:
+        return {"": shuffled}
+    _, once, copy_of = np.unique(sha256, return_index=True, return_inverse=True)
+    by_label = np.lexsort((index[once], sides[once], label[once]))
+    # Every 1/share-th image of the list sorted by label: each class and the whole set get the share to within one image.
+    share = round(split[1] * 1_000_000)
+    steps = np.arange(len(once) + 1, dtype=np.int64) * share // 1_000_000
+    chosen = np.zeros(len(once), dtype=bool)
+    chosen[by_label] = np.diff(steps) > 0
+    in_test = chosen[copy_of][shuffled]
+    if in_test.all() or not in_test.any():
+        raise DataError(f"split {split[0]:g}/{split[1]:g} of {len(once)} different images leaves one side empty; use another")
+    return dict(zip(SPLIT_NAMES, (shuffled[~in_test], shuffled[in_test]), strict=True))

@@ -1,0 +1,172 @@
+"""A manifest for WebDataset tars that others have made; the tars stay as they are, and where they are."""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from simclr_dist.data.archives import parse_label, webdataset_key, why_unsafe
+from simclr_dist.data.folders import is_hidden, why_not_followed
+from simclr_dist.data.images import prepare_image
+from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
+from simclr_dist.data.originals import MAX_IMAGE_BYTES, Problem, is_image_name, printable
+from simclr_dist.data.tar import TarMember, tar_members
+from simclr_dist.data.workers import workers
+from simclr_dist.errors import DataError
+
+_LONGEST_LABEL = 64
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What `index_shards` wrote: `images`, of which some are `labelled`, in `shards` tars; `rejected` ones are left out."""
+
+    manifest: Path
+    images: int
+    labelled: int
+    shards: int
+    rejected: tuple[Problem, ...]
+
+
+def index_shards(
+    folder: str | Path, *, processes: int | None = None, strict: bool = False, progress: bool = False
+) -> IndexSummary:
+    """Write `folder`/manifest.parquet for the tars in `folder`, which are read once and not changed.
+
+    A sample is what has one key, WebDataset's: the name up to the first dot of its last part. Its image is the member whose
+    extension is that of an image (`KEY.jpg` before `KEY.mask.png`), its label the integer in `KEY.cls`, -1 without one. Where
+    two tars share a key, all keys become `TAR/KEY`. Left out, and listed in `folder`/rejected.jsonl: what cannot be decoded,
+    images that shards would store re-encoded (`simclr-dist shard` converts them), keys that come twice in a tar, names that
+    are absolute or have '..', links.
+
+    Raises DataError, and writes nothing, when a tar is damaged or cut off, when there is a manifest already, when no image can
+    be used, and, if `strict`, when any sample is left out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of tars")
+    if (folder / MANIFEST_NAME).exists():
+        raise DataError(f"{folder / MANIFEST_NAME}: is there already; compare it with --verify {folder}, or remove it first")
+    found = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not is_hidden(path.name))
+    links = [(path, why_not_followed(folder.resolve(), path)) for path in found if path.is_symlink()]
+    rejected = [Problem(printable(path.name), reason) for path, reason in links if reason]
+    tars = [path for path in found if path.is_file() and printable(path.name) not in {problem.name for problem in rejected}]
+    if not tars:
+        raise DataError(f"{folder}: holds no .tar file" + (f" but links, like {rejected[0].name}" if rejected else ""))
+    processes = processes or min(os.cpu_count() or 1, len(tars))
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # before hours of work for nothing
+            pass
+        tables: list[pa.Table] = []
+        bar = tqdm(total=len(tars), desc="reading", unit="tar", disable=not (progress and sys.stderr.isatty()))
+        with bar, workers(min(processes, len(tars)), (__name__,)) as run:
+            for table, problems in run(_read_tar, tars):
+                tables.append(table)
+                rejected += problems
+                bar.update()
+        rows = pa.concat_tables(tables)
+        first = f"{rejected[0].name} ({rejected[0].reason})" if rejected else ""
+        if strict and rejected:
+            raise DataError(f"{folder}: strict, and {len(rejected)} samples cannot be used; the first: {first}")
+        if not len(rows):
+            raise DataError(
+                f"{folder}: no image in its {len(tars)} tars can be used" + (f"; the first: {first}" if first else "")
+            )
+        if pc.count_distinct(rows.column("key")).as_py() < len(rows):
+            keys = pc.binary_join_element_wise(rows.column("shard"), rows.column("key"), "/")
+            rows = rows.set_column(0, rows.schema.field("key"), keys)
+        if rejected:
+            lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in rejected]
+            (folder / "rejected.jsonl").write_text("".join(lines), encoding="ascii")
+        names = [path.name for path, table in zip(tars, tables, strict=True) if len(table)]
+        manifest = write_manifest(folder, names, rows, ())
+    except BrokenProcessPool:
+        raise DataError(f"{folder}: a worker process died, perhaps for lack of memory; use fewer processes") from None
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    labelled = pc.sum(pc.greater_equal(rows.column("label"), 0)).as_py()
+    return IndexSummary(manifest, len(rows), labelled, len(names), tuple(rejected))
+
+
+@dataclass
+class _Sample:
+    key: str
+    images: list[TarMember] = field(default_factory=list)
+    label: TarMember | None = None
+
+
+class _Reader(NamedTuple):
+    path: Path
+    descriptor: int
+    rows: list[ManifestRow]
+    rejected: list[Problem]
+    seen: set[str]
+
+    def take(self, sample: _Sample) -> None:
+        """The sample's row, or the reason why there is none."""
+        shown = printable(f"{self.path.name}/{sample.key}")
+        try:
+            if sample.key in self.seen:
+                raise DataError("its key comes twice in the tar")
+            self.seen.add(sample.key)
+            self.rows.append(self._row(sample))
+        except DataError as error:
+            self.rejected.append(Problem(shown, str(error)))
+
+    def _row(self, sample: _Sample) -> ManifestRow:
+        plain = [image for image in sample.images if image.name.removeprefix(sample.key).count(".") == 1]
+        images = plain or sample.images
+        if len(images) != 1:
+            names = ", ".join(printable(image.name) for image in images)
+            raise DataError(f"{len(images)} images of one key: {names}" if images else "no image among its files")
+        (image,) = images
+        if not 0 < image.size <= MAX_IMAGE_BYTES:
+            raise DataError("larger than 1 GiB" if image.size else "an empty file")
+        label = -1
+        if sample.label is not None:
+            label = parse_label(self._read(sample.label, _LONGEST_LABEL), "cls")
+        content = self._read(image, image.size)
+        done = prepare_image(content)
+        if done.reason:
+            raise DataError(f"{done.reason}; `simclr-dist shard {self.path.name} DST` converts it")
+        digest = hashlib.sha256(content).digest()
+        return ManifestRow(sample.key, self.path.name, image.offset, image.size, label, done.width, done.height, digest)
+
+    def _read(self, member: TarMember, most: int) -> bytes:
+        return os.pread(self.descriptor, min(member.size, most), member.offset)
+
+
+def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
+    """Rows and problems of one tar; each image is decoded."""
+    with path.open("rb") as file:
+        reader = _Reader(path, file.fileno(), [], [], set())
+        sample: _Sample | None = None
+        for member in tar_members(path):
+            name = member.name.removeprefix("./")
+            if any(is_hidden(part) for part in name.split("/") if part != ".."):
+                continue
+            reason = member.problem or why_unsafe(name) or (None if name.isprintable() else "a name that is no printable text")
+            if reason:
+                reader.rejected.append(Problem(printable(f"{path.name}/{name}"), reason))
+                continue
+            key = webdataset_key(name)
+            if sample is None or key != sample.key:
+                if sample is not None:
+                    reader.take(sample)
+                sample = _Sample(key)
+            if name == f"{key}.cls":
+                sample.label = member
+            elif is_image_name(name):
+                sample.images.append(member._replace(name=name))
+        if sample is not None:
+            reader.take(sample)
+    return row_table(reader.rows), reader.rejected

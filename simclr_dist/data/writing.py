@@ -1,0 +1,132 @@
+"""Second pass of a conversion: the records' bytes, read again and checked, into tars."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from simclr_dist.data.decoding import bytes_path
+from simclr_dist.data.manifest import ROW_SCHEMA, ManifestRow, row_table, write_manifest
+from simclr_dist.data.originals import printable
+from simclr_dist.data.partial import Partial, put, sync
+from simclr_dist.data.tar import tar_members
+from simclr_dist.errors import DataError
+
+_BYTES = b"bytes"
+
+
+class Shard(NamedTuple):
+    """One tar to write: `side` is the folder in the destination, '' or train or test, `rows` are places in the records."""
+
+    side: str
+    number: int
+    rows: NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        """The tar's file name."""
+        return f"shard-{self.number:06d}.tar"
+
+
+def cut(sides: dict[str, NDArray[np.int64]], shard_size: int) -> list[Shard]:
+    """The tars of all sides, in order."""
+    return [
+        Shard(side, number, rows[first : first + shard_size])
+        for side, rows in sides.items()
+        for number, first in enumerate(range(0, len(rows), shard_size))
+    ]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes tars; picklable."""
+
+    partial: Partial
+    classes: tuple[str, ...]
+
+    def __call__(self, shard: Shard) -> int:
+        """Write one tar and, after it, the manifest's rows for it, unless they are there; returns the number of images."""
+        path = self.partial.out / shard.side / shard.name
+        table = _read_rows(self.partial, shard)
+        if table is not None and path.exists() and table.schema.metadata[_BYTES] == str(path.stat().st_size).encode():
+            return len(shard.rows)
+        with pa.memory_map(str(self.partial.records)) as file:
+            records = pa.ipc.open_file(file).read_all().take(pa.array(shard.rows)).to_pylist()
+        temporary = self.partial.temporary()
+        try:
+            self._write_tar(temporary, records)
+            offsets = {member.name: member.offset for member in tar_members(temporary)}
+            size = temporary.stat().st_size
+            rows = row_table([
+                ManifestRow(
+                    f"{r['index']:09d}", shard.name, offsets[f"{r['index']:09d}.{r['extension']}"],
+                    r["size"], r["label"], r["width"], r["height"], r["sha256"],
+                )
+                for r in records
+            ])  # fmt: skip
+            put(temporary, path)
+            with pa.ipc.new_file(str(temporary), schema := ROW_SCHEMA.with_metadata({_BYTES: str(size)})) as writer:
+                writer.write_table(rows.cast(schema))
+            put(temporary, _rows_path(self.partial, shard))
+        finally:
+            temporary.unlink(missing_ok=True)
+        return len(records)
+
+    def _write_tar(self, path: Path, records: list[dict[str, Any]]) -> None:
+        from webdataset.writer import TarWriter  # brings torch with it, which the first pass needs not wait for
+
+        # An integer mtime keeps tarfile from adding PAX headers; user and group are webdataset's fixed ones.
+        with path.open("xb") as file, TarWriter(file, encoder=False, mtime=0, format="USTAR_FORMAT") as tar:
+            for record in records:
+                width, height, label = record["width"], record["height"], record["label"]
+                about: dict[str, object] = {"source": os.fsdecode(record["name"]), "width": width, "height": height}
+                members = {"__key__": f"{record['index']:09d}", record["extension"]: self._read_again(record)}
+                if label >= 0:
+                    members["cls"] = str(label).encode()
+                    about |= {"label": label} | ({"class_name": self.classes[label]} if self.classes else {})
+                tar.write(members | {"json": json.dumps(about, sort_keys=True).encode()})
+
+    def _read_again(self, record: dict[str, Any]) -> bytes:
+        path = os.fsdecode(record["path"]) or bytes_path(self.partial, record["unit"])
+        with open(path, "rb") as file:  # noqa: PTH123 (a source's name need not be valid text)
+            file.seek(record["offset"])
+            content = file.read(record["size"])
+        if hashlib.sha256(content).digest() != record["sha256"]:
+            name = printable(os.fsdecode(record["name"]))
+            raise DataError(f"{name}: changed while it was being sharded; shard again when nothing writes to it")
+        return content
+
+
+def write_manifests(partial: Partial, shards: list[Shard], classes: tuple[str, ...]) -> int:
+    """The manifest of each side, of tars that are all there; returns the tars' bytes together."""
+    total = 0
+    for side in dict.fromkeys(shard.side for shard in shards):
+        own = [shard for shard in shards if shard.side == side]
+        tables = []
+        for shard in own:
+            table = _read_rows(partial, shard)
+            assert table is not None, shard
+            total += int(table.schema.metadata[_BYTES])
+            tables.append(table.replace_schema_metadata(None))
+        rows = pa.concat_tables(tables)
+        sync(write_manifest(partial.out / side, [shard.name for shard in own], rows, classes))
+        sync(partial.out / side)
+    return total
+
+
+def _rows_path(partial: Partial, shard: Shard) -> Path:
+    return partial.rows / f"{shard.side}{shard.name}.arrow"
+
+
+def _read_rows(partial: Partial, shard: Shard) -> pa.Table | None:
+    """The manifest's rows of a tar that is written; None when it is not."""
+    try:
+        return pa.ipc.open_file(_rows_path(partial, shard).read_bytes()).read_all()
+    except (OSError, pa.ArrowException):
+        return None

@@ -1,0 +1,294 @@
+"""Conversions that stop and go on, and conversions in parts: the bytes of one straight run, or one line that says why not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pictures import contents, encoded
+from simclr_dist.data import decoding, writing
+from simclr_dist.data.dealing import deal
+from simclr_dist.data.shards import ShardSettings, finish_shards, write_part, write_shards
+from simclr_dist.errors import ConfigError, DataError
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "shard_array.sbatch"
+SETTINGS = ShardSettings(shard_size=50, seed=3, split=(0.8, 0.2))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """500 images in two classes: 4 chunks; a bad one, some converted, some twice."""
+    for i in range(500):
+        path = tmp_path / "src" / ("cat", "dog")[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"bad" if i == 77 else encoded(i % 480, mode="P" if i % 10 == 3 else "RGB"))
+    return tmp_path / "src"
+
+
+def convert(source: Path, out: Path, **changes: Any) -> dict[str, bytes]:
+    write_shards(source, out, **{**SETTINGS.__dict__, "processes": 1, **changes})
+    return contents(out)
+
+
+class KillError(BaseException):
+    """Ends a run as a kill does: nothing is cleaned up, which BaseException is not caught for."""
+
+
+@pytest.mark.parametrize("moment", ["first unit", "last unit", "records", "first tar", "rows", "last tar", "manifest"])
+def test_a_stopped_conversion_goes_on(tmp_path: Path, source: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = convert(source, tmp_path / "straight")
+    puts = {"first unit": 1, "last unit": 7, "records": 8, "first tar": 9, "rows": 10, "last tar": 27}
+    done = 0
+    real = decoding.put
+
+    def put(temporary: Path, path: Path) -> None:
+        nonlocal done
+        done += 1
+        if done == puts.get(moment):
+            raise KillError
+        real(temporary, path)
+
+    def write_manifests(*_: object) -> int:
+        raise KillError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "put", put)
+        patch.setattr(writing, "put", put)
+        if moment == "manifest":
+            patch.setattr("simclr_dist.data.shards.write_manifests", write_manifests)
+        with pytest.raises(KillError):
+            convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    before = {name: (tmp_path / "out.partial" / name).stat().st_mtime_ns for name in contents(tmp_path / "out.partial")}
+    kept: dict[str, int] = {}
+
+    def look(*arguments: Any) -> int:
+        folder = tmp_path / "out.partial"
+        kept.update({name: (folder / name).stat().st_mtime_ns for name in before if (folder / name).exists()})
+        return int(writing.write_manifests(*arguments))
+
+    monkeypatch.setattr("simclr_dist.data.shards.write_manifests", look)
+    assert convert(source, tmp_path / "out") == straight
+    assert not (tmp_path / "out.partial").exists()
+    again = [name for name, when in kept.items() if before[name] != when]
+    half = {"rows": "out/train/shard-000000.tar", "last unit": "units/000003.bytes"}.get(moment)  # the first of two files
+    assert set(again) <= {"records.arrow", half}, "what was done is not done again"
+
+
+def stop(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that ends after its first pass."""
+
+    def killed(*_: object) -> None:
+        raise KillError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simclr_dist.data.shards.gather", killed)
+        with pytest.raises(KillError):
+            convert(source, out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 4}, "seed 3, not 4"),
+        ({"quality": 90}, "quality 95, not 90"),
+        ({"split": None}, "split [0.8, 0.2], not None"),
+        ({"shard_size": 60}, "shard_size 50, not 60"),
+    ],
+)
+def test_other_settings_are_refused(
+    tmp_path: Path, source: Path, changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(source, tmp_path / "out", monkeypatch)
+    before = contents(tmp_path / "out.partial")
+    with pytest.raises(DataError, match="holds an unfinished conversion") as caught:
+        convert(source, tmp_path / "out", **changes)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path / "out.partial") == before
+
+
+def test_another_source_is_refused(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop(source, tmp_path / "out", monkeypatch)
+    (source / "cat" / "new.png").write_bytes(encoded())
+    with pytest.raises(DataError, match=r"other images \(or in another order\)"):
+        convert(source, tmp_path / "out")
+    (source / "cat" / "new.png").unlink()
+    changed = source / "dog" / "481.png"
+    changed.write_bytes(encoded(999))
+    with pytest.raises(DataError, match=r"after it: has changed since the conversion in .*out.partial was begun"):
+        convert(source, tmp_path / "out")
+    assert (tmp_path / "out.partial").exists()
+    shutil.rmtree(tmp_path / "out.partial")
+    convert(source, tmp_path / "out")
+
+
+def test_a_unit_that_was_damaged_is_made_again(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop(source, tmp_path / "out", monkeypatch)
+    (tmp_path / "out.partial" / "units" / "000001.arrow").write_bytes(b"half")
+    assert convert(source, tmp_path / "out") == convert(source, tmp_path / "straight")
+
+
+def test_an_image_that_changes_between_the_passes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = decoding.gather
+
+    def gather(*arguments: Any) -> decoding.Records:
+        (source / "dog" / "001.png").write_bytes(encoded(999))
+        return real(*arguments)
+
+    monkeypatch.setattr("simclr_dist.data.shards.gather", gather)
+    with pytest.raises(DataError, match=r"001.png: changed while it was being sharded"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- parts
+
+
+def test_parts_give_the_bytes_of_one_run(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    for done, part in enumerate((3, 1, 2), 1):
+        summary = write_part(source, out, SETTINGS, part, 3, processes=1)
+        assert summary.parts_done == done
+        assert summary.bad == (part == 3)
+        assert not out.exists()
+    again = write_part(source, out, SETTINGS, 2, 3, processes=1)
+    assert (again.good, again.parts_done) == (128, 3)
+    finished = finish_shards(source, out, SETTINGS, processes=1)
+    assert (finished.written, len(finished.rejected)) == (499, 1)
+    assert contents(out) == convert(source, tmp_path / "straight")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_parts_of_a_tar(tmp_path: Path, source: Path) -> None:
+    with tarfile.open(tmp_path / "src.tar", "w") as tar:
+        tar.add(source, "src")
+    for part in (1, 2, 3, 4, 5, 6):  # more than there are chunks
+        write_part(tmp_path / "src.tar", tmp_path / "out", SETTINGS, part, 6, processes=1)
+    finish_shards(tmp_path / "src.tar", tmp_path / "out", SETTINGS, processes=1)
+    assert contents(tmp_path / "out") == convert(tmp_path / "src.tar", tmp_path / "straight")
+
+
+def test_parts_that_are_missing_or_do_not_fit_are_named(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="there are no parts of it; begin with --part 1/N"):
+        finish_shards(source, out, SETTINGS)
+    assert not (tmp_path / "out.partial").exists()
+    write_part(source, out, SETTINGS, 2, 4, processes=1)
+    with pytest.raises(DataError, match="of 4 parts these are not done: 1, 3, 4; run each, like --part 1/4"):
+        finish_shards(source, out, SETTINGS)
+    other = ShardSettings(shard_size=50, seed=3, split=(0.8, 0.2), short_side=64)
+    for act in (lambda: write_part(source, out, other, 1, 4), lambda: finish_shards(source, out, other)):
+        with pytest.raises(DataError, match="short_side None, not 64"):
+            act()
+    with pytest.raises(DataError, match="parts 4, not 3"):
+        write_part(source, out, SETTINGS, 1, 3)
+    with pytest.raises(DataError, match="parts 4, not 1"):
+        convert(source, out)
+    for part in (1, 3, 4):
+        write_part(source, out, SETTINGS, part, 4, processes=1)
+    unit = tmp_path / "out.partial" / "units" / "000002.arrow"
+    write_part(source, tmp_path / "x", other, 3, 4, processes=1)
+    shutil.copy(tmp_path / "x.partial" / "units" / "000002.arrow", unit)
+    with pytest.raises(DataError, match=r"000002.arrow: \(part 3\) was made with other settings"):
+        finish_shards(source, out, SETTINGS)
+    with pytest.raises(ConfigError, match="part: 5 is out of range; give 1 to 4"):
+        write_part(source, out, SETTINGS, 5, 4)
+
+
+def test_strict_parts(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(DataError, match=r"strict, and 1 images of part 1 cannot be used; the first: dog/077.png: not an image"):
+        write_part(source, tmp_path / "out", SETTINGS, 1, 1, strict=True, processes=1)
+    with pytest.raises(DataError, match="strict, and 1 images"):
+        finish_shards(source, tmp_path / "out", SETTINGS, strict=True, processes=1)
+    assert finish_shards(source, tmp_path / "out", SETTINGS, processes=1).written == 499
+
+
+# ---- the batch script
+
+
+def batch(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment = clean | {"PATH": path} | variables
+    return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_batch_script(tmp_path: Path, source: Path) -> None:
+    arguments = (str(source), str(tmp_path / "out"), "--shard-size", "50", "--seed", "3", "--split", "0.8/0.2")
+    usage = batch(*arguments)
+    assert (usage.returncode, "this is for sbatch" in usage.stderr) == (2, True)
+    assert "usage: sbatch" in batch("src", SLURM_JOB_ID="7").stderr
+    early = batch(*arguments, SLURM_JOB_ID="8")
+    assert (early.returncode, "there are no parts" in early.stderr) == (2, True)
+    for part in ("1", "2"):
+        done = batch(*arguments, SLURM_JOB_ID="9", SLURM_ARRAY_TASK_ID=part, SLURM_ARRAY_TASK_MAX="2")
+        assert done.returncode == 0, done.stderr
+    assert "2 of 2 parts are done; go on with --finish" in done.stdout
+    again = batch(*arguments, SLURM_JOB_ID="9", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_MAX="2", PARTS="3")
+    assert (again.returncode, "parts 2, not 3" in again.stderr) == (2, True)
+    assert batch(*arguments, SLURM_JOB_ID="10").returncode == 0
+    assert contents(tmp_path / "out") == convert(source, tmp_path / "straight")
+
+
+def test_a_terminated_part_leaves_whole_files(tmp_path: Path, source: Path) -> None:
+    """SIGTERM, as SLURM sends at the end of the time: the part goes on when it is started again."""
+    command = [sys.executable, "-m", "simclr_dist.cli", "shard", str(source), str(tmp_path / "out"), "--part", "1/1"]
+    process = subprocess.Popen([*command, "--processes", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not list((tmp_path / "out.partial" / "units").glob("*.arrow")):
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    finish = ShardSettings()
+    write_part(source, tmp_path / "out", finish, 1, 1, processes=1)
+    finish_shards(source, tmp_path / "out", finish, processes=1)
+    write_shards(source, tmp_path / "straight", processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+# ---- dealing, against its definition in plain Python
+
+
+def reference(
+    index: list[int], label: list[int], sha256: list[bytes], total: int, seed: int, split: tuple[float, float]
+) -> dict[str, list[int]]:
+    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+    places, sides = generator.random_raw(total), generator.random_raw(total)
+    shuffled = sorted(range(len(index)), key=lambda i: (places[index[i]], index[i]))
+    once = {sha256[i]: i for i in reversed(range(len(index)))}
+    by_label = sorted(once.values(), key=lambda i: (label[i], sides[index[i]], index[i]))
+    share = round(split[1] * 1_000_000)
+    chosen = {sha256[r] for i, r in enumerate(by_label) if (i + 1) * share // 1_000_000 > i * share // 1_000_000}
+    return {
+        "train": [i for i in shuffled if sha256[i] not in chosen],
+        "test": [i for i in shuffled if sha256[i] in chosen],
+    }
+
+
+def test_dealing_is_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        total = int(rng.integers(20, 200))
+        index = np.sort(rng.permutation(total)[: total - 5])
+        label = rng.integers(-1, 4, len(index))
+        sha256 = np.array([bytes([value, 0] * 16) for value in rng.integers(0, 150, len(index))], "S32")
+        split = (0.75, 0.25)
+        found = deal(index, label, sha256, total=total, seed=seed, split=split)
+        expected = reference(
+            index.tolist(), label.tolist(), [value.ljust(32, b"\0") for value in sha256.tolist()], total, seed, split
+        )
+        assert {name: rows.tolist() for name, rows in found.items()} == expected
+        assert json.dumps(deal(index, label, sha256, total=total, seed=seed, split=None)[""].tolist()) == json.dumps(
+            sorted(
+                range(len(index)),
+                key=lambda i: np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(total)[index[i]],
+            )
+        )

@@ -1,0 +1,431 @@
+"""Each kind of source: the same images in one order whoever reads them; what is unclear, unsafe or damaged is named."""
+
+import io
+import json
+import os
+import struct
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pictures import contents, encoded, stored
+from simclr_dist.data.shards import write_shards
+from simclr_dist.data.sources import find_source
+from simclr_dist.errors import ConfigError, DataError
+
+Members = dict[str, bytes]
+
+
+def class_folders(count: int = 6) -> Members:
+    return {f"{('cat', 'dog')[i % 2]}/{i:03d}.png": encoded(i) for i in range(count)}
+
+
+def write_folder(path: Path, members: Members) -> Path:
+    for name, content in members.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def write_tar(path: Path, members: Members, kind: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_zip(path: Path, members: Members, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def plain(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """`stored`, with the archive's name taken off."""
+    return {name.split("/", 1)[1]: value for name, value in stored(folder).items()}
+
+
+def refused(source: Path | str, out: Path, **options: Any) -> str:
+    with pytest.raises((DataError, ConfigError)) as caught:
+        write_shards(source, out, processes=1, **options)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    return str(caught.value)
+
+
+# ---- archives
+
+
+@pytest.mark.parametrize("write", [write_tar, write_zip, lambda p, m: write_zip(p, m, zipfile.ZIP_STORED)])
+@pytest.mark.parametrize("prefix", ["", "animals/", "./", "./a/b/"])
+def test_an_archive_of_class_folders_is_the_folder(tmp_path: Path, write: Callable[..., Path], prefix: str) -> None:
+    members = class_folders()
+    archive = write(tmp_path / "animals.tar", {prefix + name: content for name, content in members.items()})
+    if zipfile.is_zipfile(archive):
+        archive = archive.rename(archive.with_suffix(".zip"))
+    summary = write_shards(archive, tmp_path / "out", processes=1)
+    assert summary.classes == ("cat", "dog")
+    inside = prefix.removeprefix("./")
+    assert plain(tmp_path / "out") == {inside + name: (i % 2, content) for i, (name, content) in enumerate(members.items())}
+
+
+def test_an_archive_without_classes_has_no_labels(tmp_path: Path) -> None:
+    for prefix in ("", "photos/"):
+        write_zip(tmp_path / "photos.zip", {f"{prefix}{i}.png": encoded(i) for i in range(3)} | {"notes.txt": b"x"})
+        out = tmp_path / f"out{len(prefix)}"
+        summary = write_shards(tmp_path / "photos.zip", out, processes=1)
+        assert (summary.written, summary.classes, len(summary.skipped)) == (3, (), 1)
+        assert {label for label, _ in stored(out).values()} == {-1}
+
+
+def test_webdataset_tars_bring_their_labels(tmp_path: Path) -> None:
+    for number in range(2):
+        members = {}
+        for i in range(3):
+            members |= {
+                f"{number}{i}.png": encoded(number * 3 + i),
+                f"{number}{i}.cls": b"%d" % (i + 4),
+                f"{number}{i}.json": b"{}",
+            }
+        del members[f"{number}0.cls"]
+        write_tar(tmp_path / f"x-{number}.tar", members)
+    summary = write_shards(tmp_path / "x-*.tar", tmp_path / "out", processes=1)
+    labels = {name: label for name, (label, _) in stored(tmp_path / "out").items()}
+    assert labels == {f"x-{n}.tar/{n}{i}.png": i + 4 if i else -1 for n in range(2) for i in range(3)}
+    assert summary.classes == ()
+    write_tar(tmp_path / "bad.tar", {"a.png": encoded(), "a.cls": b"cat"})
+    assert "bad.tar: a.cls: 'cat' is no label" in refused(tmp_path / "bad.tar", tmp_path / "none")
+
+
+def test_a_folder_of_archives(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for i in range(2):
+        write_tar(tmp_path / "src" / f"{i}.tar", {f"{i}.png": encoded(i)})
+    write_shards(tmp_path / "src", tmp_path / "out", processes=1)
+    assert set(stored(tmp_path / "out")) == {"0.tar/0.png", "1.tar/1.png"}
+    (tmp_path / "out" / "rejected.jsonl").unlink(missing_ok=True)
+    assert "a folder of shards already" in refused(tmp_path / "out", tmp_path / "again")
+
+
+def test_names_and_kinds_that_are_refused_in_a_tar(tmp_path: Path) -> None:
+    bad = {"../up.png": "leads out", "/etc/abs.png": "absolute", "a/../../up.png": "leads out"}
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("good.png", "good.png", *bad):
+            member = tarfile.TarInfo(name)
+            content = encoded()
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, kind in (("soft.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("tty.png", tarfile.CHRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "good.png"
+            tar.addfile(member)
+    summary = write_shards(path, tmp_path / "out", processes=1)
+    reasons = {problem.name.removeprefix("a.tar/"): problem.reason for problem in summary.rejected}
+    assert summary.written == 1
+    assert reasons.pop("good.png") == "twice in the archive"
+    assert (reasons.pop("soft.png"), reasons.pop("hard.png"), reasons.pop("tty.png")) == ("a link", "a hard link", "a device")
+    assert all(bad[name] in reason for name, reason in reasons.items())
+    assert set(reasons) == set(bad)
+    listed = [json.loads(line)["source"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert len(listed) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "out"]
+
+
+def zip_entry(path: Path, **changes: int) -> None:
+    """Rewrite fields of the only entry, in both of its headers."""
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    fields = {"flags": (6, 8, "<H"), "method": (8, 10, "<H"), "crc": (14, 16, "<I"), "size": (22, 24, "<I")}
+    for name, value in changes.items():
+        local_at, central_at, kind = fields[name]
+        struct.pack_into(kind, data, local_at, value)
+        struct.pack_into(kind, data, central + central_at, value)
+    path.write_bytes(data)
+
+
+def test_zip_entries_that_are_refused(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("link.png")
+    info.create_system, info.external_attr = 3, 0o120777 << 16
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("good.png", encoded())
+        file.writestr(info, "good.png")
+        file.writestr("..\\up.png", encoded())
+        file.writestr("C:/windows.png", encoded())
+    summary = write_shards(path, tmp_path / "out", processes=1)
+    reasons = {problem.name.removeprefix("a.zip/"): problem.reason for problem in summary.rejected}
+    assert summary.written == 1
+    assert reasons["link.png"] == "a link"
+    assert "leads out" in reasons["../up.png"]
+    assert "absolute" in reasons["C:/windows.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"flags": 1}, "encrypted"),
+        ({"method": 12}, "packed by method 12"),
+        ({"crc": 1}, "its bytes do not fit its CRC"),
+        ({"size": 50}, "unpacks to more bytes than the 50"),
+        ({"size": 60000}, "unpacks to fewer bytes than the 60000"),
+        ({"size": 2**31}, "larger than 1 GiB"),
+    ],
+)
+def test_a_zip_that_lies(tmp_path: Path, changes: dict[str, int], says: str) -> None:
+    path = write_zip(tmp_path / "a.zip", {"only.png": encoded()})
+    zip_entry(path, **changes)
+    assert says in refused(path, tmp_path / "out")
+
+
+def test_a_zip_bomb_unfolds_no_further_than_it_says(tmp_path: Path) -> None:
+    bomb = zlib.compress(bytes(200 << 20), 9)[2:-4]
+    path = write_zip(tmp_path / "a.zip", {"only.png": bomb}, zipfile.ZIP_STORED)
+    zip_entry(path, method=8, size=1000)
+    begin = time.process_time()
+    assert "unpacks to more bytes than the 1000" in refused(path, tmp_path / "out")
+    assert time.process_time() - begin < 1
+
+
+def test_damaged_and_overlapping_zips(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", class_folders())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "not a readable zip" in refused(path, tmp_path / "out")
+    end = whole.index(b"PK\x05\x06")
+    directory = whole[whole.index(b"PK\x01\x02") : end]
+    tail = bytearray(whole[end:])
+    struct.pack_into("<HHI", tail, 8, 600, 600, len(directory) * 100)
+    path.write_bytes(whole[:end] + directory * 99 + tail)
+    assert "entries overlap" in refused(path, tmp_path / "out")
+
+
+def test_a_damaged_and_a_compressed_tar(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", class_folders())
+    path.write_bytes(path.read_bytes()[:-20000])
+    assert str(path) in refused(path, tmp_path / "out")
+    packed = tmp_path / "a.tar.gz"
+    with tarfile.open(packed, "w:gz"):
+        pass
+    assert "compressed; unpack that first" in refused(packed, tmp_path / "out")
+    empty = write_tar(tmp_path / "empty.tar", {"readme.txt": b"x"})
+    assert "no image found in it" in refused(empty, tmp_path / "out")
+
+
+def test_an_archive_with_splits(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"set/{s}/cat/1.png": encoded() for s in ("train", "test")})
+    assert "holds the splits test, train" in refused(path, tmp_path / "out")
+
+
+# ---- Arrow
+
+
+def table(count: int = 10, **features: Any) -> pa.Table:
+    images = pa.array([{"bytes": encoded(i), "path": f"{i}.png"} for i in range(count)])
+    features = features or {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}
+    result = pa.table({"img": images, **{name: pa.array([i % 2 for i in range(count)]) for name in features}})
+    return result.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def write_arrow(path: Path, rows: pa.Table, *, stream: bool, batch: int = 3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with make(str(path), rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=batch)
+    return path
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_arrow_is_parquet(tmp_path: Path, stream: bool) -> None:
+    rows = table(300)
+    for i in range(2):
+        write_arrow(tmp_path / "arrow" / f"data-{i}.arrow", rows.slice(i * 150, 150), stream=stream, batch=7)
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        pq.write_table(rows.slice(i * 150, 150), tmp_path / "parquet" / f"data-{i}.parquet")
+    (tmp_path / "arrow" / "state.json").write_text("{}")
+    write_arrow(tmp_path / "arrow" / "cache-0123.arrow", rows.rename_columns(["x", "y"]), stream=True)
+    summary = write_shards(tmp_path / "arrow", tmp_path / "a", processes=1)
+    write_shards(tmp_path / "parquet" / "*.parquet", tmp_path / "p", processes=1)
+    assert summary.classes == ("a", "b")
+    assert [problem.reason for problem in summary.skipped] == ["made by datasets.map"]
+    arrow, parquet = stored(tmp_path / "a"), stored(tmp_path / "p")
+    assert {name.replace(".arrow", ".parquet"): value for name, value in arrow.items()} == parquet
+    assert len(arrow) == 300
+    assert len(stored_one := find_source(tmp_path / "arrow" / "data-0.arrow")) == 150
+    assert len(stored_one.chunks) == 2
+
+
+def test_damaged_arrow(tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "x.arrow", table(), stream=False)
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[:100], whole[:-10]):
+        path.write_bytes(content)
+        assert "not a readable Arrow file" in refused(path, tmp_path / "out")
+    path = write_arrow(tmp_path / "x.arrow", table(), stream=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 600])
+    assert "not a readable Arrow file" in refused(path, tmp_path / "out")
+
+
+def test_arrow_offsets_that_lead_astray_are_refused(tmp_path: Path) -> None:
+    rows = pa.table({"image": [encoded(i) for i in range(3)]})
+    path = write_arrow(tmp_path / "x.arrow", rows, stream=True)
+    data = bytearray(path.read_bytes())
+    sizes = [len(encoded(i)) for i in range(3)]
+    offsets = struct.pack("<4i", 0, sizes[0], sum(sizes[:2]), sum(sizes))
+    at = data.index(offsets)
+    data[at : at + 16] = struct.pack("<4i", 0, 2**30, 2**30 + 1, 2**31 - 1)
+    path.write_bytes(data)
+    assert "cannot be read" in refused(path, tmp_path / "out")
+
+
+def test_splits_in_a_folder_of_arrow_files(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_arrow(tmp_path / "src" / f"cifar10-{split}.arrow", table(), stream=True)
+    assert "several splits (test, train)" in refused(tmp_path / "src", tmp_path / "out")
+    write_shards(tmp_path / "src" / "*train*.arrow", tmp_path / "out", processes=1)
+    pq.write_table(table(), tmp_path / "src" / "x.parquet")
+    assert "holds .parquet and .arrow files" in refused(tmp_path / "src", tmp_path / "none")
+    assert "this pattern must match" in refused(tmp_path / "src" / "*", tmp_path / "none")
+
+
+# ---- columns
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    names = {"fine": {"names": ["x", "y"]}, "coarse": {"names": ["z", "w"]}}
+    rows = table(4, **names).append_column("thumb", pa.array([encoded(50 + i) for i in range(4)]))
+    path = tmp_path / "t.parquet"
+    pq.write_table(rows, path)
+    assert "no column 'label', but classes in coarse, fine; choose with --label-column coarse" in refused(
+        path, tmp_path / "out"
+    )
+    summary = write_shards(path, tmp_path / "a", label_column="fine", processes=1)
+    assert summary.classes == ("x", "y")
+    summary = write_shards(path, tmp_path / "b", label_column="none", image_column="thumb", processes=1)
+    assert summary.classes == ()
+    assert stored(tmp_path / "b")["t.parquet#2"] == (-1, encoded(52))
+    assert "no column 'ist'" in refused(path, tmp_path / "out", label_column="ist")
+    assert "no column 'fine' with image bytes (--image-column); of its columns these fit: img, thumb" in refused(
+        path, tmp_path / "out", image_column="fine", label_column="none"
+    )
+    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), path)
+    assert "2 columns could hold image bytes (of a, b); name one with --image-column" in refused(path, tmp_path / "out")
+
+
+def test_columns_have_no_effect_elsewhere(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "src", class_folders())
+    assert "--label-column: 'x' has no effect" in refused(source, tmp_path / "out", label_column="x")
+    archive = write_tar(tmp_path / "a.tar", class_folders())
+    assert "--image-column: 'x' has no effect" in refused(archive, tmp_path / "out", image_column="x")
+
+
+# ---- lists
+
+
+def listing(tmp_path: Path, text: str, count: int = 3) -> Path:
+    write_folder(tmp_path / "src", {f"im/{i}.png": encoded(i) for i in range(count)})
+    path = tmp_path / "src" / "list.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "classes"),
+    [
+        ("path,label\nim/2.png,7\nim/0.png,\nim/1.png,-1\n", [-1, -1, 7], ()),
+        ("im/0.png,1\n\nim/1.png,0\r\n./im/2.png,3", [1, 0, 3], ()),
+        ("im/0.png\nim/1.png\nim/2.png\n", [-1] * 3, ()),
+        ('\ufefffile_name,class\nim/0.png,dog\nim/1.png,"a, cat"\nim/2.png,\n', [1, 0, -1], ("a, cat", "dog")),
+    ],
+)
+def test_lists(tmp_path: Path, text: str, labels: list[int], classes: tuple[str, ...]) -> None:
+    summary = write_shards(listing(tmp_path, text), tmp_path / "out", processes=1)
+    assert summary.classes == classes
+    assert stored(tmp_path / "out") == {f"im/{i}.png": (label, encoded(i)) for i, label in enumerate(labels)}
+
+
+def test_columns_of_a_list(tmp_path: Path) -> None:
+    path = listing(tmp_path, "id,where,kind,size\n1,im/0.png,cat,3\n2,im/1.png,dog,4\n")
+    assert "4 columns and no header" in refused(path, tmp_path / "out")
+    assert "which column is the label?" in refused(path, tmp_path / "out", image_column="where")
+    assert "no column 'sort' (--label-column)" in refused(path, tmp_path / "out", image_column="where", label_column="sort")
+    assert "which column is the path?" in refused(path, tmp_path / "out", label_column="kind")
+    write_shards(path, tmp_path / "out", image_column="where", label_column="kind", processes=1)
+    assert [label for label, _ in stored(tmp_path / "out").values()].count(1) == 1
+
+
+def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(encoded(9))
+    path = listing(tmp_path, f"im/0.png\n../secret.png\n{tmp_path}/secret.png\nlink.png\nim/gone.png\nim/0.png\nin.png\n")
+    (tmp_path / "src" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "src" / "in.png").symlink_to(tmp_path / "src" / "im" / "1.png")
+    summary = write_shards(path, tmp_path / "out", processes=1)
+    assert set(stored(tmp_path / "out")) == {"im/0.png", "in.png"}
+    assert dict(summary.rejected) == {
+        "list.csv:2: ../secret.png": "a path that leads out ('..')",
+        f"list.csv:3: {tmp_path}/secret.png": "an absolute path",
+        "list.csv:6: im/0.png": "listed twice",
+        "link.png": "a link out of the list's folder",
+        "im/gone.png": "No such file or directory",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("path,label\n", "lists no image"),
+        ("path,label\nim/0.png\n", "line 2 has 1 columns, the first line 2"),
+        ("path,label\nim/0.png,-7\n", "line 2: -7 is no label"),
+        ("path,label\nim/0.png,99999999999999999999\n", "is no label"),
+        ('path,label\n"im/0.png,1\n', "not a readable CSV file"),
+        ("../a.png\n/b.png\n", "lists no image that can be used; the first: list.csv:1: ../a.png"),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refused(listing(tmp_path, text), tmp_path / "out")
+
+
+def test_a_list_that_is_no_utf8(tmp_path: Path) -> None:
+    path = listing(tmp_path, "")
+    path.write_bytes(b"path,label\nim/0.png,k\xe4se\n")
+    assert "not a readable CSV file in UTF-8" in refused(path, tmp_path / "out")
+
+
+# ---- any number of processes
+
+
+@pytest.mark.slow  # starts processes that import torch
+def test_the_number_of_processes_changes_no_byte_of_any_source(tmp_path: Path) -> None:
+    images = {f"{('cat', 'dog')[i % 2]}/{i:03d}.png": encoded(i) for i in range(300)}
+    images["cat/bad.png"] = b"no image"
+    images["dog/palette.png"] = encoded(1, mode="P")
+    sources = [
+        write_tar(tmp_path / "a.tar", images),
+        write_zip(tmp_path / "a.zip", images),
+        write_arrow(tmp_path / "a.arrow", table(300), stream=True),
+        write_folder(tmp_path / "files", images) / "list.csv",
+    ]
+    sources[-1].write_text("".join(f"{name},{name[:3]}\n" for name in images))
+    for number, source in enumerate(sources):
+        for processes in (1, 2):
+            write_shards(source, tmp_path / f"{number}-{processes}", shard_size=40, processes=processes, split=(0.9, 0.1))
+        assert contents(tmp_path / f"{number}-1") == contents(tmp_path / f"{number}-2")
+
+
+def test_an_unreadable_name_in_a_tar(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9\n.png")
+    write_shards(write_tar(tmp_path / "a.tar", {name: encoded(), "b.png": b"x"}), tmp_path / "out", processes=1)
+    assert set(stored(tmp_path / "out")) == {f"a.tar/{name}"}
