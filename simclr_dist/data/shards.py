@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from simclr_dist import stopping
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.sources import FileChunk, Problem, RowGroupChunk, find_source, printable
@@ -175,6 +176,9 @@ def write_shards(
     if processes is None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processes = min(cpus, 1 + len(found) // 500)  # starting one takes as long as decoding some hundred images
+    if min(processes, len(found.chunks)) <= 1:
+        with stopping.blocked():  # its import of torch passes over what a signal raises; and no bar has a thread yet
+            import webdataset.writer  # noqa: F401
     bar = partial(tqdm, unit="image", disable=not (progress and sys.stderr.isatty()))
     try:
         with _working_folder(destination) as work, _workers(min(processes, len(found.chunks))) as run:

@@ -27,7 +27,7 @@ class Container:
         self._volumes = [f"--volume={volume}" for volume in volumes]
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
-        """Its exit code and its output, stderr with stdout."""
+        """Its exit code and its output, stderr with stdout. A program that a volume holds needs its whole path."""
         return self._store.buildah("run", "--isolation=chroot", *self._volumes, self._name, "--", *command, check=False)
 
 
