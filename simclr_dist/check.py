@@ -16,6 +16,7 @@ from simclr_dist.learner import backward, build_learner
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.microbatch import LossFunction
 from simclr_dist.model import build_simclr
+from simclr_dist.supervisor import die_with
 
 TOLERANCE = 1e-11
 _SMALL = Config(
@@ -99,6 +100,8 @@ def _detached(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
 
 def main(argv: Sequence[str]) -> int:
     """`[CONFIG [--key value ...]]`; returns the exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())  # there is nothing to save: Ctrl-C kills torchrun, and with it all ranks
     try:
         config = load_config(argv[0], argv[1:]) if argv else _SMALL
         device = config.device

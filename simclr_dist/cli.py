@@ -1,17 +1,20 @@
 """The verbs of `simclr-dist`; the only place, with `__main__` blocks, that exits.
 
-Exit codes: 0 done, 1 crash, 2 usage, config or data error, 3 diverged, 75 stopped with all saved. Nothing here imports
-torch before the arguments, the config and the data have been checked.
+Exit codes are in `manual.EXIT_CODES`. Nothing here imports torch before the arguments, the config and the data have been
+checked.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simclr_dist import __version__, stopping
+from simclr_dist import manual, stopping
+from simclr_dist.completion import SHELLS, complete, script
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.data import shard_options
 from simclr_dist.errors import ConfigError, UserError
@@ -23,12 +26,27 @@ from simclr_dist.launcher import torchrun
 from simclr_dist.rendezvous import Nodes
 from simclr_dist.slurm import command as submit_command
 
+_INTERRUPTED, _READER_GONE = 130, 141  # as a shell has it: 128 and SIGINT, 128 and SIGPIPE
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # what is left to write may meet a closed pipe: here, and not on the way out
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except SystemExit:  # help and version, written or not
+        sys.stdout.flush()
+        raise
     if rest and not hasattr(known, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.verb is None:
@@ -40,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simclr-dist: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("simclr-dist: interrupted", file=sys.stderr)
-        return 130
+        print(f"simclr-dist: {manual.interrupted(known.verb)}", file=sys.stderr)
+        return _INTERRUPTED
     return code
 
 
@@ -51,13 +69,39 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own passes over a closed pipe."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"simclr-dist: {message}; see `{self.prog} --help`\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from simclr_dist.version import describe
+
+        print(describe())
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: argparse.Namespace, shell: Any, option: str | None = None
+    ) -> NoReturn:
+        print(script(shell))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("simclr-dist", description="Distributed large-batch SimCLR on WebDataset shards.")
-    parser.add_argument("--version", action="version", version=f"simclr-dist {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="this program's version, and what it runs on")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        help="a script: source <(simclr-dist --print-completion bash)",
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     demo = verbs.add_parser("demo", help="first run: generate a small data set, train on it, show what was learned")
@@ -85,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--max-restarts", type=_at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)"
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, options=train)
 
     evaluate = verbs.add_parser("eval", help="measure an encoder: kNN and linear probe beside baselines")
     add_evaluate_arguments(evaluate)
@@ -120,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--only", choices=["gradient"], default="gradient", help="the check to run (default: %(default)s)")
     check.add_argument("--processes", type=_at_least(1), help="ranks on this machine (default: one a GPU, or 2)")
     check.set_defaults(run=_check)
+    manual.fill_in(parser, verbs.choices)
+    if "_ARGCOMPLETE" in os.environ:
+        complete(parser, verbs.choices)
     return parser
 
 
@@ -150,7 +197,7 @@ def _demo(arguments: argparse.Namespace, _: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.help:
-        return _train_help(arguments.config)
+        return _train_help(arguments.config, arguments.options)
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
     stopping.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
@@ -199,19 +246,27 @@ def _gpus(config: Config) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _train_help(config: str | None) -> int:
+def _train_help(config: str | None, options: argparse.ArgumentParser) -> int:
     import tyro
 
     defaults = load_config(config) if config else Config()
-    print("usage: simclr-dist train CONFIG [--processes N] [--key value ...]\n")
-    print("Settings, as YAML keys or --key value, the value as in YAML (true, null, '[0.2, 1.0]'):\n")
     plain = (tyro.conf.FlagConversionOff,)
-    tyro.cli(Config, default=defaults, args=["--help"], prog="simclr-dist train CONFIG", add_help=True, config=plain)
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written), contextlib.suppress(SystemExit):
+        tyro.cli(Config, default=defaults, args=["--help"], prog="simclr-dist train CONFIG", config=plain)
+    top, _, settings = written.getvalue().partition("show this help message and exit")  # the first of its options
+    options.usage = "simclr-dist train CONFIG [options] [--key value ...]"
+    last, options.epilog = options.epilog, None
+    print(options.format_help())
+    print("Settings, as YAML keys or --key value, the value as in YAML (true, null, '[0.2, 1.0]').")
+    print(f"The defaults shown are {f'what {config} says' if config else 'those of an empty config'}.\n")
+    print("\n".join(line.rstrip() for line in (settings or top).splitlines()).strip("\n"), last, sep="\n\n")
     return 0
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int:
-    from simclr_dist.onnx_export import export_onnx
+    with stopping.blocked():  # torch's import passes over what a signal raises
+        from simclr_dist.onnx_export import export_onnx
 
     difference = export_onnx(arguments.encoder, arguments.out, arguments.layer)
     print(f"written: {arguments.out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")

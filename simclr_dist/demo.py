@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+from simclr_dist import stopping
 from simclr_dist.atomic import write_atomically
 from simclr_dist.config import load_config
 from simclr_dist.data.shards import write_shards
 from simclr_dist.demo_images import write_demo_images
+from simclr_dist.errors import PREEMPTED
 from simclr_dist.launcher import torchrun
 from simclr_dist.run import check_run_folder
 
 CONFIG = Path(__file__).with_name("demo.yaml")
 DATA = Path("data/demo")
+_STOPPED = "simclr-dist: stopped by {signal}; training is done and saved, and the same command goes on with the evaluation"
 LEARNED_POINTS = 20.0  # a linear probe gains some 50 points over an untrained encoder; less than this is no learning
 
 
@@ -29,6 +33,10 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
         command = ["-m", "simclr_dist.train", str(CONFIG), *overrides]
         if code := torchrun(processes, command, run):
             return code
+        stopping.leave_at_once(PREEMPTED, _STOPPED)  # until here a signal was only noted
+        if stopping.asked():
+            print(_STOPPED.format(signal=stopping.name(stopping.asked())), file=sys.stderr, flush=True)
+            return PREEMPTED
         _measure(run)
     summary: dict[str, dict[str, float]] = json.loads((run / "summary.json").read_text())
     encoder = _encoder(run)
@@ -61,6 +69,7 @@ def _measure(run: Path) -> None:
     from simclr_dist.evaluate.job import evaluate
     from simclr_dist.evaluate.report import summary, table
 
+    stopping.exit_when_asked(PREEMPTED, _STOPPED)
     encoder = _encoder(run)
     result: dict[str, Any] = evaluate(encoder, DATA / "train", DATA / "test", workers=0)
     draw(run, encoder, DATA / "test")

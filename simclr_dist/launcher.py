@@ -31,12 +31,15 @@ def torchrun(
     The code is the one in `run`/status.json, or the ranks' last word where they did not get so far, 75 after a stop. After a
     crash all starts again, until `max_restarts` starts in a row have brought no new checkpoint; a start for which too few
     machines came together is none of them. Raises ConfigError when the rendezvous is at no address that this machine knows a
-    way to.
+    way to, and KeyboardInterrupt when ranks without a `run`, which have nothing to save, are stopped.
     """
     stopping.listen()
     ranks = _Ranks(processes, command, nodes, alone=processes == 1 and nodes is None and run is not None)
     if run is None:
-        return 0 if ranks.run() == (0, None) else 1
+        code, final = ranks.run(lambda _: bool(stopping.asked()))
+        if stopping.asked():
+            raise KeyboardInterrupt
+        return 0 if (code, final) == (0, None) else 1
     note_death(run)  # of an earlier start
     fruitless, early, since = 0, 0, time.monotonic()
     while True:
@@ -86,7 +89,8 @@ class _Ranks:
     def __init__(self, processes: int, command: Sequence[str], nodes: Nodes | None, *, alone: bool) -> None:
         self._alone, self._command = alone, list(command)
         self._agent = [
-            *(["--standalone"] if nodes is None else torchrun_options(nodes)),
+            # By its own name a machine may not be found, in a container for one: ranks would wait for minutes.
+            *(["--standalone", "--local-addr=127.0.0.1"] if nodes is None else torchrun_options(nodes)),
             f"--nproc-per-node={processes}",
             "--max-restarts=0",
         ]
@@ -167,10 +171,13 @@ class _Watch:
 
 
 def _is_rank(process: int) -> bool:
-    """Not of what an import in torchrun starts for a moment, nor of one that has ended, and whose parent takes no notice."""
+    """Not of what an import in torchrun starts for a moment, nor of one that has ended, and whose parent takes no notice.
+
+    The environment of one that has ended is forbidden to all but root.
+    """
     try:
         return b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
 
 

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simclr_dist import __version__
 from simclr_dist.atomic import write_atomically
@@ -12,14 +12,29 @@ from simclr_dist.atomic import write_atomically
 _HERE = Path(__file__).parent
 
 
+class Revision(NamedTuple):
+    """A git checkout's `commit`, and whether the package was `changed` since."""
+
+    commit: str
+    changed: bool
+
+
+def revision() -> Revision | None:
+    """That of the package's own checkout; None for an installed package, and inside somebody else's checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return Revision(commit.decode().strip(), bool(_git("status", "--porcelain", "--", str(_HERE))))
+
+
 def code_state(run: Path) -> dict[str, Any]:
     """`version`; of a git checkout also `revision`, `diff` (the file in `run`/code with what changed since, or None) and
     `untracked` (the package's files that the revision does not know)."""
     state: dict[str, Any] = {"version": __version__, "revision": None, "diff": None, "untracked": []}
-    revision = _git("rev-parse", "HEAD")
-    if revision is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:  # inside somebody else's checkout
+    found = revision()
+    if found is None:
         return state
-    state["revision"] = revision.decode().strip()
+    state["revision"] = found.commit
     state["untracked"] = (_git("ls-files", "--others", "--exclude-standard") or b"").decode().splitlines()
     if changed := _git("diff", "HEAD", "--", str(_HERE)):
         path = run / "code" / f"{hashlib.sha256(changed).hexdigest()[:16]}.diff"

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from simclr_dist.errors import LAST_WORD
+
 # SIGUSR1 and SIGUSR2 are what `sbatch --signal` sends before a time limit; preemption and requeue send SIGTERM only.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -107,6 +109,7 @@ def _install(handler: "signal._HANDLER") -> None:
 
 def _note(number: int, _: FrameType | None) -> None:
     global _asked, _asked_at
-    if number == signal.SIGINT and _asked and "WORLD_SIZE" not in os.environ:
+    watched = "WORLD_SIZE" in os.environ or LAST_WORD in os.environ  # whose parent hands on what a terminal sends to both
+    if number == signal.SIGINT and _asked and not watched:
         raise KeyboardInterrupt
     _asked, _asked_at = number, _asked_at or time.time()

@@ -1,5 +1,10 @@
 """The command line: quick to answer, and every mistake is one line and exit code 2."""
 
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,14 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist import __version__
+from simclr_dist import __version__, cli, manual, version
 from simclr_dist.cli import main
 from simclr_dist.config import Config, load_config
 from simclr_dist.config_reader import read_yaml
 from simclr_dist.data.shards import write_shards
+from simclr_dist.errors import PREEMPTED
 from simclr_dist.run import open_run
+from terminal import terminal
 
 IMAGES = 24
+VERBS = ("demo", "shard", "train", "eval", "finetune", "embed", "export", "submit", "plan", "check")
 
 CONFIG = """
 run_folder: run
@@ -230,15 +238,100 @@ def test_overrides_and_options_may_be_mixed(here: Path, command: Command) -> Non
 def test_no_verb_shows_the_verbs_and_is_no_success(command: Command) -> None:
     code, out, err = command()
     assert (code, err) == (2, "")
-    assert all(verb in out for verb in ("demo", "shard", "train", "eval", "finetune", "embed", "export", "plan", "check"))
+    assert all(verb in out for verb in VERBS)
 
 
 def test_help_and_version(command: Command) -> None:
-    assert command("--version") == (0, f"simclr-dist {__version__}\n", "")
-    for verb in ("demo", "shard", "eval", "finetune", "embed", "export", "plan", "check"):
+    for verb in VERBS:
         code, out, err = command(verb, "--help")
         assert (code, err) == (0, "")
         assert out.startswith(f"usage: simclr-dist {verb}")
+        assert "\nexamples:\n  simclr-dist " in out
+    code, out, err = command("--help")
+    assert (code, err) == (0, "")
+    for number in (0, 1, 2, 3, PREEMPTED, 130, 141):
+        assert re.search(rf"^  {number} +[a-z]", out, re.MULTILINE), number
+
+
+@pytest.mark.parametrize(("verb", "line"), [(verb, line) for verb, lines in manual.EXAMPLES.items() for line in lines])
+def test_examples_are_commands_that_are_understood(verb: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to what they name: shards, runs and photos."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    program, *arguments = shlex.split(line)
+    known, rest = cli._parser().parse_known_args(arguments)
+    assert (program, known.verb) == ("simclr-dist", verb)
+    if getattr(known, "config", None) is None:
+        assert not rest
+    elif known.config not in ("status", "logs", "cancel", "resume"):
+        config = Path(known.config) if known.config != "my.yaml" else Path("configs/cifar10_cpu.yaml")
+        load_config(config, rest)
+    assert set(manual.EXAMPLES) == set(VERBS)
+
+
+def test_version_says_what_it_runs_on(command: Command) -> None:
+    import torch
+
+    code, out, err = command("--version")
+    assert (code, err) == (0, "")
+    first, *rows = out.splitlines()
+    assert re.fullmatch(rf"simclr-dist {re.escape(__version__)}( \(git [0-9a-f]{{12}}(, changed since)?\))?", first)
+    found = dict(row.split(maxsplit=1) for row in rows)
+    assert list(found) == ["python", "torch", "torchvision", "triton", "nccl", "gpus", "driver", "platform"]
+    assert found["python"].startswith(platform.python_version())
+    assert found["torch"].split(", ")[0] == importlib.metadata.version("torch")
+    assert found["torch"].split(", ")[1] == (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only")
+    if torch.version.cuda:
+        assert found["nccl"].startswith(".".join(map(str, torch.cuda.nccl.version())))
+
+
+def test_version_of_gpus_and_of_an_installation_without_torch(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the driver's files have it, on a machine with two GPUs."""
+    for number in range(2):
+        file = tmp_path / "gpus" / str(number) / "information"
+        file.parent.mkdir(parents=True)
+        file.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 120\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:18:02 UTC 2025\nGCC version: 12.2.0\n"
+    )
+    monkeypatch.setattr(version, "_DRIVER", tmp_path)
+    out = command("--version")[1]
+    assert "gpus         NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3\ndriver       580.65.06\n" in out
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (dvs)\n"
+    )
+    assert "driver       570.133.20\n" in command("--version")[1]
+    assert version._installed("no-such-package") == "not installed"
+    assert version._built_for("no-such-package") is None
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_it_quietly(here: Path, unbuffered: str) -> None:
+    """Whether the reader has gone before the first word, or in the middle."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONUNBUFFERED"] = unbuffered
+    for line in ("--help", "train --help", "train config.yaml --help", "eval --help", "--version", "plan config.yaml", ""):
+        for reader in ("true", "head -n 1"):
+            shell = f'{{ sleep 0.1; simclr-dist {line}; }} | {reader}; echo "${{PIPESTATUS[@]}}"'
+            done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment, check=True)
+            assert done.stderr == "", line
+            code = int(done.stdout.splitlines()[-1].split()[0])
+            assert code == 141 if reader == "true" else code in (0, 2, 141), line
+
+
+@pytest.mark.parametrize("setting", [{}, {"NO_COLOR": "1"}])
+def test_plain_text_where_no_terminal_is(here: Path, setting: dict[str, str]) -> None:
+    """Nor with NO_COLOR on a terminal, where a bar may move the cursor."""
+    program = Path(sys.executable).with_name("simclr-dist")
+    for arguments in (["train", "--help"], ["train", "config.yaml", "--sead", "1"], ["shard", "images", f"new{len(setting)}"]):
+        if setting:
+            with terminal([program, *arguments], here, setting) as shell:
+                shell.close()
+                assert not re.search(r"\x1b\[[0-9;]*m", shell.raw)
+        else:
+            done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+            assert not {"\x1b", "\r"} & set(done.stdout + done.stderr)
 
 
 def test_train_help_lists_every_setting_with_its_meaning(here: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def test_what_torchrun_is_given(launched: Launched, monkeypatch: pytest.MonkeyPa
     _, agent = launched(ends("done", 0), processes=3)
     (command,) = agent.commands
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert {"--standalone", "--nproc-per-node=3", "--max-restarts=0"} < set(command)
+    assert {"--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=3", "--max-restarts=0"} < set(command)
     assert command[-3:] == COMMAND
     assert agent.environment["OMP_NUM_THREADS"] == "5"
     assert agent.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
@@ -344,3 +344,13 @@ def test_one_that_all_divide_is_started(
     assert main(["train", "config.yaml", *more]) == 0, capsys.readouterr().err
     assert {"--nnodes=1:3", "--rdzv-conf=is_host=1"} < set(agent.commands[0])
     assert agent.commands[0][-4:] == ["simclr_dist.train", "config.yaml", "--global-batch-size", "24"]
+
+
+def test_a_process_whose_environment_is_forbidden_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of one that has just ended is to all but root."""
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert not launcher._is_rank(1)

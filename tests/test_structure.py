@@ -17,20 +17,21 @@ FILES = {
 
 # A module imports from lower floors only, or from its own folder. The first name that fits decides.
 FLOORS = {
-    "errors": 0, "atomic": 0, "stopping": 0, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
+    "errors": 0, "atomic": 0, "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
     "rendezvous": 0.5,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "run": 2, "model": 2, "loss": 2, "monitor": 2, "agreement": 2,
     "launcher": 3, "export": 3, "foreign": 3.5, "onnx_export": 3.5,
     "learner": 4,
     "train": 5, "evaluate": 5, "plan": 5, "check": 5,
-    "demo_picture": 6, "slurm": 6, "demo": 7, "cli": 8,
+    "demo_picture": 6, "slurm": 6, "demo": 7, "version": 7, "manual": 7, "completion": 7, "cli": 8,
 }  # fmt: skip
 
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
-    "rendezvous", "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
+    "rendezvous", "version", "manual", "completion",
+    "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
     "data.manifest", "data.draws", "data.order", "data.images", "data.sources", "data.shards",
     "data.index", "data.verify", "data.shard_options",

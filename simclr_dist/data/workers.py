@@ -1,5 +1,6 @@
 """A function over many items in many processes: results in order, and no process that stays behind."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any
+
+from simclr_dist import stopping
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -26,6 +29,9 @@ def workers(processes: int, preload: tuple[str, ...]) -> Iterator[Map]:
     Raises concurrent.futures.process.BrokenProcessPool when a process dies.
     """
     if processes <= 1:
+        with stopping.blocked():  # torch, which they import, passes over what a signal raises
+            for name in preload:
+                importlib.import_module(name)
         yield map
         return
     context = multiprocessing.get_context("forkserver")

@@ -1,0 +1,117 @@
+"""What the command line says about itself: what each verb is for, examples, exit codes, and how to go on after Ctrl-C."""
+
+import argparse
+from collections.abc import Mapping
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    crash, or a check that failed
+  2    usage, config or data error: one line says what to change
+  3    training diverged: its numbers stopped being finite
+  75   stopped by Ctrl-C or a scheduler's signal with all saved: the same command goes on
+  130  interrupted by Ctrl-C in a verb that starts over, or with a second Ctrl-C
+  141  whoever read the output has gone (`simclr-dist ... | head`)"""
+
+START = """from images to a measured encoder:
+  simclr-dist shard PHOTOS data/mine --split 0.8/0.2
+  simclr-dist plan my.yaml
+  simclr-dist train my.yaml
+  simclr-dist eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test
+
+`simclr-dist VERB --help` has examples for each verb."""
+
+_ABOUT = {
+    "demo": """The first run, without any data: 6,000 images are drawn, sharded, trained on and evaluated, in some minutes on
+two CPU cores. Ends with a table of what was learned, a picture, and the commands that come next.""",
+    "eval": """How good are an encoder's features? Every labelled image is read once, the encoder stays as it is, and kNN and
+a linear probe are measured beside raw pixels and an untrained encoder. Writes a table, a JSON file and a page.""",
+    "finetune": """Train an encoder further with labels, all or a small part of them, and measure it on test images. The
+encoder's file stays as it is.""",
+    "embed": """The features of your own images, a row an image, in a Parquet file for pandas, polars or DuckDB.""",
+    "export": """The encoder as ONNX, for programs without PyTorch; its output is compared with torch's.""",
+    "plan": """What a config will need, before it runs: negatives, learning rate, memory, and the images that are left over.""",
+    "check": """Does training on these machines give exactly the gradient of one process? Compares them in float64.""",
+    "submit": """Train on a SLURM cluster, with an evaluation behind it if you like. Preempted, requeued and timed-out jobs go
+on by themselves. The later forms ask a run folder for its job.""",
+    "train": """Pre-train an encoder on all GPUs of this machine, or with one process on its CPUs. A run that was stopped or
+killed goes on when the same command is given again.""",
+}
+
+EXAMPLES = {
+    "demo": ["simclr-dist demo", "simclr-dist demo --folder runs/first --processes 1"],
+    "shard": [
+        "simclr-dist shard PHOTOS data/mine",
+        "simclr-dist shard PHOTOS data/mine --split 0.8/0.2 --short-side 256",
+        "simclr-dist shard images.parquet data/mine --strict",
+    ],
+    "train": [
+        "simclr-dist train configs/cifar10_cpu.yaml",
+        "simclr-dist train my.yaml --processes 2 --global_batch_size 512 --optim.name adamw",
+        "simclr-dist train my.yaml --nnodes 2 --rdzv-endpoint 10.0.0.1:29500",
+    ],
+    "eval": [
+        "simclr-dist eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test",
+        "simclr-dist eval --watch runs/mine --train data/mine/train --test data/mine/test",
+        "simclr-dist eval --arch resnet50 --weights published.pth --train data/mine/train --test data/mine/test",
+    ],
+    "finetune": [
+        "simclr-dist finetune runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test"
+        " --labels 0.01",
+    ],
+    "embed": ["simclr-dist embed runs/mine/encoders/step-00001000.safetensors PHOTOS features.parquet"],
+    "export": ["simclr-dist export runs/mine/encoders/step-00001000.safetensors encoder.onnx"],
+    "submit": [
+        "simclr-dist submit my.yaml --profile launch/profiles/gpu8.yaml --dry-run",
+        "simclr-dist submit my.yaml --profile launch/profiles/gpu8.yaml --eval --train data/mine/train --test data/mine/test",
+        "simclr-dist submit status runs/mine",
+    ],
+    "plan": ["simclr-dist plan configs/imagenet_resnet50.yaml --processes 8 --samples 1281167"],
+    "check": ["simclr-dist check", "simclr-dist check my.yaml --processes 4"],
+}
+
+# Said after Ctrl-C by verbs that have no better word of their own.
+_AFTER_CTRL_C = {
+    "demo": "finished parts stay, and the same command goes on",
+    "shard": "nothing is written, and the same command starts again",
+    "export": "nothing is written, and the same command starts again",
+    "train": "the same command goes on from the last checkpoint",
+    "submit": "jobs that were sent go on by themselves: `squeue --me` lists them",
+}
+
+
+def interrupted(verb: str) -> str:
+    """The line that ends `verb` after Ctrl-C."""
+    return f"interrupted; {_AFTER_CTRL_C.get(verb, 'the same command starts again')}"
+
+
+def examples(verb: str) -> str:
+    """The block of examples that ends a verb's help."""
+    return "\n  ".join(["examples:", *EXAMPLES[verb]])
+
+
+def about(verb: str) -> str:
+    """What `verb` is for; '' where its parser says it."""
+    return _ABOUT.get(verb, "")
+
+
+def fill_in(parser: argparse.ArgumentParser, verbs: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Give the program and its verbs their descriptions, examples and exit codes, kept in lines as they stand here.
+
+    An option without a metavar gets N for a whole number, X for another, and not its own name in capitals.
+    """
+    parser.formatter_class = _Layout
+    parser.epilog = f"{START}\n\n{EXIT_CODES}"
+    for name, verb in verbs.items():
+        verb.formatter_class = _Layout
+        verb.description = verb.description or about(name)
+        verb.epilog = examples(name)
+        for action in verb._actions:
+            if action.option_strings and action.metavar is None and action.choices is None and action.nargs != 0:
+                action.metavar = {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""))
+
+
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    """Lines of descriptions and examples as they are, and room for the longest options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
