@@ -32,7 +32,8 @@ WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
     "rendezvous", "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file",
-    "data.manifest", "data.draws", "data.order", "data.images", "data.sources", "data.shards",
+    "data.manifest", "data.collection", "data.remote", "data.cache", "data.ahead",
+    "data.draws", "data.order", "data.images", "data.sources", "data.shards",
 ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class Sets:
     """Training and test images; raises DataError, on all ranks, where the two cannot be compared."""
 
     def __init__(self, train: str | Path, test: str | Path) -> None:
+        self.named = {"train": str(train), "test": str(test)}
         self.images = together(lambda: {"train": ShardDataset(train), "test": ShardDataset(test)})
         self.train, self.test = self.images["train"].manifest, self.images["test"].manifest
         self.classes = _count_classes(self.train, self.test)
@@ -238,7 +239,7 @@ def _count_classes(train: Manifest, test: Manifest) -> int:
 
 def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:
     """What to type to have it all again."""
-    told = {"train": sets.train.folder, "test": sets.test.folder, **_set(settings, Settings())}
+    told = {**sets.named, **_set(settings, Settings())}
     if isinstance(encoder, Foreign):
         told |= {"arch": encoder.arch, "weights": encoder.weights, **_set(encoder, Foreign("", ""), "arch", "weights")}
     command = ["simclr-dist", "eval", *([] if isinstance(encoder, Foreign) else [str(encoder)])]
