@@ -48,11 +48,12 @@ class ShardDataset(Dataset[Sample]):
     when the server of remote shards fails; ConfigError when the cache's limit is too small.
     """
 
+    _cache: ShardCache | None = None
+
     def __init__(self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None) -> None:
         self.manifest: Manifest = load_collection(where, patience=cache.patience if cache else None)
         self._open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._cache: ShardCache | None = None
         self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._newest = -1
         if isinstance(self.manifest.folder, str):
@@ -168,7 +169,7 @@ class ShardDataset(Dataset[Sample]):
             self._ahead = Ahead(self._cache)
 
     def __del__(self) -> None:
-        if getattr(self, "_cache", None) is not None:
+        if self._cache is not None and hasattr(self, "_ahead"):
             self._ahead.close()
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
