@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.io import ImageReadMode  # registers torch.ops.image
 
@@ -231,7 +231,9 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
     try:
         width, height = _size(content)
     except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
-        raise DataError(f"{name}: not an image: {printable((str(error).splitlines() or [''])[0][:200])}") from None
+        # Pillow's text for bytes that it does not know holds an address: another line in every epoch.
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {printable((str(error).splitlines() or [''])[0][:200])}"
+        raise DataError(f"{name}: not an image{why}") from None
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
     try:
