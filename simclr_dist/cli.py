@@ -229,13 +229,21 @@ def _check_run(config: Config, world_size: int, *, held: bool) -> int:
 
     `held`: the run may be in use, by the machines that this one joins.
     """
-    from simclr_dist.data.manifest import load_manifest
     from simclr_dist.run import check_run_folder
 
     check_run_folder(config, held=held)
-    samples = len(load_manifest(config.data.shards))
+    samples = _count_images(config)
     check_fits(config, samples, world_size)
     return samples
+
+
+def _count_images(config: Config) -> int:
+    from simclr_dist.data.collection import find_tars, load_collection
+
+    if config.data.samples is not None:
+        find_tars(config.data.shards, allow_pipe=config.data.allow_pipe)
+        return config.data.samples
+    return len(load_collection(config.data.shards))
 
 
 def _gpus(config: Config) -> int:

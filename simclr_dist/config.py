@@ -6,6 +6,7 @@ Every check here works without torch, so that a typo answers at once and before 
 import dataclasses
 import functools
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,9 @@ class DataConfig:
     """Where the images come from and who reads them."""
 
     shards: str = ""
-    """Folder of training shards with their manifest, as `simclr-dist shard` writes it."""
+    """Training shards: a folder with its manifest, the URL of one, or tars like shards/train-{000000..000099}.tar."""
+    reader: Literal["manifest", "stream"] = "manifest"
+    """`stream` reads tars without a manifest: no exact epochs, and no resume in the middle of one."""
     workers: int = 2
     """Reading processes beside each rank; 0 reads in the rank itself."""
     window: int = 16
@@ -64,6 +67,18 @@ class DataConfig:
     """What an unreadable image does: end the run, or give its place to a spare of the same epoch."""
     max_bad_samples: int = 100
     """With `replace`: more different bad images than this end the run all the same."""
+    cache: str = ""
+    """Folder for remote shards, on a local disk; default: $SIMCLR_DIST_CACHE, else ~/.cache/simclr_dist/shards."""
+    cache_gib: float | None = None
+    """Most that the cache holds, in GiB; default: $SIMCLR_DIST_CACHE_GIB, else 100."""
+    retry_minutes: float = 3.0
+    """How long a server that fails is asked again before the run ends."""
+    samples: int | None = None
+    """With `reader: stream`: how many images the tars hold in all, which is the length of an epoch."""
+    shuffle_buffer: int = 1000
+    """With `reader: stream`: encoded images that each worker holds and mixes."""
+    allow_pipe: bool = False
+    """With `reader: stream`: let shards be `pipe:` commands, which a shell runs."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +292,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.shards",
         "data.workers",
         "data.max_bad_samples",
+        "data.cache",
+        "data.cache_gib",
+        "data.retry_minutes",
+        "data.allow_pipe",
     }
     | {"checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every"}
     | {"log.every", "log.tensorboard"}
@@ -330,7 +349,7 @@ def check(config: Config, source: str) -> None:
 
     at_least: dict[str, float] = {
         "seed": 0, "global_batch_size": 1, "micro_batches": 1, "max_skipped_steps": 1, "check_ranks_every": 0,
-        "data.workers": 0, "data.window": 1, "data.max_bad_samples": 0, "model.projector_depth": 0,
+        "data.workers": 0, "data.window": 1, "data.max_bad_samples": 0, "data.shuffle_buffer": 1, "model.projector_depth": 0,
         "model.projector_hidden": 1, "model.projector_dim": 1, "optim.base_lr": 0, "optim.weight_decay": 0,
         "optim.trust_coefficient": 0, "optim.warmup_epochs": 0, "optim.clip_norm": 0, "checkpoint.every": 1,
         "checkpoint.keep_last": 1, "checkpoint.keep_every": 0, "checkpoint.export_every": 0, "log.every": 1,
@@ -390,7 +409,47 @@ def check(config: Config, source: str) -> None:
         model.encoder == "resnet10" and model.init.startswith("imagenet")
     ):
         refuse("model.init", "needs torchvision's shape: width 1, stem imagenet, and an encoder other than resnet10")
+    _check_data(config, source, refuse)
     _check_optimizer(config, refuse)
+
+
+def _check_data(config: Config, source: str, refuse: typing.Callable[[str, str], typing.NoReturn]) -> None:
+    data, plain = config.data, DataConfig()
+    pipe = data.shards.startswith("pipe:")
+    remote = "://" in data.shards and not pipe
+    if (
+        remote
+        and (shown := re.sub(r"\?.*", "?***", re.sub(r"(://)[^/?#]*@", r"\1***@", data.shards), flags=re.DOTALL)) != data.shards
+    ):
+        raise ConfigError(
+            f"{source}: data.shards: {shown!r} holds a user, password or query, which would stand in config.yaml and in"
+            " each encoder's card; put a login into ~/.netrc, or where the protocol's package looks for it"
+        )
+    if data.reader == "manifest":
+        if pipe:
+            refuse("data.shards", "is a shell command; it can only be read with data.reader: stream")
+        for name in ("samples", "shuffle_buffer", "allow_pipe"):
+            if getattr(data, name) != getattr(plain, name):
+                refuse(f"data.{name}", "has no effect without data.reader: stream; leave it out")
+    else:
+        if data.samples is None:
+            refuse("data.samples", "must be set for data.reader: stream: how many images the tars hold in all")
+        if data.samples < 1:
+            refuse("data.samples", "is too small; the least is 1")
+        if data.window != plain.window:
+            refuse("data.window", "has no effect with data.reader: stream, which mixes by data.shuffle_buffer; leave it out")
+        if pipe and not data.allow_pipe:
+            refuse("data.shards", "runs a shell command; set data.allow_pipe: true if you mean it")
+    if not remote:
+        for name in ("cache", "cache_gib", "retry_minutes"):
+            if getattr(data, name) != getattr(plain, name):
+                refuse(f"data.{name}", "has no effect, as data.shards is no URL; leave it out")
+    if data.cache_gib is not None and not 0 < data.cache_gib <= 1e9:
+        refuse("data.cache_gib", "must be above 0")
+    if not 0 < data.retry_minutes <= 100_000:
+        refuse("data.retry_minutes", "must be above 0 and at most 100000")
+    if remote and data.retry_minutes >= config.timeout_minutes:
+        refuse("data.retry_minutes", f"must be less than timeout_minutes, {config.timeout_minutes}: other ranks wait no longer")
 
 
 def _check_optimizer(config: Config, refuse: typing.Callable[[str, str], typing.NoReturn]) -> None:

@@ -21,6 +21,10 @@ class DataError(UserError):
     """Images, shards, a manifest, a checkpoint or an encoder file that cannot be used as they are."""
 
 
+class UnreachableError(DataError):
+    """A server, or the cache before it, that fails for long: no fault of an image, so none is replaced because of it."""
+
+
 class RankError(DataError):
     """A DataError that only the rank which raises it has seen, so that rank says it (others are said by rank 0)."""
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from simclr_dist.config import Config, check_fits
+from simclr_dist.data.collection import load_collection, names_tars
 from simclr_dist.data.draws import PRESETS
-from simclr_dist.data.manifest import load_manifest
+from simclr_dist.data.remote import is_url
 from simclr_dist.errors import ConfigError
 from simclr_dist.model import build_simclr
 
@@ -18,10 +19,12 @@ def plan(config: Config, *, world_size: int = 1, samples: int | None = None) -> 
 
     Raises ConfigError when the config cannot run (batch larger than the data, or not divided).
     """
+    samples = config.data.samples if samples is None else samples
     if samples is None:
-        if not Path(config.data.shards).exists():
+        where = config.data.shards
+        if not is_url(where) and not names_tars(where) and not Path(where).exists():
             raise ConfigError(f"data.shards: {config.data.shards!r} is not here; give the number of images by --samples N")
-        samples = len(load_manifest(config.data.shards))
+        samples = len(load_collection(where))
     check_fits(config, samples, world_size)
     with torch.device("meta"):
         model = build_simclr(**config.model.shape)

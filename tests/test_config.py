@@ -37,8 +37,9 @@ OPTIONS = [
     "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision",
     "activation_checkpointing", "channels_last", "compile", "deterministic",
     "max_skipped_steps", "check_ranks_every", "timeout_minutes",
-    "first_step_timeout_minutes", "data.shards", "data.workers", "data.window",
-    "data.on_bad_sample", "data.max_bad_samples", "views.preset", "views.image_size", "views.crop_scale",
+    "first_step_timeout_minutes", "data.shards", "data.reader", "data.workers", "data.window",
+    "data.on_bad_sample", "data.max_bad_samples", "data.cache", "data.cache_gib", "data.retry_minutes",
+    "data.samples", "data.shuffle_buffer", "data.allow_pipe", "views.preset", "views.image_size", "views.crop_scale",
     "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
     "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
     "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",
@@ -279,6 +280,14 @@ def test_optional_settings_can_be_set_and_left(file: Path) -> None:
         ("data.workers", -1),
         ("data.window", 0),
         ("data.max_bad_samples", -1),
+        ("data.shuffle_buffer", 0),
+        ("data.shards", "pipe:cat x.tar"),
+        ("data.samples", 5),
+        ("data.shuffle_buffer", 5),
+        ("data.allow_pipe", True),
+        ("data.cache", "x"),
+        ("data.cache_gib", 5),
+        ("data.retry_minutes", 2),
         ("views.image_size", 7),
         ("views.crop_scale", [0, 1]),
         ("views.crop_scale", [0.5, 0.2]),
@@ -473,6 +482,37 @@ def test_to_dict_goes_through_yaml_and_json_and_back(file: Path) -> None:
     assert config_from_dict(read_yaml(write_yaml(config.to_dict()), "here"), "here") == config
     with pytest.raises(ConfigError, match=r"old run: optim\.lr_rul: unknown key; did you mean 'optim\.lr_rule'"):
         config_from_dict({"optim": {"lr_rul": "x"}}, "old run")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ("reader: stream", r"data\.samples: None must be set for data\.reader: stream"),
+        ("reader: stream, samples: 0", r"data\.samples: 0 is too small"),
+        ("reader: stream, samples: 9, window: 3", r"data\.window: 3 has no effect with data\.reader: stream"),
+        ("reader: stream, samples: 9, shards: 'pipe:x'", r"data\.shards: 'pipe:x' runs a shell command; set data\.allow_pipe"),
+        ("shards: 's3://b/x', retry_minutes: 5", r"data\.retry_minutes: 5\.0 must be less than timeout_minutes, 5\.0"),
+        ("shards: 's3://b/x', retry_minutes: 0", r"data\.retry_minutes: 0\.0 must be above 0"),
+        ("shards: 's3://b/x', cache_gib: -1", r"data\.cache_gib: -1\.0 must be above 0"),
+        ("shards: 'https://me:secret@b/x'", r"data\.shards: 'https://\*\*\*@b/x' holds a user, password or query"),
+        ("shards: 'https://b/x?sig=secret'", r"data\.shards: 'https://b/x\?\*\*\*' holds a user, password or query"),
+    ],
+)
+def test_data_settings_that_contradict_each_other(tmp_path: Path, values: str, line: str) -> None:
+    (tmp_path / "c.yaml").write_text(LEAST.replace("shards: data/x", values if "shards" in values else f"shards: x, {values}"))
+    with pytest.raises(ConfigError, match=rf"^[^\n]*{line}[^\n]*$") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "secret" not in str(caught.value)
+
+
+def test_data_settings_that_go_together(tmp_path: Path) -> None:
+    for values in (
+        "shards: 's3://b/x', cache: /scratch, cache_gib: 5, retry_minutes: 2, window: 3",
+        "shards: 'https://b/x-{0..9}.tar', reader: stream, samples: 9, shuffle_buffer: 5, cache: /scratch",
+        "shards: 'pipe:cat x', reader: stream, samples: 9, allow_pipe: true",
+    ):
+        (tmp_path / "c.yaml").write_text(LEAST.replace("shards: data/x", values))
+        load_config(tmp_path / "c.yaml")
 
 
 def test_what_may_change_on_resume_are_real_settings() -> None:

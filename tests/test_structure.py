@@ -33,7 +33,8 @@ WITHOUT_TORCH = [
     "rendezvous", "version", "manual", "completion",
     "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
-    "data.manifest", "data.draws", "data.order", "data.images", "data.sources", "data.shards",
+    "data.manifest", "data.collection", "data.remote", "data.cache", "data.ahead",
+    "data.draws", "data.order", "data.images", "data.sources", "data.shards",
     "data.index", "data.verify", "data.shard_options",
 ]  # fmt: skip
 

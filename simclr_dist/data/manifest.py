@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +41,10 @@ class Manifest:
     into `shards`; `offset` and `size` int64 [n] locate the image's bytes inside the tar. `label` int64 [n] is -1 where there
     is none; `sha256` uint8 [n, 32] is of the image's bytes. `classes` are names by label, () when the source has none (labels
     may exist all the same). `digest` is the hex sha256 of the content (keys, hashes, labels, classes), whatever the folder.
+    `folder` is a text when it is a URL (`data.collection`). `shard_bytes` int64 [s] are the sizes of the tars.
     """
 
-    folder: Path
+    folder: Path | str
     shards: tuple[str, ...]
     shard_sizes: NDArray[np.int64]
     key: NDArray[np.str_]
@@ -56,6 +57,7 @@ class Manifest:
     sha256: NDArray[np.uint8]
     classes: tuple[str, ...]
     digest: str
+    shard_bytes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.key)
@@ -115,24 +117,40 @@ def write_manifest(folder: Path, shards: Sequence[str], rows: Sequence[ManifestR
     return path
 
 
-def load_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
-    """Read and check `folder`/manifest.parquet; without `check_shards`, whatever has become of the shards.
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read and check `folder`/manifest.parquet.
 
     Raises DataError when the folder or manifest is missing or not one of ours, when it contradicts itself, and when a shard
     is missing or has another byte size than recorded.
     """
     folder = Path(folder)
+    manifest = parse_manifest(read_manifest_file(folder), folder)
+    check_shards(manifest)
+    return manifest
+
+
+def read_manifest_file(folder: Path) -> bytes:
+    """The bytes of `folder`/manifest.parquet; raises DataError when there is none."""
     path = folder / MANIFEST_NAME
     _require_file(folder, path)
     try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_manifest(content: bytes, folder: Path | str) -> Manifest:
+    """The manifest whose file, found in `folder` (a path or a URL), has these bytes; raises DataError for a bad one.
+
+    Whether the shards are there is not looked at.
+    """
+    path = f"{folder}/{MANIFEST_NAME}"
+    try:
         # pyarrow's threads would make some 8 % of the commands that end soon after abort on their way out (134).
-        content = pa.BufferReader(path.read_bytes())
-        table = pq.read_table(content, use_threads=False, pre_buffer=False).combine_chunks()
+        table = pq.read_table(pa.BufferReader(content), use_threads=False, pre_buffer=False).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}); shard the images again") from None
-    names, counts, classes = _read_about(path, table)
-    if check_shards:
-        _check_shards(folder, names, counts)
+    names, counts, classes = _read_about(folder, path, table)
 
     column = {name: table.column(name).to_numpy() for name in ("offset", "size", "label", "width", "height")}
     index = {name: i for i, name in enumerate(names)}
@@ -151,9 +169,6 @@ def load_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
 
     keys = table.column("key").to_pylist()
     hashes = np.frombuffer(b"".join(table.column("sha256").to_pylist()), dtype=np.uint8).reshape(-1, 32)
-    digest = hashlib.sha256(json.dumps([keys, list(classes)]).encode())
-    digest.update(hashes.tobytes())
-    digest.update(column["label"].astype("<i8").tobytes())
     return Manifest(
         folder=folder,
         shards=names,
@@ -162,9 +177,34 @@ def load_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
         shard=shard,
         sha256=hashes,
         classes=classes,
-        digest=digest.hexdigest(),
+        digest=content_digest(keys, classes, hashes, column["label"]),
+        shard_bytes=shard_bytes,
         **column,
     )
+
+
+def content_digest(keys: Sequence[str], classes: Sequence[str], sha256: NDArray[np.uint8], label: NDArray[np.int64]) -> str:
+    """`Manifest.digest` of these images."""
+    digest = hashlib.sha256(json.dumps([list(keys), list(classes)]).encode())
+    digest.update(sha256.tobytes())
+    digest.update(label.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def check_shards(manifest: Manifest) -> None:
+    """Raises DataError when a shard in the manifest's (local) folder is missing or has another size than recorded."""
+    for name, recorded in zip(manifest.shards, manifest.shard_bytes.tolist(), strict=True):
+        shard = Path(manifest.folder, name)
+        try:
+            found = shard.stat().st_size
+        except OSError as error:
+            raise DataError(
+                f"{shard}: in {MANIFEST_NAME}, but {error.strerror}; copy it here or shard the images again"
+            ) from None
+        if found != recorded:
+            raise DataError(
+                f"{shard}: has {found} bytes, {MANIFEST_NAME} says {recorded}; copy it here or shard the images again"
+            )
 
 
 def _require_file(folder: Path, path: Path) -> None:
@@ -173,12 +213,16 @@ def _require_file(folder: Path, path: Path) -> None:
     if not path.is_file():
         inner = sorted(str(p.parent) for p in folder.glob(f"*/{MANIFEST_NAME}"))
         cure = f"name one of {', '.join(inner)}" if inner else f"make it with `simclr-dist shard SRC {folder}`"
+        if not inner and any(folder.glob("*.tar")):
+            cure = f"for tars of others `simclr-dist shard --index {folder}` writes one"
         raise DataError(f"{folder}: has no {MANIFEST_NAME}; {cure}")
 
 
-def _read_about(path: Path, table: pa.Table) -> tuple[tuple[str, ...], list[tuple[int, int]], tuple[str, ...]]:
+def _read_about(
+    folder: Path | str, path: str, table: pa.Table
+) -> tuple[tuple[str, ...], list[tuple[int, int]], tuple[str, ...]]:
     """Shard names, (bytes, samples) of each, and class names from the schema's metadata."""
-    foreign = DataError(f"{path}: not a manifest of simclr-dist; make one with `simclr-dist shard SRC {path.parent}`")
+    foreign = DataError(f"{path}: not a manifest of simclr-dist; make one with `simclr-dist shard SRC {folder}`")
     text = (table.schema.metadata or {}).get(_METADATA_KEY)
     if text is None:
         raise foreign
@@ -197,28 +241,15 @@ def _read_about(path: Path, table: pa.Table) -> tuple[tuple[str, ...], list[tupl
         raise DataError(f"{path}: lists no image; shard the images again")
     names = tuple(name for name, _, _ in entries)
     # A name with a folder in it would make the reader open files outside the folder of shards.
-    if len(set(names)) != len(names) or any(Path(name).name != name or samples < 1 for name, _, samples in entries):
+    if len(set(names)) != len(names) or any(
+        Path(name).name != name or name == ".." or samples < 1 for name, _, samples in entries
+    ):
         raise foreign
     return names, [(size, samples) for _, size, samples in entries], classes
 
 
 def _required_columns(table: pa.Table) -> list[pa.ChunkedArray]:
     return [table.column(field.name) for field in _SCHEMA if not field.nullable]
-
-
-def _check_shards(folder: Path, names: tuple[str, ...], counts: list[tuple[int, int]]) -> None:
-    for name, (recorded, _) in zip(names, counts, strict=True):
-        shard = folder / name
-        try:
-            found = shard.stat().st_size
-        except OSError as error:
-            raise DataError(
-                f"{shard}: in {MANIFEST_NAME}, but {error.strerror}; copy it here or shard the images again"
-            ) from None
-        if found != recorded:
-            raise DataError(
-                f"{shard}: has {found} bytes, {MANIFEST_NAME} says {recorded}; copy it here or shard the images again"
-            )
 
 
 def _first_line(error: Exception) -> str:

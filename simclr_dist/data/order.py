@@ -21,12 +21,16 @@ def epoch_order(shard_sizes: Rows, *, seed: int, epoch: int, window: int) -> Row
     # Sorting raw counter-based draws, and not Generator.permutation, which numpy may change between versions.
     draws = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     starts = np.concatenate([[0], np.cumsum(shard_sizes)[:-1]])
-    shards = np.argsort(draws.random_raw(len(shard_sizes)), kind="stable")
+    shards = _shuffled_shards(draws, len(shard_sizes))
     parts = []
     for first in range(0, len(shards), window):
         rows = np.concatenate([np.arange(starts[s], starts[s] + shard_sizes[s]) for s in shards[first : first + window]])
         parts.append(rows[np.argsort(draws.random_raw(len(rows)), kind="stable")])
     return np.concatenate(parts).astype(np.int64)
+
+
+def _shuffled_shards(draws: np.random.Philox, shards: int) -> Rows:
+    return np.argsort(draws.random_raw(shards), kind="stable")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,40 @@ class Plan:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
         return epoch, self.order(epoch)[start : start + self.global_batch_size][self.slots()]
+
+    def shards_around(self, step: int) -> tuple[Rows, Rows]:
+        """(shards of the windows that hold a step's rows, those of the window after them), both int64, in the order of need.
+
+        After an epoch's last window comes the next epoch's first. A rank-independent superset of what the step reads; spares
+        are left out.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        shards, ends = self._windows(epoch)
+        first, last = position * self.global_batch_size, (position + 1) * self.global_batch_size - 1
+        low, high = np.searchsorted(ends, [first, last], side="right")
+        now = shards[low * self.window : (high + 1) * self.window]
+        ahead = shards[(high + 1) * self.window : (high + 2) * self.window]
+        if position + 1 == self.steps_per_epoch or not len(ahead):  # windows of left-over images alone may follow
+            ahead = self._windows(epoch + 1)[0][: self.window]
+        return now, ahead
+
+    def shards_at_once(self, steps: int) -> int:
+        """Shards of which some may be read in any `steps` consecutive steps, at most."""
+        rows = np.sort(self.shard_sizes)[: self.window].sum()
+        windows = -(-steps * self.global_batch_size // int(rows)) + 1
+        return min(len(self.shard_sizes), windows * self.window + len(self.shard_sizes) % self.window)
+
+    def _windows(self, epoch: int) -> tuple[Rows, Rows]:
+        """(the epoch's shards in order, position of the end of each window), kept for two epochs."""
+        kept: dict[int, tuple[Rows, Rows]] = self.__dict__.setdefault("_shards", {})
+        if epoch not in kept:
+            draws = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+            shards = _shuffled_shards(draws, len(self.shard_sizes))
+            ends = np.cumsum(np.add.reduceat(self.shard_sizes[shards], np.arange(0, len(shards), self.window)))
+            kept[epoch] = (shards, ends)
+            for old in [known for known in kept if known < epoch - 1]:
+                del kept[old]
+        return kept[epoch]
 
     def spares(self, step: int, slot: int) -> Rows:
         """Rows that may stand in for the image at `slot` (its place in the global batch), best first.

@@ -6,7 +6,8 @@ import zlib
 
 from simclr_dist.errors import DataError
 
-_SIGNATURE = 8
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
 _PIECE = 1 << 20
 _CHANNELS = {0: 1, 2: 3}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
@@ -17,7 +18,7 @@ def is_sound_png(content: bytes) -> bool:
 
     Raises DataError where a chunk does not fit its checksum: its pixels are wrong.
     """
-    at, packed = _SIGNATURE, []
+    at, packed = len(PNG_SIGNATURE), []
     while True:
         try:
             length, kind = struct.unpack_from(">I4s", content, at)

@@ -3,15 +3,20 @@
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode  # registers torch.ops.image
 
-from simclr_dist.data.manifest import Manifest, load_manifest
+from simclr_dist.data.ahead import Ahead
+from simclr_dist.data.cache import CacheSettings, ShardCache, cache_settings
+from simclr_dist.data.collection import load_collection
+from simclr_dist.data.manifest import Manifest
 from simclr_dist.errors import DataError
 
 
@@ -23,16 +28,42 @@ class Sample(NamedTuple):
     row: int
 
 
-class ShardDataset(Dataset[Sample]):
-    """A folder of shards as a map from manifest row to image, read by offset.
+class Images(Protocol):
+    """What steps are made of: ShardDataset, or `data.stream`'s images."""
 
-    Raises DataError, naming key and shard, when the bytes are not those that the manifest was written for.
+    def __getitem__(self, row: int, /) -> Sample: ...
+
+    def expect(self, now: Iterable[int], ahead: Iterable[int], /) -> None:
+        """What will be read, where that is known."""
+
+
+class ShardDataset(Dataset[Sample]):
+    """Shards as a map from manifest row to image, read by offset.
+
+    `where` is a folder, its URL, or tars in brace notation (`data.collection`). Remote shards go through a cache on the local
+    disk, with `cache` for its settings; the next ones are fetched ahead where the order is known (`expect`) or is that of
+    the manifest. No more than `open_shards` files are open at a time.
+
+    Raises DataError, naming key and shard, when the bytes are not those that the manifest was written for; UnreachableError
+    when the server of remote shards fails; ConfigError when the cache's limit is too small.
     """
 
-    def __init__(self, folder: str | Path, *, open_shards: int = 32) -> None:
-        self.manifest: Manifest = load_manifest(folder)
+    _cache: ShardCache | None = None
+
+    def __init__(self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None) -> None:
+        self.manifest: Manifest = load_collection(where, patience=cache.patience if cache else None)
         self._open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._newest = -1
+        if isinstance(self.manifest.folder, str):
+            self._cache = ShardCache(self.manifest, cache or cache_settings())
+            self._ahead: Ahead = Ahead(self._cache)
+
+    @property
+    def digest(self) -> str:
+        """Of the images' content (`Manifest.digest`)."""
+        return self.manifest.digest
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -48,30 +79,97 @@ class ShardDataset(Dataset[Sample]):
 
     def read(self, row: int) -> bytes:
         """The image's bytes as they were converted; raises DataError when sha256 says otherwise."""
-        m = self.manifest
-        try:
-            content = os.pread(self._descriptor(int(m.shard[row])), int(m.size[row]), int(m.offset[row]))
-        except OSError as error:
-            raise DataError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
-        if hashlib.sha256(content).digest() != m.sha256[row].tobytes():
+        content = self._bytes(row)
+        if not self._right(row, content) and (self._cache is None or not self._right(row, content := self._fetched_again(row))):
             raise DataError(f"{self._name(row)}: its bytes are not those of the manifest (sha256); shard the images again")
         return content
 
+    def bad_sample(self, row: int, _: str) -> str:
+        """What an image that could not be read is remembered by: its key."""
+        return str(self.manifest.key[row])
+
+    def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
+        """Of remote shards: `now` are all that will be read until the next call, `ahead` those after them, soonest first.
+
+        Files of others are closed, those of `now` are kept from eviction, and what is missing is fetched in the background.
+        """
+        if self._cache is None:
+            return
+        expected = tuple(map(int, now)), tuple(map(int, ahead))
+        if expected != self._expected:
+            self._expected = expected
+            for shard in set(self._files) - set(expected[0]):
+                self._close(shard)
+            self._ahead.want([*expected[0], *expected[1]])
+        for shard in expected[0][: self._open_shards]:
+            if shard not in self._files and (descriptor := self._cache.open_if_here(shard)) is not None:
+                self._files[shard] = descriptor
+
+    def check_room(self, shards: int, why: str) -> None:
+        """Raises ConfigError when a cache is used that cannot hold the largest so many shards; `why` says what for."""
+        if self._cache is not None:
+            largest = np.sort(self.manifest.shard_bytes)[-shards:].sum()
+            self._cache.check_room(int(largest), f"{why} take up to {largest / 2**30:.3g}")
+
+    def _fetched_again(self, row: int) -> bytes:
+        """The image's bytes once its shard has come a second time."""
+        assert self._cache is not None, "of a remote shard"
+        shard = int(self.manifest.shard[row])
+        self._cache.again(shard)
+        self._close(shard)
+        return self._bytes(row)
+
+    def _right(self, row: int, content: bytes) -> bool:
+        return bool(hashlib.sha256(content).digest() == self.manifest.sha256[row].tobytes())
+
+    def _bytes(self, row: int) -> bytes:
+        m = self.manifest
+        try:
+            return os.pread(self._descriptor(int(m.shard[row])), int(m.size[row]), int(m.offset[row]))
+        except OSError as error:
+            raise DataError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
+
     def _name(self, row: int) -> str:
         m = self.manifest
-        return f"{m.folder / m.shards[m.shard[row]]}: image {m.key[row]}"
+        return f"{m.folder}/{m.shards[m.shard[row]]}: image {m.key[row]}"
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
-            if len(self._files) >= self._open_shards:
+            while len(self._files) >= self._open_shards:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.manifest.folder / self.manifest.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = self._open(shard)
         self._files.move_to_end(shard)
         return self._files[shard]
 
+    def _open(self, shard: int) -> int:
+        if self._cache is None:
+            return os.open(Path(self.manifest.folder, self.manifest.shards[shard]), os.O_RDONLY | os.O_CLOEXEC)
+        if self._expected is None:
+            # A file that is open keeps its place in the cache: what is read on in the order of the manifest needs one.
+            for other in tuple(self._files):
+                self._close(other)
+            if shard == self._newest + 1:
+                self._ahead.want(range(shard + 1, min(shard + 3, len(self.manifest.shards))))
+            self._newest = shard
+        return self._cache.open(shard, self._expected[0] if self._expected else ())
+
+    def _close(self, shard: int) -> None:
+        if (descriptor := self._files.pop(shard, None)) is not None:
+            os.close(descriptor)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # a descriptor means nothing in another process
+        state = {**self.__dict__, "_files": OrderedDict()}  # a descriptor means nothing in another process
+        if self._cache is not None:
+            state["_ahead"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._cache is not None:
+            self._ahead = Ahead(self._cache)
 
     def __del__(self) -> None:
+        if self._cache is not None and hasattr(self, "_ahead"):
+            self._ahead.close()
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)

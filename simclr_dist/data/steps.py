@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from simclr_dist import stopping
 from simclr_dist.data.draws import ViewDraws, ViewSettings, draw_views
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import Sample, ShardDataset
+from simclr_dist.data.reader import Images, Sample
 from simclr_dist.data.views import colour_views, crop_view
-from simclr_dist.errors import DataError, RankError
+from simclr_dist.errors import DataError, RankError, UnreachableError
 
 
 class Views(NamedTuple):
@@ -35,7 +35,7 @@ class Views(NamedTuple):
 class StepDataset(Dataset[Views]):
     """A map from global step to this rank's views: a pure function, so a resumed run only starts at another index."""
 
-    def __init__(self, images: ShardDataset, plan: Plan, settings: ViewSettings, *, replace_bad: bool = False) -> None:
+    def __init__(self, images: Images, plan: Plan, settings: ViewSettings, *, replace_bad: bool = False) -> None:
         self.images = images
         self.plan = plan
         self.settings = settings
@@ -43,6 +43,7 @@ class StepDataset(Dataset[Views]):
 
     def __getitem__(self, step: int) -> Views:
         epoch, rows = self.plan[step]
+        self.images.expect(*self.plan.shards_around(step))
         bad: list[tuple[int, str]] = []
         samples = []
         for row, slot in zip(rows, self.plan.slots(), strict=True):
@@ -70,6 +71,8 @@ class StepDataset(Dataset[Views]):
             return self.images[row]
         except DataError as error:
             bad.append((row, str(error)))
+            if isinstance(error, UnreachableError):
+                return None
         for spare in self.plan.spares(step, slot) if self.replace_bad else ():
             try:
                 return self.images[int(spare)]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from simclr_dist.data.archives import parse_label, webdataset_key
 from simclr_dist.data.images import prepare_image
-from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, load_manifest
+from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest_file
 from simclr_dist.data.originals import is_image_name, printable
 from simclr_dist.data.tar import tar_members
 from simclr_dist.data.workers import workers
@@ -58,7 +58,7 @@ def verify_shards(
     folders = [folder]
     if not (folder / MANIFEST_NAME).exists():
         folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")) or folders
-    manifests = [load_manifest(each, check_shards=False) for each in folders]
+    manifests = [parse_manifest(read_manifest_file(each), each) for each in folders]
     processes = processes or os.cpu_count() or 1
     shards = sum(len(manifest.shards) for manifest in manifests)
     bad = lines = unlisted = read = 0
@@ -91,12 +91,13 @@ class _Done(NamedTuple):
 
 
 def _tasks(manifest: Manifest) -> Iterator[_Task]:
-    about = json.loads(pq.read_schema(manifest.folder / MANIFEST_NAME).metadata[b"simclr_dist"])
+    folder = Path(manifest.folder)
+    about = json.loads(pq.read_schema(folder / MANIFEST_NAME).metadata[b"simclr_dist"])
     first = 0
     for entry, count in zip(about["shards"], manifest.shard_sizes.tolist(), strict=True):
         names = ("key", "offset", "size", "label", "width", "height", "sha256")
         rows = {name: getattr(manifest, name)[first : first + count] for name in names}
-        yield _Task(manifest.folder / entry["name"], entry["bytes"], rows)
+        yield _Task(folder / entry["name"], entry["bytes"], rows)
         first += count
 
 

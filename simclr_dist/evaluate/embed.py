@@ -23,7 +23,7 @@ from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.originals import Source, printable
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.distributed import World, all_sum, on_rank_0, together, world
-from simclr_dist.errors import DataError, RankError
+from simclr_dist.errors import DataError, RankError, UnreachableError
 from simclr_dist.evaluate.command import told_once
 from simclr_dist.evaluate.embed_options import EmbedSettings, add_arguments, check_out, find_images, run
 from simclr_dist.evaluate.feature_file import About, write_features
@@ -90,6 +90,8 @@ class Readable:
     def __getitem__(self, row: int) -> Sample:
         try:
             return self._images[row]
+        except UnreachableError:
+            raise
         except DataError:
             self.bad[row] = 1
             return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), -1, row)
@@ -119,7 +121,7 @@ def embed(
         return embed_within(here, encoder, found, Path(out), settings or EmbedSettings())
 
 
-def run_checked(encoder: str, found: Path | Source, out: str, settings: EmbedSettings, *, device: str) -> int:
+def run_checked(encoder: str, found: str | Path | Source, out: str, settings: EmbedSettings, *, device: str) -> int:
     """`embed` of what `embed_options.check_arguments` has found, then lines on what was done; 0."""
     begin = time.perf_counter()
     with world(device) as here:
@@ -142,11 +144,11 @@ def run_checked(encoder: str, found: Path | Source, out: str, settings: EmbedSet
     return 0
 
 
-def embed_within(here: World, encoder: str | Path, found: Path | Source, out: Path, settings: EmbedSettings) -> Embedded:
+def embed_within(here: World, encoder: str | Path, found: str | Path | Source, out: Path, settings: EmbedSettings) -> Embedded:
     """`embed` within a world, of what `embed_options.find_images` has found."""
     network = together(lambda: load_encoder(encoder, here.device, settings.layer))
     card: dict[str, Any] = network.card  # type: ignore[assignment]
-    images = together(lambda: ShardDataset(found) if isinstance(found, Path) else ImageFiles(found))
+    images = together(lambda: ShardDataset(found) if isinstance(found, str | Path) else ImageFiles(found))
     read = Readable(images) if settings.skip_bad else images
     try:
         features = extract(

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-bad", action="store_true", help="leave out and count images that cannot be read, instead of refusing")
 
 
-def check_arguments(arguments: argparse.Namespace) -> "tuple[EmbedSettings, Path | Source]":
+def check_arguments(arguments: argparse.Namespace) -> "tuple[EmbedSettings, str | Path | Source]":
     """The settings among `add_arguments`' options, and what they name as SRC (`find_images`).
 
     Raises ConfigError and DataError for what is out of range, is not there, or could not be written.
@@ -96,15 +96,19 @@ def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
         raise DataError(f"{out}: its folder cannot be written to: {error.strerror}") from None
 
 
-def find_images(sources: Sequence[str | Path]) -> "Path | Source":
-    """What is to be embedded: a folder of shards (its path), or image files, listed without reading them.
+def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
+    """What is to be embedded: shards (a folder's path; as text a URL, or tars by braces), or image files,
+    listed without reading them.
 
     One folder of images (`data.sources.find_source`: labels by class folder), or one or more files in the order of their
     paths, without labels. Raises DataError where there is nothing, or not one of these.
     """
     from simclr_dist.data.manifest import MANIFEST_NAME
+    from simclr_dist.data.remote import is_url
     from simclr_dist.data.sources import FileChunk, Source, find_source, printable
 
+    if len(sources) == 1 and (is_url(sources[0]) or "{" in str(sources[0])) and not Path(sources[0]).exists():
+        return str(sources[0])  # shards elsewhere, or tars by braces: `data.collection`
     paths = [Path(source) for source in sources]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]

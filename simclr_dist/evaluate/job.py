@@ -204,7 +204,7 @@ def _load(encoder: str | Path | Foreign, layer: str, here: World) -> nn.Module:
 
 def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:
     """What to type to have it all again."""
-    told = {"train": sets.train.folder, "test": sets.test.folder, **_set(settings, Settings())}
+    told = {**sets.named, **_set(settings, Settings())}
     if isinstance(encoder, Foreign):
         told |= {"arch": encoder.arch, "weights": encoder.weights, **_set(encoder, Foreign("", ""), "arch", "weights")}
     command = ["simclr-dist", "eval", *([] if isinstance(encoder, Foreign) else [str(encoder)])]

@@ -13,6 +13,7 @@ class Sets:
     """Training and test images; raises DataError, on all ranks, where the two cannot be compared."""
 
     def __init__(self, train: str | Path, test: str | Path) -> None:
+        self.named = {"train": str(train), "test": str(test)}
         self.images = together(lambda: {"train": ShardDataset(train), "test": ShardDataset(test)})
         self.train, self.test = self.images["train"].manifest, self.images["test"].manifest
         self.classes = _count_classes(self.train, self.test)

@@ -9,7 +9,7 @@ from typing import Any
 
 from simclr_dist import ledger
 from simclr_dist.config import load_config
-from simclr_dist.data.manifest import load_manifest
+from simclr_dist.data.collection import load_collection
 from simclr_dist.errors import UserError
 from simclr_dist.run import read_status
 from simclr_dist.slurm import scheduler
@@ -51,7 +51,9 @@ def _progress(run: Path, record: Mapping[str, Any]) -> str:
 def _total_steps(run: Path, record: Mapping[str, Any]) -> int | None:
     try:
         config = load_config(run / "slurm" / "config.yaml")
-        samples = 0 if config.steps is not None else len(load_manifest(Path(record["working_directory"]) / config.data.shards))
+        samples = config.data.samples or 0
+        if config.steps is None and not samples:
+            samples = len(load_collection(config.data.shards, beside=record["working_directory"]))
     except UserError:  # the data may be gone, or on another machine
         return None
     return config.total_steps(samples)

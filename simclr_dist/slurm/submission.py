@@ -18,7 +18,7 @@ from simclr_dist import ledger
 from simclr_dist.atomic import write_atomically
 from simclr_dist.config import check_fits, load_config
 from simclr_dist.config_reader import write_yaml
-from simclr_dist.data.manifest import load_manifest
+from simclr_dist.data.collection import load_collection
 from simclr_dist.errors import ConfigError
 from simclr_dist.run import check_run_folder, newest_step
 from simclr_dist.slurm import batch, scheduler
@@ -51,13 +51,13 @@ def prepare(
     if profile.container is not None and re.search("[,:]", f"{run}{here}"):
         raise ConfigError(f"run_folder: {str(run)!r}, or the working directory: a container mounts none with a comma or colon")
     check_run_folder(config)
-    samples = len(load_manifest(here / config.data.shards))
+    samples = config.data.samples or len(load_collection(config.data.shards, beside=here))
     check_fits(config, samples, profile.world_size)
     if (done := newest_step(run)) > config.total_steps(samples):
         raise ConfigError(f"steps: {run} has done {done} already, more than the {config.total_steps(samples)} asked for")
     if evaluation is not None:
         for shards in (evaluation.train, evaluation.test):
-            load_manifest(here / shards)
+            load_collection(shards, beside=here)
     return Submission(config, profile, here, evaluation, source, tuple(overrides))
 
 

@@ -55,7 +55,7 @@ def describe(
     return (
         f"{'resumed at step ' + str(step) if step else 'new run'}: {config.run_folder}\n"
         f"  data       {plan.samples} images, {plan.steps_per_epoch} steps an epoch, {plan.left_over} left over"
-        " (others every epoch)\n"
+        f" (others every epoch){_stream(config, step)}\n"
         f"  batch      {batch} = {config.micro_batches} micro-batches x {world_size} ranks x {piece // world_size};"
         f" {2 * (batch - 1)} negatives an anchor; BatchNorm over {piece} images (both views)\n"
         f"  model      {config.model.encoder} width {config.model.width}, {parameters / 1e6:.2f} M parameters,"
@@ -63,6 +63,16 @@ def describe(
         f"  views      {settings}\n"
         f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
         f" {config.peak_lr:.4g} ({config.optim.name}, rule {config.optim.lr_rule})"
+    )
+
+
+def _stream(config: Config, step: int) -> str:
+    if config.data.reader != "stream":
+        return ""
+    again = f"; resumed at step {step}, it starts anew in another order" if step else ""
+    return (
+        "\n  stream     WARNING: without a manifest exact epochs and resume in mid-epoch do not hold: an image may come twice"
+        f" in an epoch or not at all{again}"
     )
 
 

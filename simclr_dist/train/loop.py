@@ -6,8 +6,6 @@ from pathlib import Path
 from simclr_dist import checkpoint, ledger, stopping
 from simclr_dist.agreement import StopAgreement, any_asked, check_ranks_agree
 from simclr_dist.config import Config, check_fits
-from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, load_steps, two_views
 from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
 from simclr_dist.errors import ConfigError, DivergedError, SaveError, StoppedError
@@ -17,6 +15,7 @@ from simclr_dist.monitor import Clock, Monitor
 from simclr_dist.optim import learning_rate
 from simclr_dist.run import open_run, recorded, truncate_metrics
 from simclr_dist.train.describe import describe, encoder_card, view_grid, view_settings
+from simclr_dist.train.images import RunImages, open_images, order
 from simclr_dist.train.state import data_identity, full_state, learned_tensors, resume, share_bad_samples
 
 
@@ -26,7 +25,7 @@ def train(config: Config, here: World) -> None:
     Raises UserError, DivergedError, SaveError when what must be saved cannot be, and StoppedError after a stop signal, when
     all that was done is saved.
     """
-    images = together(lambda: ShardDataset(config.data.shards, open_shards=2 * config.data.window))
+    images = together(lambda: open_images(config, here))
     check_fits(config, len(images), here.size)
     if len({str(seen) for seen in all_gather_objects((data_identity(images), config.to_dict()))}) > 1:
         raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
@@ -37,7 +36,7 @@ def train(config: Config, here: World) -> None:
         _train(config, here, images, claim, at_end)
 
 
-def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Claim | None, at_end: ExitStack) -> None:
+def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim | None, at_end: ExitStack) -> None:
     run, samples = Path(config.run_folder), len(images)
     settings = view_settings(config)
     learner = build_learner(config, here)
@@ -53,15 +52,7 @@ def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Clai
 
     on_rank_0(begin)  # it may find the disk full
 
-    plan = Plan(
-        images.manifest.shard_sizes,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        micro_batches=config.micro_batches,
-        window=config.data.window,
-        rank=here.rank,
-        world_size=here.size,
-    )
+    plan = order(config, images, here, step)
     steps = StepDataset(images, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
     monitor = Monitor(run, active=here.is_main, total_steps=total, first_step=step, tensorboard=config.log.tensorboard)
     at_end.callback(monitor.close)
@@ -78,7 +69,7 @@ def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Clai
 
     def export() -> None:
         if claim is not None:
-            card = encoder_card(config, learner, settings, step, images.manifest.digest)
+            card = encoder_card(config, learner, settings, step, images.digest)
             path = run / "encoders" / f"step-{step:08d}.safetensors"
             export_encoder(path, learner.model.encoder, card, learner.model.projector)
 
@@ -103,7 +94,7 @@ def _train(config: Config, here: World, images: ShardDataset, claim: ledger.Clai
             claim.beat(step)
         monitor.advance()
         for row, reason in views.bad:
-            bad_samples[str(images.manifest.key[row])] = reason
+            bad_samples[images.bad_sample(row, reason)] = reason
 
         last = step == total
         must_save = last or bool(asked)

@@ -9,15 +9,18 @@ from torch import Tensor
 from simclr_dist import checkpoint
 from simclr_dist.atomic import write_atomically
 from simclr_dist.config import Config
-from simclr_dist.data.reader import ShardDataset
+from simclr_dist.data.stream import StreamImages
 from simclr_dist.distributed import World, all_gather_objects, environment, together
 from simclr_dist.errors import DataError
 from simclr_dist.learner import Learner
 from simclr_dist.monitor import Monitor
+from simclr_dist.train.images import RunImages
 
 
-def data_identity(images: ShardDataset) -> str:
+def data_identity(images: RunImages) -> str:
     """Names the images and their order: the same images cut into other shards are read in another order."""
+    if isinstance(images, StreamImages):
+        return images.digest
     return hashlib.sha256(images.manifest.digest.encode() + images.manifest.shard_sizes.tobytes()).hexdigest()
 
 

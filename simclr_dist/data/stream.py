@@ -1,0 +1,263 @@
+"""Tars that have no manifest, read from front to back by a `webdataset` pipeline: what there is where exact epochs cannot be.
+
+Each worker of each rank reads tars of its own, again and again in a new order, through a shuffle buffer. A step takes as many
+images as any other, so ranks stay together; but which images, and how often, depends on ranks and workers, and a resumed run
+starts its tars anew.
+"""
+
+import hashlib
+import io
+import os
+import random
+import secrets
+import tarfile
+import tempfile
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.io import ImageReadMode  # registers torch.ops.image
+
+from simclr_dist.data.cache import CacheSettings, cache_settings
+from simclr_dist.data.collection import PIPE, find_tars
+from simclr_dist.data.images import MAX_PIXELS, prepare_image
+from simclr_dist.data.order import Plan, Rows
+from simclr_dist.data.originals import printable
+from simclr_dist.data.png import PNG_SIGNATURE
+from simclr_dist.data.reader import Sample
+from simclr_dist.data.remote import fetch, is_url, redact
+from simclr_dist.errors import ConfigError, DataError, UnreachableError
+
+_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+_MAX_MEMBER_BYTES = 1 << 28
+_SPARES = 100
+_BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class StreamPlan(Plan):
+    """A plan without an order: a step's rows are running numbers of the epoch, one for each place in its global batch.
+
+    `shard_sizes` is [samples], the number that the user states. A view is drawn for (seed, epoch, running number), so it
+    does not depend on workers or ranks; the image that it is of does.
+    """
+
+    def __getitem__(self, step: int) -> tuple[int, Rows]:
+        """(epoch, this rank's running numbers) of a global step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return epoch, (position * self.global_batch_size + self.slots()).astype(np.int64)
+
+    def shards_around(self, step: int) -> tuple[Rows, Rows]:
+        """Nothing is known of them."""
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+
+    def spares(self, step: int, slot: int) -> Rows:
+        """The place's own number, again and again: each time it is asked for, the stream's next image comes."""
+        number = step % self.steps_per_epoch * self.global_batch_size + slot
+        return np.full(_SPARES, number, dtype=np.int64)
+
+
+class StreamImages(Dataset[Sample]):
+    """The images of `where` (tars in brace notation, local, remote or `pipe:` commands), each asked for giving the next one.
+
+    Must be asked in the processes that a DataLoader with `workers` workers starts on rank `rank` of `world_size`. `samples`
+    is the number of images in all tars, `shuffle` how many a worker mixes at a time, `start` the step that the run (again)
+    begins with, which decides the order together with `seed`. A tar's image is the member ending in jpg, jpeg, png, webp or
+    gif; more than 100 megapixels are refused before they are decoded.
+
+    Raises ConfigError when there are fewer tars than workers, and for `pipe:` without `allow_pipe`; DataError when a local tar
+    is not there.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        samples: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        shuffle: int = 1000,
+        allow_pipe: bool = False,
+        cache: CacheSettings | None = None,
+    ) -> None:
+        self.samples = samples
+        self.start = 0
+        self._shards = find_tars(where, allow_pipe=allow_pipe)
+        self._seed, self._rank, self._shuffle = seed, rank, shuffle
+        self._parts = world_size * max(1, workers)
+        self._cache = cache
+        if len(self._shards) < self._parts:
+            raise ConfigError(
+                f"data.shards: {redact(where)}: {len(self._shards)} tars are too few for {world_size} ranks with"
+                f" {max(1, workers)} readers each; lower data.workers, or cut the images into more tars"
+            )
+        # Not where they are: they may be moved.
+        names = [shard if shard.startswith(PIPE) else shard.rpartition("/")[2] for shard in self._shards]
+        self.digest = f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
+        self._process = -1
+        self._running: Iterator[dict[str, Any]] = iter(())
+        self._doubled: deque[str] = deque()
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, row: int) -> Sample:
+        """The stream's next image as number `row`; raises DataError for one that cannot be read, and is passed then."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._doubled = deque(maxlen=1000)
+            self._running = self._pipeline()
+        if self._doubled:
+            raise DataError(self._doubled.popleft())
+        return _decoded(next(self._running), row)
+
+    def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
+        """Nothing is known ahead."""
+
+    def bad_sample(self, _: int, reason: str) -> str:
+        """What an image that could not be read is remembered by: the line that names it, the same in every epoch."""
+        return reason
+
+    def _pipeline(self) -> Iterator[dict[str, Any]]:
+        from webdataset.filters import shuffle
+        from webdataset.tariterators import group_by_keys
+
+        info = get_worker_info()
+        worker = info.id if info is not None else 0
+        part = self._rank * (info.num_workers if info is not None else 1) + worker
+        seed = f"{self._seed}/{self.start}/{part}"
+        mixed = shuffle(self._shuffle, initial=self._shuffle, rng=random.Random(seed))
+        samples: Iterator[dict[str, Any]] = mixed(group_by_keys(self._files(part, seed), handler=self._double))
+        return samples
+
+    def _files(self, part: int, seed: str) -> Iterator[dict[str, Any]]:
+        """Members of this part's tars without an end, {} after each tar, as webdataset's own expander gives them.
+
+        What cannot be read comes as a member too, so that it takes its turn and is told by whoever meets it.
+        """
+        from webdataset.tariterators import base_plus_ext
+
+        own, past = self._shards[part :: self._parts], 0
+        while True:
+            order = random.Random(f"{seed}/{past}")
+            found = False
+            for shard in sorted(own, key=lambda _: order.random()):
+                for member in self._members(shard):
+                    found = found or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
+                    yield member
+                yield {}
+            if not found:
+                raise UnreachableError(
+                    f"data.shards: {redact(own[0])}: no file with an ending in it, nor in {len(own) - 1} more tars"
+                )
+            past += 1
+
+    def _members(self, shard: str) -> Iterator[dict[str, Any]]:
+        shown = redact(shard)
+        try:
+            with self._opened(shard) as file:
+                with tarfile.open(fileobj=file, mode="r|*") as tar:
+                    for member in tar:
+                        if not member.isreg():
+                            continue
+                        if member.size > _MAX_MEMBER_BYTES:
+                            yield _broken(shard, f"{shown}: {printable(member.name)}: larger than 256 MiB")
+                            continue
+                        content = tar.extractfile(member)
+                        assert content is not None, "a regular file"
+                        yield {"fname": member.name, "data": content.read(), "__url__": shard}
+                        tar.members = []  # type: ignore[attr-defined]
+                while file.read(1 << 16):  # a command that is not read to its end ends with an error
+                    pass
+        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield _broken(shard, f"{shown}: cannot be read to its end: {printable(reason)}")
+
+    @contextmanager
+    def _opened(self, shard: str) -> Iterator[BinaryIO]:
+        if shard.startswith(PIPE):
+            from webdataset.gopen import gopen
+
+            with closing(gopen(shard, "rb")) as pipe:
+                yield pipe
+        elif is_url(shard):
+            settings = self._cache or cache_settings()
+            # Whole before it is read, so that a cut connection costs no image; without a name, so that a kill leaves nothing.
+            with ExitStack() as at_end:
+                try:
+                    settings.folder.mkdir(parents=True, exist_ok=True)
+                    file = at_end.enter_context(tempfile.TemporaryFile(dir=settings.folder))
+                    fetch(shard, file, most=settings.limit, patience=settings.patience)
+                except OSError as error:  # of the disk
+                    raise UnreachableError(f"data.cache: {settings.folder}: {error.strerror}; name another folder") from None
+                file.seek(0)
+                yield file
+        else:
+            with Path(shard).open("rb") as local:
+                yield local
+
+    def _double(self, error: Exception) -> bool:
+        """Of two members of one name the first counts."""
+        self._doubled.append(printable((str(error.args[0]).splitlines() or [""])[0][:200]))
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": -1, "_running": iter(()), "_doubled": deque()}
+
+
+def _broken(shard: str, reason: str) -> dict[str, Any]:
+    return {"fname": f"{secrets.token_hex(8)}.{_BROKEN}", "data": reason, "__url__": shard}
+
+
+def _decoded(sample: dict[str, Any], row: int) -> Sample:
+    if isinstance(reason := sample.get(_BROKEN), str):  # a member's content would be bytes
+        raise DataError(reason)
+    name = printable(f"{redact(str(sample['__url__']))}: image {sample['__key__']}")
+    suffix = next((key for key in sample if key.rpartition(".")[2] in _SUFFIXES and not key.startswith("__")), None)
+    if suffix is None:
+        raise DataError(f"{name}: has no member that ends in {', '.join(_SUFFIXES)}")
+    content = sample[suffix]
+    try:
+        width, height = _size(content)
+    except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
+        # Pillow's text for bytes that it does not know holds an address: another line in every epoch.
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {printable((str(error).splitlines() or [''])[0][:200])}"
+        raise DataError(f"{name}: not an image{why}") from None
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+    if content.startswith(
+        PNG_SIGNATURE
+    ):  # nobody has checked it, and torchvision's reader can end the process on a damaged one
+        try:
+            content = prepare_image(content).content
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+    try:
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        image = torch.ops.image.decode_image(data, ImageReadMode.RGB.value, False)
+    except RuntimeError as error:
+        raise DataError(f"{name}: cannot be decoded: {(str(error).splitlines() or [''])[0]}") from None
+    label = bytes(sample.get("cls", b"")).strip()
+    return Sample(image, int(label) if label.isdigit() and len(label) < 18 else -1, row)
+
+
+def _size(content: bytes) -> tuple[int, int]:
+    """Width and height as the header says, without decoding."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is the one that is told
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            return image.size
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

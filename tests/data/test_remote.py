@@ -1,0 +1,176 @@
+"""Files from a server that fails in all ways: tried again, then named in one line; and what needs no second try."""
+
+import io
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from simclr_dist.data.remote import Patience, check_url, fetch, is_url, join, redact
+from simclr_dist.errors import DataError, UnreachableError
+from small_shards import Server, serve
+
+QUICK = Patience(seconds=5, stall=0.3, first_wait=0.01)
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "a file").write_bytes(CONTENT)
+    with serve(tmp_path) as server:
+        yield server
+
+
+def fetched(url: str, patience: Patience = QUICK, **more: Any) -> bytes:
+    target = io.BytesIO()
+    assert fetch(url, target, patience=patience, **more) == len(target.getvalue())
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("faults", [[], ["stall"], ["cut"], [500], [503, "cut", 429, "stall", 500, 502], [404], [404, 404]])
+@pytest.mark.parametrize("size", [None, len(CONTENT)])
+def test_what_passes_is_waited_for(server: Server, faults: list[str | int], size: int | None) -> None:
+    server.faults["a file"] = list(faults)
+    assert fetched(join(server.url, "a file"), size=size) == CONTENT
+    assert server.asked["a file"] == len(faults) + 1
+
+
+def test_a_connection_that_is_refused_is_tried_until_it_is_taken(tmp_path: Path) -> None:
+    with serve(tmp_path) as gone:
+        url = gone.url
+    began = time.monotonic()
+    with pytest.raises(
+        UnreachableError, match=r"^http://127.0.0.1:\d+/x: cannot be fetched: Connection refused \(\d+ tries in"
+    ) as caught:
+        fetched(f"{url}/x", Patience(seconds=0.5, first_wait=0.01))
+    assert 0.2 < time.monotonic() - began < 5
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(500, "the server says 500 "), ("stall", r"no byte for 0.1 s"), ("cut", r"the connection ended after 128000 of 256000")],
+)
+def test_what_does_not_pass_is_named(server: Server, fault: str | int, reason: str) -> None:
+    server.faults["a file"] = [fault] * 1000
+    with pytest.raises(UnreachableError, match=rf"^{server.url}/a%20file: cannot be fetched: {reason}[^\n]*tries in [^\n]*$"):
+        fetched(f"{server.url}/a%20file", Patience(seconds=0.6, stall=0.1, first_wait=0.01))
+    assert server.asked["a file"] > 2
+
+
+@pytest.mark.parametrize(("status", "tries"), [(401, 1), (403, 1), (400, 1), (404, 3), (410, 3)])
+def test_what_the_server_means_is_not_asked_for_ever(server: Server, status: int, tries: int) -> None:
+    server.faults["a file"] = [status] * 100
+    with pytest.raises(UnreachableError, match=f"the server says {status}"):
+        fetched(f"{server.url}/a%20file")
+    assert server.asked["a file"] == tries
+
+
+def test_another_size_than_the_manifests(server: Server) -> None:
+    with pytest.raises(UnreachableError, match="it has 256000 bytes there, the manifest says 255999"):
+        fetched(f"{server.url}/a%20file", size=len(CONTENT) - 1)
+    assert server.asked["a file"] == 3
+    with pytest.raises(UnreachableError, match="larger than the 100 bytes"):
+        fetched(f"{server.url}/a%20file", most=100)
+
+
+def test_a_host_that_is_none() -> None:
+    with pytest.raises(UnreachableError, match=r"^http://127.0.0.1:nonsense/x: cannot be fetched: [^\n]+$"):
+        fetched("http://127.0.0.1:nonsense/x")
+
+
+def test_a_login_is_taken_from_netrc_and_not_from_the_url(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetched(f"{server.url}/a%20file") == CONTENT
+    assert server.headers[-1]["Authorization"] == "Basic bWU6c2VjcmV0"
+    for url in ("https://me:secret@host/x", "https://host/x?token=secret", "s3://key:secret@bucket/x"):
+        with pytest.raises(DataError, match=r"must hold no user, password or query[^\n]*$") as caught:
+            check_url(url)
+        assert "secret" not in str(caught.value)
+
+
+def test_redact() -> None:
+    assert redact("https://me:a@b@host/x?sig=1#y") == "https://***@host/x?***"
+    assert redact("https://host/x@y") == "https://host/x@y"
+    assert redact("/local/x") == "/local/x"
+    assert is_url("s3://b/x")
+    assert not is_url("/a/b://c")
+    assert not is_url(Path("http://x"))
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        ("s3://bucket/x", r"s3://bucket/x: s3:// needs a package that is not installed: pip install s3fs"),
+        ("gs://bucket/x", r"gs:// needs a package that is not installed: pip install gcsfs"),
+        ("nothing://x", r"nothing:// is not a protocol that fsspec knows"),
+        ("zip://x::http://127.0.0.1/y", r"chained URLs are not read"),
+    ],
+)
+def test_a_protocol_that_cannot_be_used_is_one_line(url: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=rf"{line}[^\n]*$"):
+        check_url(url)
+
+
+class Faulty(MemoryFileSystem):  # type: ignore[misc]
+    """A protocol that fails as often as it is told."""
+
+    protocol = "faulty"
+    failures: ClassVar[list[Exception | float]] = []
+    opened = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = MemoryFileSystem._strip_protocol(path.replace("faulty://", "memory://"))
+        return stripped
+
+    def _open(self, *args: Any, **more: Any) -> Any:
+        Faulty.opened += 1
+        if Faulty.failures:
+            if isinstance(fault := Faulty.failures.pop(0), float):
+                time.sleep(fault)
+            else:
+                raise fault
+        return super()._open(*args, **more)
+
+
+@pytest.fixture
+def faulty() -> Iterator[types.SimpleNamespace]:
+    fsspec.register_implementation("faulty", Faulty, clobber=True)
+    Faulty.failures = []
+    Faulty().pipe_file("/folder/x y", CONTENT)
+    Faulty.opened = 0
+    yield types.SimpleNamespace(url="faulty://folder/x y", of=Faulty)
+    Faulty().rm("/folder", recursive=True)
+
+
+def test_any_protocol_of_fsspec(faulty: Any) -> None:
+    faulty.of.failures = [OSError("reset"), 1.0, RuntimeError("the package's own")]
+    assert fetched(faulty.url, size=len(CONTENT)) == CONTENT
+    assert faulty.of.opened == 4
+    faulty.of.failures = [PermissionError("no"), FileNotFoundError("x")]
+    with pytest.raises(UnreachableError, match=r"^faulty://folder/x y: cannot be fetched: access is denied"):
+        fetched(faulty.url)
+    faulty.of.failures = [FileNotFoundError("x")] * 3
+    with pytest.raises(UnreachableError, match=r"it is not there"):
+        fetched(faulty.url)
+    faulty.of.failures = [ValueError("never")] * 1000
+    with pytest.raises(UnreachableError, match=r"never \(\d+ tries"):
+        fetched(faulty.url, Patience(seconds=0.3, first_wait=0.01))
+
+
+def test_a_folder_by_url(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(CONTENT)
+    assert fetched(join(tmp_path.as_uri(), "x")) == CONTENT
