@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_dist import stopping
+from simclr_dist.data.colour import colour_views
 from simclr_dist.data.draws import ViewDraws, ViewSettings, draw_views
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import Sample, ShardDataset
-from simclr_dist.data.views import colour_views, crop_view
+from simclr_dist.data.views import crop_view
 from simclr_dist.errors import DataError, RankError
 
 

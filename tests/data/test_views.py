@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from simclr_dist.data.colour import colour_views
 from simclr_dist.data.draws import PRESETS, ViewDraws, ViewSettings, draw_views
-from simclr_dist.data.views import colour_views, crop_view, eval_view, normalise
+from simclr_dist.data.views import crop_view, eval_view, normalise
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
