@@ -1,11 +1,13 @@
 """The colour of a view, as `draws` decided it: jitter, gray, blur and normalisation of a batch, on any device.
 
-Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. Only element-wise operations and
-per-sample sums of fixed shape are used, so on one machine a view has the same bits whichever samples share its batch, and
-neither TF32 nor autocast touches it.
+Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. All that is
+used are element-wise operations, per-sample sums of fixed shape, and on the CPU products of one sample's own: on one machine
+a view has the same bits whichever samples share its batch, and neither TF32 nor autocast touches it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +16,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr_dist.data.draws import ViewDraws, ViewSettings
-from simclr_dist.data.views import normalise_in_place
+from simclr_dist.data.views import normalise_pixels
 
 # Dozens of passes over the pixels: a piece and its scratch should stay in a core's own cache.
 _CACHE_FLOATS = 2**18
 _HUE = 3
-# A Gaussian's taps below this are left out: the sum of all that are is below 1e-6.
-_LEAST_TAP = 2e-8
+# A Gaussian's taps below this are left out and shared among the others: together they are below 2e-6.
+_LEAST_TAP = 5e-7
+_BLOCK = 16
+
+
+class _Terms(NamedTuple):
+    """What the pixels of n views are multiplied with, worked out for the whole batch at once."""
+
+    hue_at: NDArray[np.int64]
+    """[n]: the place of hue among the four operations; 4 without hue, 5 without any."""
+    gray: NDArray[np.bool_]
+    """[n]"""
+    reach: NDArray[np.int64]
+    """[n]: how many taps of the blur beside the middle one are not 0."""
+    numbers: NDArray[np.float32]
+    """[n, 13 + taps]: at each of four places the shares of image, gray image and mean; the shift of hue; the taps."""
+
+    def part(self, views: slice | NDArray[np.int64]) -> _Terms:
+        return _Terms(*(field[views] for field in self))
 
 
 def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Tensor:
@@ -32,59 +51,61 @@ def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Ten
     count, _, size, _ = crops.shape
     assert len(draws.jitter) == count, "one draw for each crop"
     views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    terms = _terms(draws, size)
     step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (3 * size * size)
     step = max(step, 1)
     for start in range(0, count, step):
         piece = slice(start, start + step)
-        _colour(crops[piece], draws.part(piece), settings, views[piece])
+        _colour(crops[piece], terms.part(piece), settings, views[piece])
     return views
 
 
-def _colour(crops: Tensor, draws: ViewDraws, settings: ViewSettings, views: Tensor) -> None:
+def _terms(draws: ViewDraws, size: int) -> _Terms:
+    hue_at = np.where(draws.factors[:, _HUE] != 0, (draws.order == _HUE).argmax(axis=1), 4)
+    factor = np.take_along_axis(draws.factors, draws.order, axis=1)
+    kept = np.where(draws.order == _HUE, np.float32(1), factor)
+    to_gray, to_mean = (np.where(draws.order == operation, 1 - factor, np.float32(0)) for operation in (2, 1))
+    taps = _half_kernels(draws.blur_sigma, size // 10 // 2)
+    return _Terms(
+        np.where(draws.jitter, hue_at, 5),
+        draws.gray,
+        np.count_nonzero(taps[:, 1:], axis=1),
+        np.concatenate([kept, to_gray, to_mean, draws.factors[:, _HUE:], taps], axis=1),
+    )
+
+
+def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor) -> None:
     """Writes the views.
 
     Samples are sorted by the place of hue in their order: then, at each of the four places, hue and the other three
     operations (blends of one form) are slices of the batch, and nothing is masked or scattered. Then they are sorted by
     gray and by width of blur, for the same reason.
     """
-    device, (count, _, size, _) = crops.device, crops.shape
-    hue_at = np.where(draws.factors[:, _HUE] != 0, (draws.order == _HUE).argmax(axis=1), 4)
-    hue_at = np.where(draws.jitter, hue_at, 5)
-    by_hue = np.argsort(hue_at, kind="stable")
-    bounds = np.searchsorted(hue_at[by_hue], np.arange(6)).tolist()
-    jittered = bounds[5]
-
-    order, factors = draws.order[by_hue], draws.factors[by_hue]
-    factor = np.take_along_axis(factors, order, axis=1)
-    kept = np.where(order == _HUE, np.float32(1), factor)
-    to_gray, to_mean = (np.where(order == operation, 1 - factor, np.float32(0)) for operation in (2, 1))
-    taps = _half_kernels(draws.blur_sigma, size // 10 // 2)
-    reach = np.count_nonzero(taps[:, 1:], axis=1)
-    by_blur = np.lexsort((-reach, ~draws.gray))
-    taps, reach, grayed = taps[by_blur], reach[by_blur], np.count_nonzero(draws.gray)
-
+    by_hue = np.argsort(terms.hue_at, kind="stable")
+    by_blur = np.lexsort((-terms.reach, ~terms.gray))
+    jitter, blur = terms.part(by_hue), terms.part(by_blur)
+    bounds = np.searchsorted(jitter.hue_at, np.arange(6)).tolist()
+    jittered, grayed = bounds[5], np.count_nonzero(terms.gray)
     # Few transfers, and none waits for the device.
-    numbers = _to_device(np.concatenate([kept, to_gray, to_mean, factors[:, _HUE:], taps], axis=1), device)[..., None, None]
+    numbers = _to_device(jitter.numbers[:, :13], crops.device)[..., None, None]
+    taps = _to_device(blur.numbers[:, 13:], crops.device)[..., None, None]
+
     x = _in_order(crops, by_hue).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     for place in range(4):
         start, end = bounds[place], bounds[place + 1]
         _shift_hue(x[start:end], numbers[start:end, 12])
         for rest in (slice(0, start), slice(end, jittered)):
-            kept_here, to_gray_here, to_mean_here = (numbers[rest, term : term + 1] for term in (place, 4 + place, 8 + place))
-            _blend(
-                x[rest],
-                kept_here,
-                to_gray_here if to_gray[rest, place].any() else None,
-                to_mean_here if to_mean[rest, place].any() else None,
-            )
+            shares = [numbers[rest, term : term + 1] for term in (place, 4 + place, 8 + place)]
+            has_gray, has_mean = (jitter.numbers[rest, term + place].any() for term in (4, 8))
+            _blend(x[rest], shares[0], shares[1] if has_gray else None, shares[2] if has_mean else None)
     x = _in_order(x, np.argsort(by_hue)[by_blur])
     if grayed:
         x[:grayed] = _gray(x[:grayed])
-    for part in (slice(0, grayed), slice(grayed, count)):
-        if blurred := np.count_nonzero(reach[part]):
+    for part in (slice(0, grayed), slice(grayed, len(x))):
+        if blurred := np.count_nonzero(blur.reach[part]):
             part = slice(part.start, part.start + blurred)
-            x[part] = _blur(x[part], numbers[part, 13:], reach[part])
-    views.copy_(_in_order(normalise_in_place(x, settings.mean, settings.std), np.argsort(by_blur)))
+            _blur(x[part], taps[part], blur.reach[part])
+    normalise_pixels(_in_order(x, np.argsort(by_blur)), settings.mean, settings.std, out=views)
 
 
 def _in_order(x: Tensor, order: NDArray[np.int64]) -> Tensor:
@@ -112,18 +133,13 @@ def _blend(x: Tensor, kept: Tensor, to_gray: Tensor | None, to_mean: Tensor | No
     """
     if not len(x):
         return
-    if to_gray is None and to_mean is None:
-        x.mul_(kept).clamp_(0, 1)
-        return
-    gray = _gray(x)
-    if to_mean is not None:
+    gray = None if to_gray is None and to_mean is None else _gray(x)
+    x.mul_(kept)
+    if gray is not None and to_mean is not None:
         # A mean of means, for rows are too short to be split among threads: the sum's order never depends on the batch.
-        mean = gray.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True).mul_(to_mean)
-    if to_gray is None:
-        x.mul_(kept).add_(mean)
-    else:
-        gray.mul_(to_gray)
-        x.mul_(kept).add_(gray if to_mean is None else gray.add_(mean))
+        x.add_(gray.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True).mul_(to_mean))
+    if gray is not None and to_gray is not None:
+        x.add_(gray.mul_(to_gray))
     x.clamp_(0, 1)
 
 
@@ -149,7 +165,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
     for channel, opposite in ((red, 1 / 2), (green, 1 / 6), (blue, -1 / 6)):
         torch.add(turn, opposite + 1.5, out=channel)
     distance = x.frac_().sub_(0.5).abs_()
-    share = distance.mul_(-6).add_(2).clamp_(0, 1)
+    share = torch.add(x.new_full((), 2), distance, alpha=-6, out=x).clamp_(0, 1)
     torch.addcmul(value[:, None], share, spread[:, None], value=-1, out=x)
 
 
@@ -158,24 +174,52 @@ def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32
     wide = np.maximum(sigma[:, None].astype(np.float64), 1e-3)
     half = np.exp(-0.5 * (np.arange(radius + 1) / wide) ** 2)
     kernels: NDArray[np.float64] = half / (2 * half.sum(axis=1, keepdims=True) - 1)
-    return np.where(kernels < _LEAST_TAP, 0, kernels).astype(np.float32)
+    kernels[kernels < _LEAST_TAP] = 0
+    return (kernels / (2 * kernels.sum(axis=1, keepdims=True) - kernels[:, :1])).astype(np.float32)
 
 
-def _blur(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> Tensor:
-    """Rows, then columns, each sample with its own half kernel; borders are reflected. [n, 3, s, s] -> the same.
+def _blur(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> None:
+    """In place: rows, then columns, each sample with its own half kernel; borders are reflected.
 
-    taps [n, radius + 1, 1, 1]; `reach` [n], falling: the taps of each that are not 0.
+    x [n, 3, s, s]; taps [n, radius + 1, 1, 1]; `reach` [n], falling: the taps of each that are not 0.
     """
+    if x.device.type == "cpu":
+        # Sample by sample, in memory of its own: products of the same shape and alignment, so the same bits in any company.
+        with torch.autocast("cpu", enabled=False):
+            for image, half, radius in zip(x, taps[..., 0, 0], reach.tolist(), strict=True):
+                image.copy_(_blur_by_products(image, half[: radius + 1]))
+    else:
+        x.copy_(_blur_by_taps(x, taps, reach))
+
+
+def _blur_by_taps(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> Tensor:
     size, radius = x.shape[-1], int(reach[0])
     wide = [int(np.count_nonzero(reach >= away)) for away in range(radius + 1)]
     for dim, padding in ((-2, (0, 0, radius, radius)), (-1, (radius, radius, 0, 0))):
         padded = F.pad(x, padding, mode="reflect")
         x = padded.narrow(dim, radius, size) * taps[:, 0:1]
-        pair = torch.empty_like(x)
         for away in range(1, radius + 1):
             part = slice(wide[away])
-            torch.add(
-                padded[part].narrow(dim, radius - away, size), padded[part].narrow(dim, radius + away, size), out=pair[part]
-            )
-            x[part].addcmul_(pair[part], taps[part, away : away + 1])
+            before, after = (padded[part].narrow(dim, radius + side * away, size) for side in (-1, 1))
+            x[part].addcmul_(before + after, taps[part, away : away + 1])
     return x
+
+
+def _blur_by_products(image: Tensor, half: Tensor) -> Tensor:
+    """[3, s, s] with one half kernel [radius + 1]: a band matrix times blocks of _BLOCK rows with their surroundings."""
+    size, radius = image.shape[-1], len(half) - 1
+    blocks, width = -(-size // _BLOCK), _BLOCK + 2 * radius
+    filled = blocks * _BLOCK - size
+    # Rows that are one longer than the matrix's move the kernel on by one from row to row.
+    skewed = half.new_zeros(_BLOCK, width + 1)
+    skewed[:, : 2 * radius + 1] = torch.cat([half.flip(0), half[1:]])
+    band = skewed.view(-1)[: _BLOCK * width].view(1, _BLOCK, width).expand(blocks, -1, -1)
+
+    padded = F.pad(F.pad(image, (0, 0, radius, radius), mode="reflect"), (0, 0, 0, filled))
+    down = image.new_empty(3, blocks, _BLOCK, size)
+    for channel in range(3):
+        torch.bmm(band, padded[channel].unfold(0, width, _BLOCK).transpose(1, 2), out=down[channel])
+    down = down.view(3, -1, size)[:, :size]
+    padded = F.pad(F.pad(down, (radius, radius, 0, 0), mode="reflect"), (0, filled)).flatten(0, 1)
+    across = torch.bmm(padded.unfold(1, width, _BLOCK).transpose(0, 1), band.transpose(1, 2))
+    return across.transpose(0, 1).reshape(3, size, -1)[..., :size]

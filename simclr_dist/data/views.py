@@ -1,8 +1,6 @@
-"""From an image to the views that `draws` decided: crops on the CPU, one image at a time; colour and blur in a batch.
+"""From an image to the views that `draws` decided: the crops, on the CPU, one image at a time.
 
-Pixels follow torchvision's functional transforms on float images in [0, 1]. The batched part uses element-wise
-operations and per-sample sums of fixed shape only, so on one machine a view has the same bits whichever samples share
-its batch, and neither TF32 nor autocast touches it.
+`colour` does the rest. Crops follow torchvision's resize of uint8 images.
 """
 
 from __future__ import annotations
@@ -46,7 +44,14 @@ def eval_view(image: Tensor, size: int) -> Tensor:
 def normalise(crops: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """uint8 [n, 3, s, s] of any device -> float32: (crop / 255 - mean) / std for each channel."""
     x = crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    return normalise_in_place(x, mean, std)
+    return normalise_pixels(x, mean, std, out=x)
+
+
+def normalise_pixels(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], *, out: Tensor) -> Tensor:
+    """The same for float pixels in [0, 1], [n, 3, s, s], into `out`, which may be x."""
+    for channel in range(3):
+        torch.sub(x[:, channel], mean[channel], out=out[:, channel]).mul_(1 / std[channel])
+    return out
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
@@ -55,10 +60,3 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) 
     if image.shape[-2:] == size:
         return batch[0].clone()
     return F.interpolate(batch, size, mode=interpolation, align_corners=False, antialias=True)[0]
-
-
-def normalise_in_place(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """The same for float pixels in [0, 1], which it overwrites and returns: [n, 3, s, s]."""
-    for channel in range(3):
-        x[:, channel].sub_(mean[channel]).mul_(1 / std[channel])
-    return x
