@@ -64,6 +64,8 @@ class DataConfig:
     """What an unreadable image does: end the run, or give its place to a spare of the same epoch."""
     max_bad_samples: int = 100
     """With `replace`: more different bad images than this end the run all the same."""
+    in_memory: Literal["auto", "always", "never"] = "auto"
+    """Decode all images once and hold them in each rank's memory, shared with its workers; auto: up to 1 GiB of pixels."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.shards",
         "data.workers",
         "data.max_bad_samples",
+        "data.in_memory",
     }
     | {"checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every"}
     | {"log.every", "log.tensorboard"}

@@ -38,7 +38,7 @@ OPTIONS = [
     "activation_checkpointing", "channels_last", "compile", "deterministic",
     "max_skipped_steps", "check_ranks_every", "timeout_minutes",
     "first_step_timeout_minutes", "data.shards", "data.workers", "data.window",
-    "data.on_bad_sample", "data.max_bad_samples", "views.preset", "views.image_size", "views.crop_scale",
+    "data.on_bad_sample", "data.max_bad_samples", "data.in_memory", "views.preset", "views.image_size", "views.crop_scale",
     "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
     "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
     "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",

@@ -39,7 +39,7 @@ class _Terms(NamedTuple):
     """[n, 13 + taps]: at each of four places the shares of image, gray image and mean; the shift of hue; the taps."""
 
     def part(self, views: slice | NDArray[np.int64]) -> _Terms:
-        return _Terms(*(field[views] for field in self))
+        return _Terms(*(field[views] for field in self))  # type: ignore[arg-type]
 
 
 def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Tensor:
@@ -103,8 +103,8 @@ def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor)
         x[:grayed] = _gray(x[:grayed])
     for part in (slice(0, grayed), slice(grayed, len(x))):
         if blurred := np.count_nonzero(blur.reach[part]):
-            part = slice(part.start, part.start + blurred)
-            _blur(x[part], taps[part], blur.reach[part])
+            here = slice(part.start, int(part.start + blurred))
+            _blur(x[here], taps[here], blur.reach[here])
     normalise_pixels(_in_order(x, np.argsort(by_blur)), settings.mean, settings.std, out=views)
 
 
@@ -175,7 +175,8 @@ def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32
     half = np.exp(-0.5 * (np.arange(radius + 1) / wide) ** 2)
     kernels: NDArray[np.float64] = half / (2 * half.sum(axis=1, keepdims=True) - 1)
     kernels[kernels < _LEAST_TAP] = 0
-    return (kernels / (2 * kernels.sum(axis=1, keepdims=True) - kernels[:, :1])).astype(np.float32)
+    kernels /= 2 * kernels.sum(axis=1, keepdims=True) - kernels[:, :1]
+    return kernels.astype(np.float32)
 
 
 def _blur(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> None:

@@ -113,10 +113,6 @@ class ViewDraws(NamedTuple):
     blur_sigma: NDArray[np.float32]
     """[n], pixels; 0 = no blur."""
 
-    def part(self, views: slice) -> ViewDraws:
-        """Those of some of the views."""
-        return ViewDraws(*(field[views] for field in self))
-
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
     """Philox4x32-10: 4 random 32-bit words for each 4-word counter.
