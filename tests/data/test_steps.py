@@ -179,14 +179,14 @@ def test_what_waits_for_the_step_is_bounded(images: Path) -> None:
 def test_a_workers_memory_stays_flat(images: Path) -> None:
     """Resident memory of a reading process, at the end of an early and of a late epoch."""
     dataset = ShardDataset(images)
-    steps = StepDataset(dataset, plan_for(dataset), ViewSettings(image_size=64))
-    loaded = load_steps(steps, range(400), workers=1)
+    steps = StepDataset(dataset, plan_for(dataset), ViewSettings(image_size=48))
+    loaded = load_steps(steps, range(160), workers=1)
     page, seen = os.sysconf("SC_PAGE_SIZE"), []
     for views in loaded:
         (worker,) = multiprocessing.active_children()
-        if views.step in (60, 390):
+        if views.step in (40, 155):
             seen.append(int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1]) * page / 2**20)
-    print(f"a worker's resident memory: {seen[0]:.1f} MiB after 60 steps, {seen[1]:.1f} after 390")
+    print(f"a worker's resident memory: {seen[0]:.1f} MiB after 40 steps, {seen[1]:.1f} after 155")
     assert seen[1] - seen[0] < 8
 
 
