@@ -20,7 +20,7 @@ from torch import Tensor
 from loss import FULL, MIB, Result, expendable, hardware, in_fresh_process, is_memory_error, memory, spread, watch_peak
 from simclr_dist.config import ENCODERS, Config, ModelConfig, OptimConfig
 from simclr_dist.distributed import World
-from simclr_dist.learner import build_learner, training_step
+from simclr_dist.learner import build_learner, cut, training_step
 
 
 def measure(*, device: str, batch: int, image_size: int, model: dict[str, Any], repetitions: int, **settings: Any) -> Result:
@@ -35,7 +35,7 @@ def measure(*, device: str, batch: int, image_size: int, model: dict[str, Any], 
     view_a, view_b = (torch.randn(batch, 3, image_size, image_size, generator=generator).to(here.device) for _ in range(2))
 
     def step(a: Tensor, b: Tensor) -> None:
-        training_step(learner, a, b, config, lr=0.1)
+        training_step(learner, cut(a, b, config.micro_batches), config, lr=0.1)
         if on_cuda:
             torch.cuda.synchronize()
 

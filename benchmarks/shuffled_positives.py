@@ -5,22 +5,23 @@ If accuracy rose here too, it would come from something else than what SimCLR te
 """
 
 import sys
+from collections.abc import Sequence
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from simclr_dist import train
 from simclr_dist.data.draws import ViewSettings
-from simclr_dist.data.steps import Views, two_views
+from simclr_dist.data.steps import Views, coloured
+from simclr_dist.train import __main__ as train
+from simclr_dist.train import loop
 
 
-def views_of_different_images(views: Views, settings: ViewSettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """View b moves on by one image."""
-    view_a, view_b = two_views(views, settings, device)
-    return view_a, view_b.roll(1, 0)
+def views_of_different_images(views: Views, settings: ViewSettings, device: torch.device) -> Sequence[tuple[Tensor, Tensor]]:
+    """View b moves on by one image of its micro-batch."""
+    return [(view_a, view_b.roll(1, 0)) for view_a, view_b in coloured(views, settings, device)]
 
 
 if __name__ == "__main__":
-    with mock.patch.object(train, "two_views", views_of_different_images):
+    with mock.patch.object(loop, "coloured", views_of_different_images):
         sys.exit(train.main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simclr_dist.config import Config, ModelConfig, ViewsConfig, load_config
 from simclr_dist.distributed import World, all_gather, all_sum, rank, world, world_size
 from simclr_dist.errors import RankError, UserError
-from simclr_dist.learner import backward, build_learner
+from simclr_dist.learner import backward, build_learner, cut
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.microbatch import LossFunction
 from simclr_dist.model import build_simclr
@@ -56,7 +56,7 @@ def gradient_report(config: Config, here: World) -> tuple[str, bool]:
     gradients = {}
     for name, loss in losses.items():
         learner.optimizer.zero_grad()
-        backward(learner, local_a, local_b, config, loss)
+        backward(learner, cut(local_a, local_b, config.micro_batches), loss)
         gradients[name] = torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
     truth = _one_process(learner.model, view_a.to(here.device), view_b.to(here.device), config)
     rows = [

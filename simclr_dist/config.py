@@ -67,6 +67,8 @@ class DataConfig:
     """What an unreadable image does: end the run, or give its place to a spare of the same epoch."""
     max_bad_samples: int = 100
     """With `replace`: more different bad images than this end the run all the same."""
+    in_memory: Literal["auto", "always", "never"] = "auto"
+    """Decode all images once and hold them in each rank's memory, shared with its workers; auto: up to 1 GiB of pixels."""
     cache: str = ""
     """Folder for remote shards, on a local disk; default: $SIMCLR_DIST_CACHE, else ~/.cache/simclr_dist/shards."""
     cache_gib: float | None = None
@@ -292,6 +294,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.shards",
         "data.workers",
         "data.max_bad_samples",
+        "data.in_memory",
         "data.cache",
         "data.cache_gib",
         "data.retry_minutes",
@@ -438,6 +441,8 @@ def _check_data(config: Config, source: str, refuse: typing.Callable[[str, str],
             refuse("data.samples", "is too small; the least is 1")
         if data.window != plain.window:
             refuse("data.window", "has no effect with data.reader: stream, which mixes by data.shuffle_buffer; leave it out")
+        if data.in_memory == "always":
+            refuse("data.in_memory", "does not go with data.reader: stream, which knows no image before it comes; leave it out")
         if pipe and not data.allow_pipe:
             refuse("data.shards", "runs a shell command; set data.allow_pipe: true if you mean it")
     if not remote:

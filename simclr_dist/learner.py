@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from simclr_dist.loss.statistics import embedding_statistics
 from simclr_dist.microbatch import LossFunction, contrastive_backward
 from simclr_dist.model import SimCLR, build_simclr, frozen_running_statistics, use_global_batch_norm
 from simclr_dist.optim import build_optimizer, parameter_groups, step_unless
+
+Piece = tuple[Tensor, Tensor]
+"""A micro-batch: view a and view b of this rank's images in it, float [n, 3, s, s]."""
 
 
 @dataclass
@@ -87,10 +91,15 @@ def build_learner(config: Config, here: World) -> Learner:
     return Learner(model, parallel, optimizer, loss, loss_scale, counters, init)
 
 
+def cut(view_a: Tensor, view_b: Tensor, pieces: int) -> list[Piece]:
+    """This rank's views, float [n, 3, s, s], as `pieces` micro-batches."""
+    return list(zip(view_a.chunk(pieces), view_b.chunk(pieces), strict=True))
+
+
 def backward(
-    learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, loss_function: LossFunction | None = None
+    learner: Learner, pieces: Sequence[Piece], loss_function: LossFunction | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the global batch's loss, from this rank's views; returns (global loss, z_a, z_b).
+    """The gradient of the global batch's loss, from this rank's micro-batches; returns (global loss, z_a, z_b).
 
     With fp16 both are multiplied by the loss scale.
     """
@@ -98,15 +107,15 @@ def backward(
     scale = learner.loss_scale
     return contrastive_backward(
         learner.parallel,
-        list(zip(view_a.chunk(config.micro_batches), view_b.chunk(config.micro_batches), strict=True)),
+        pieces,
         plain if scale is None else lambda z_a, z_b: plain(z_a, z_b) * scale.factor,
         no_sync=getattr(learner.parallel, "no_sync", contextlib.nullcontext),
         first_pass=functools.partial(frozen_running_statistics, learner.model),
     )
 
 
-def training_step(learner: Learner, view_a: Tensor, view_b: Tensor, config: Config, lr: float) -> dict[str, Tensor]:
-    """One update of the parameters, or none when loss or gradient is not finite.
+def training_step(learner: Learner, pieces: Sequence[Piece], config: Config, lr: float) -> dict[str, Tensor]:
+    """One update of the parameters by this rank's micro-batches, or none when loss or gradient is not finite.
 
     No host sync of ours (torch's SyncBatchNorm has one).
     All ranks decide alike: the loss is the global one and the gradient is already averaged.
@@ -117,7 +126,7 @@ def training_step(learner: Learner, view_a: Tensor, view_b: Tensor, config: Conf
     optimizer.zero_grad()
     statistics = [buffer for buffer in learner.model.buffers() if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
-    loss, z_a, z_b = backward(learner, view_a, view_b, config)
+    loss, z_a, z_b = backward(learner, pieces)
     if scale := learner.loss_scale:
         loss = loss / scale.factor
         torch._foreach_div_([p.grad for p in learner.model.parameters() if p.grad is not None], scale.factor)

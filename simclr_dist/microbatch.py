@@ -19,7 +19,8 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the gradient of loss_function(z_a, z_b) over all pieces to the parameters.
 
-    `pieces` are this rank's (view_a, view_b), float [n, 3, s, s] each. Both views of a piece go through the model in ONE
+    `pieces` are this rank's (view_a, view_b), float [n, 3, s, s] each; each pass takes one out at a time,
+    so they may be made when they are asked for. Both views of a piece go through the model in ONE
     forward, so BatchNorm's statistics are over both. With one piece this is plain forward and backward. With more, z is
     first computed without a graph, the loss gives dL/dz, and a second pass over the pieces, with a graph, carries it into
     the parameters: one piece of activations is alive at a time, and the loss still sees every embedding. Each piece draws the
@@ -37,21 +38,24 @@ def contrastive_backward(
 
     # The bare module: DDP's forward would arm its gradient exchange.
     bare = getattr(model, "module", model)
-    z, states = [], []
+    z, states, sizes = [], [], []
     with torch.no_grad(), first_pass():
         for piece in pieces:
             states.append(_random_state(piece[0].device))
+            sizes.append(len(piece[0]))
             z.append(bare(torch.cat(piece)))
+            del piece  # before the next one is made
     after = _random_state(z[0].device)
     z_a, z_b = (torch.cat(view).requires_grad_() for view in zip(*(part.chunk(2) for part in z), strict=True))
     loss = loss_function(z_a, z_b)
     gradients = torch.autograd.grad(loss, (z_a, z_b))
-    sizes = [len(a) for a, _ in pieces]
     parts = list(zip(*(gradient.split(sizes) for gradient in gradients), strict=True))
-    for i, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
+    for i, part in enumerate(parts):
+        piece = pieces[i]
         _set_random_state(states[i], piece[0].device)
         with no_sync() if i < len(pieces) - 1 else nullcontext():
             model(torch.cat(piece)).backward(torch.cat(part))
+        del piece
     _set_random_state(after, z_a.device)
     return loss.detach(), z_a.detach(), z_b.detach()
 

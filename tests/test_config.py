@@ -38,7 +38,7 @@ OPTIONS = [
     "activation_checkpointing", "channels_last", "compile", "deterministic",
     "max_skipped_steps", "check_ranks_every", "timeout_minutes",
     "first_step_timeout_minutes", "data.shards", "data.reader", "data.workers", "data.window",
-    "data.on_bad_sample", "data.max_bad_samples", "data.cache", "data.cache_gib", "data.retry_minutes",
+    "data.on_bad_sample", "data.max_bad_samples", "data.in_memory", "data.cache", "data.cache_gib", "data.retry_minutes",
     "data.samples", "data.shuffle_buffer", "data.allow_pipe", "views.preset", "views.image_size", "views.crop_scale",
     "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
     "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",

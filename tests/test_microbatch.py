@@ -12,7 +12,7 @@ import ranks
 from host_sync import no_host_sync
 from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig
 from simclr_dist.distributed import World
-from simclr_dist.learner import Learner, build_learner, step_metrics, training_step
+from simclr_dist.learner import Learner, build_learner, cut, step_metrics, training_step
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.microbatch import contrastive_backward
 from simclr_dist.model import frozen_running_statistics
@@ -138,16 +138,16 @@ def _steps(here: World, config: Config, poisoned_rank: int) -> dict[str, Any]:
     n = config.global_batch_size // here.size
     view_a, view_b = (v[here.rank * n : (here.rank + 1) * n].clone() for v in _views(8, 8, torch.float32))
     for _ in range(2):
-        good = training_step(learner, view_a, view_b, config, lr=0.1)
+        good = training_step(learner, cut(view_a, view_b, config.micro_batches), config, lr=0.1)
     before = _state(learner)
     for value in (torch.nan, torch.inf):
         poisoned = view_b.clone()
         if here.rank == poisoned_rank:
             poisoned[1, 2, 3, 4] = value
-        bad = training_step(learner, view_a, poisoned, config, lr=0.1)
+        bad = training_step(learner, cut(view_a, poisoned, config.micro_batches), config, lr=0.1)
     kept = all(map(torch.equal, before, _state(learner)))
     counters = {name: int(value) for name, value in learner.counters.items()}
-    training_step(learner, view_a, view_b, config, lr=0.1)
+    training_step(learner, cut(view_a, view_b, config.micro_batches), config, lr=0.1)
     end = _state(learner)
     return {
         "kept": kept,
@@ -189,8 +189,8 @@ def test_a_first_step_that_is_not_finite() -> None:
             learner = build_learner(config, ALONE)
             view_a, view_b = _views(8, 8, torch.float32)
             if bad_start:
-                training_step(learner, view_a * torch.nan, view_b, config, lr=0.1)
-            training_step(learner, view_a, view_b, config, lr=0.1)
+                training_step(learner, cut(view_a * torch.nan, view_b, config.micro_batches), config, lr=0.1)
+            training_step(learner, cut(view_a, view_b, config.micro_batches), config, lr=0.1)
             runs.append(_state(learner))
         assert all(map(torch.equal, *runs)), optimizer
 
@@ -198,13 +198,13 @@ def test_a_first_step_that_is_not_finite() -> None:
 def test_clipping_is_counted_and_bounds_the_gradient() -> None:
     config = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, clip_norm=1e-3))
     learner = build_learner(config, ALONE)
-    outcome = training_step(learner, *_views(8, 8, torch.float32), config, lr=0.1)
+    outcome = training_step(learner, cut(*_views(8, 8, torch.float32), config.micro_batches), config, lr=0.1)
     assert outcome["gradient_norm"] > 1e-3  # as it was before
     assert _gradient(learner.model).norm() == pytest.approx(1e-3, rel=1e-3)
     assert learner.counters["clipped"] == 1
     off = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, clip_norm=0.0))
     learner = build_learner(off, ALONE)
-    outcome = training_step(learner, *_views(8, 8, torch.float32), off, lr=0.1)
+    outcome = training_step(learner, cut(*_views(8, 8, torch.float32), off.micro_batches), off, lr=0.1)
     assert _gradient(learner.model).norm() == pytest.approx(outcome["gradient_norm"].item(), rel=1e-6)
     assert learner.counters["clipped"] == 0
 
@@ -222,8 +222,12 @@ def test_all_ranks_skip_when_one_is_not_finite() -> None:
 def test_bfloat16() -> None:
     config = dataclasses.replace(CONFIG, precision="bf16")
     # Not 8 pixels: oneDNN leaves parts of a stride-2 convolution's bfloat16 weight gradient unwritten on a 1x1 input.
-    outcome = training_step(build_learner(config, ALONE), *_views(8, 16, torch.float32), config, lr=0.1)
-    exact = training_step(build_learner(CONFIG, ALONE), *_views(8, 16, torch.float32), CONFIG, lr=0.1)
+    outcome = training_step(
+        build_learner(config, ALONE), cut(*_views(8, 16, torch.float32), config.micro_batches), config, lr=0.1
+    )
+    exact = training_step(
+        build_learner(CONFIG, ALONE), cut(*_views(8, 16, torch.float32), CONFIG.micro_batches), CONFIG, lr=0.1
+    )
     assert outcome["loss"].dtype == torch.float32
     assert outcome["loss"] == pytest.approx(exact["loss"].item(), rel=0.05)
     assert outcome["gradient_norm"] == pytest.approx(exact["gradient_norm"].item(), rel=0.2)
@@ -237,18 +241,18 @@ def test_fp16_finds_its_scale() -> None:
     learner.loss_scale.factor.fill_(2.0**40)
     before = _state(learner)
     views = _views(8, 16, torch.float32)
-    training_step(learner, *views, config, lr=0.1)
+    training_step(learner, cut(*views, config.micro_batches), config, lr=0.1)
     assert all(map(torch.equal, before, _state(learner)))
     assert learner.loss_scale.factor == 2.0**39
     assert (int(learner.counters["skipped"]), int(learner.counters["skipped_in_a_row"])) == (1, 0)
     learner.loss_scale.factor.fill_(2.0**8)
-    outcome = training_step(learner, *views, config, lr=0.1)
-    exact = training_step(build_learner(CONFIG, ALONE), *views, CONFIG, lr=0.1)
+    outcome = training_step(learner, cut(*views, config.micro_batches), config, lr=0.1)
+    exact = training_step(build_learner(CONFIG, ALONE), cut(*views, CONFIG.micro_batches), CONFIG, lr=0.1)
     assert outcome["loss"] == pytest.approx(exact["loss"].item(), rel=0.02)
     assert outcome["gradient_norm"] == pytest.approx(exact["gradient_norm"].item(), rel=0.05), "of the loss without its scale"
     assert (learner.loss_scale.factor, learner.loss_scale.good_steps) == (2.0**8, 1)
     learner.loss_scale.good_steps.fill_(1999)
-    training_step(learner, *views, config, lr=0.1)
+    training_step(learner, cut(*views, config.micro_batches), config, lr=0.1)
     assert learner.loss_scale.factor == 2.0**9
 
 
@@ -256,7 +260,7 @@ def test_fp16_still_diverges() -> None:
     config = dataclasses.replace(CONFIG, precision="fp16")
     learner = build_learner(config, ALONE)
     view_a, view_b = _views(8, 16, torch.float32)
-    training_step(learner, view_a * torch.nan, view_b, config, lr=0.1)
+    training_step(learner, cut(view_a * torch.nan, view_b, config.micro_batches), config, lr=0.1)
     assert learner.counters["skipped_in_a_row"] == 1, "no scale makes this loss finite"
 
 
@@ -266,7 +270,7 @@ def test_loss_scale_and_loss_factor_are_not_mixed_up() -> None:
     found = []
     for config in (CONFIG, double):
         learner = build_learner(config, ALONE)
-        outcome = training_step(learner, *_views(8, 8, torch.float32), config, lr=0.1)
+        outcome = training_step(learner, cut(*_views(8, 8, torch.float32), config.micro_batches), config, lr=0.1)
         found.append((step_metrics(outcome, learner, config, 1, 0.1, 0)["loss/nt_xent"], float(outcome["gradient_norm"])))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     assert found[1][1] == pytest.approx(2 * found[0][1], rel=1e-5)
@@ -318,7 +322,7 @@ def test_activation_checkpointing_changes_memory_alone(micro_batches: int) -> No
             learner.model(torch.cat(_views(8, 32, torch.float32)))
         learner = build_learner(config, ALONE)
         for _ in range(2):
-            outcome = training_step(learner, *_views(8, 32, torch.float32), config, lr=0.1)
+            outcome = training_step(learner, cut(*_views(8, 32, torch.float32), config.micro_batches), config, lr=0.1)
         batches = [m.num_batches_tracked for m in learner.model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert set(map(int, batches)) == {2 * micro_batches}, "moved in one pass only"
         found.append((_state(learner), outcome["loss"], sum(kept.values())))
@@ -343,6 +347,8 @@ def test_no_host_sync_in_a_step(changes: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, **changes)
     learner = build_learner(config, World(0, 1, 0, device))
     views = [view.to(device) for view in _views(8, 16, torch.float32)]
-    training_step(learner, views[0], views[1], config, lr=0.1)  # cuDNN and Triton try what is fastest
+    training_step(
+        learner, cut(views[0], views[1], config.micro_batches), config, lr=0.1
+    )  # cuDNN and Triton try what is fastest
     with no_host_sync():
-        training_step(learner, views[0], views[1], config, lr=0.1)
+        training_step(learner, cut(views[0], views[1], config.micro_batches), config, lr=0.1)

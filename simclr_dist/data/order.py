@@ -25,12 +25,19 @@ def epoch_order(shard_sizes: Rows, *, seed: int, epoch: int, window: int) -> Row
     parts = []
     for first in range(0, len(shards), window):
         rows = np.concatenate([np.arange(starts[s], starts[s] + shard_sizes[s]) for s in shards[first : first + window]])
-        parts.append(rows[np.argsort(draws.random_raw(len(rows)), kind="stable")])
-    return np.concatenate(parts).astype(np.int64)
+        parts.append(rows[_sorting(draws.random_raw(len(rows)))])
+    return np.concatenate(parts).astype(np.int64, copy=False)
+
+
+def _sorting(keys: NDArray[np.uint64]) -> Rows:
+    """The stable argsort, four times faster where no key is there twice: then there is but one."""
+    order = np.argsort(keys)
+    ordered = keys[order]
+    return np.argsort(keys, kind="stable") if (ordered[1:] == ordered[:-1]).any() else order
 
 
 def _shuffled_shards(draws: np.random.Philox, shards: int) -> Rows:
-    return np.argsort(draws.random_raw(shards), kind="stable")
+    return _sorting(draws.random_raw(shards))
 
 
 @dataclass(frozen=True)

@@ -237,9 +237,7 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
         raise DataError(f"{name}: not an image{why}") from None
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
-    if content.startswith(
-        PNG_SIGNATURE
-    ):  # nobody has checked it, and torchvision's reader can end the process on a damaged one
+    if content.startswith(PNG_SIGNATURE):  # a damaged one, which nobody has looked for, can crash torchvision's reader
         try:
             content = prepare_image(content).content
         except DataError as error:

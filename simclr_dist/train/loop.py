@@ -6,7 +6,8 @@ from pathlib import Path
 from simclr_dist import checkpoint, ledger, stopping
 from simclr_dist.agreement import StopAgreement, any_asked, check_ranks_agree
 from simclr_dist.config import Config, check_fits
-from simclr_dist.data.steps import StepDataset, load_steps, two_views
+from simclr_dist.data.memory import held_in_memory
+from simclr_dist.data.steps import StepDataset, coloured, load_steps
 from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
 from simclr_dist.errors import ConfigError, DivergedError, SaveError, StoppedError
 from simclr_dist.export import export_encoder
@@ -53,7 +54,8 @@ def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim |
     on_rank_0(begin)  # it may find the disk full
 
     plan = order(config, images, here, step)
-    steps = StepDataset(images, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
+    source = held_in_memory(images, config.data.in_memory)
+    steps = StepDataset(source, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
     monitor = Monitor(run, active=here.is_main, total_steps=total, first_step=step, tensorboard=config.log.tensorboard)
     at_end.callback(monitor.close)
     monitor.say(describe(config, plan, learner, here, settings, total, warmup, step))
@@ -81,11 +83,11 @@ def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim |
     for views in clock.waiting(
         load_steps(steps, range(step, total), workers=config.data.workers, pin_memory=here.device.type == "cuda")
     ):
-        view_a, view_b = two_views(views, settings, here.device)
+        pieces = coloured(views, settings, here.device)
         if step == 0:
-            monitor.images("views", view_grid(view_a, view_b, settings), step)
+            monitor.images("views", view_grid(*pieces[0], settings), step)
         lr = learning_rate(step, peak=config.peak_lr, warmup_steps=warmup, total_steps=total)
-        outcome = training_step(learner, view_a, view_b, config, lr)
+        outcome = training_step(learner, pieces, config, lr)
         step += 1
         asked = agreement.exchange(stopping.asked())
         if step == first:

@@ -1,5 +1,6 @@
 """Exact epochs, the same at every world size; spares that can never put an image into a batch twice."""
 
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simclr_dist.data import order as order_module
 from simclr_dist.data.order import Plan, Rows, epoch_order
 
 SIZES = np.array([40, 41, 7, 40, 40, 37])  # 205 images
@@ -114,6 +116,26 @@ def test_every_image_is_left_out_equally_often() -> None:
 def test_order_differs_by_seed_and_by_epoch() -> None:
     orders = [tuple(epoch_order(SIZES, seed=seed, epoch=epoch, window=3)) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     assert len(set(orders)) == 9
+
+
+def test_equal_keys_keep_their_order() -> None:
+    keys = np.random.default_rng(0).integers(0, 50, 1000).astype(np.uint64)
+    assert np.array_equal(order_module._sorting(keys), np.argsort(keys, kind="stable"))
+    unique = np.random.default_rng(0).permutation(1000).astype(np.uint64)
+    assert np.array_equal(order_module._sorting(unique), np.argsort(unique, kind="stable"))
+
+
+def test_an_epoch_of_imagenet_is_planned_at_once() -> None:
+    """1,281,000 samples in 1,000 shards, within a tenth of a second of CPU time."""
+    plan = Plan(np.full(1000, 1281), seed=0, global_batch_size=4096, window=16)
+    spent = []
+    for epoch in range(5):
+        start = time.process_time()
+        plan[epoch * plan.steps_per_epoch]
+        spent.append(time.process_time() - start)
+    print(f"{min(spent) * 1000:.0f} ms of CPU time")
+    assert min(spent) < 0.1
+    assert np.array_equal(np.sort(plan.order(4)), np.arange(1_281_000))
 
 
 def test_a_step_needs_nothing_but_its_number() -> None:

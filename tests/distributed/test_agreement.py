@@ -149,7 +149,7 @@ def flips_in_a_learner(here: World) -> dict[str, str]:
     generator = torch.Generator().manual_seed(here.rank)
     for _ in range(2):
         views = torch.randn(2, 4, 3, 16, 16, generator=generator)
-        training_step(learner, views[0], views[1], SMALL, 0.1)
+        training_step(learner, [(views[0], views[1])], SMALL, 0.1)
     found = {"equal": told(learned_tensors(learner))}
     momentum = next(iter(learner.optimizer.state.values()))["momentum_buffer"]
     for name, tensor in {

@@ -23,7 +23,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.distributed import World, all_gather
-from simclr_dist.learner import Learner, backward, build_learner, training_step
+from simclr_dist.learner import Learner, backward, build_learner, cut, training_step
 from simclr_dist.train.describe import view_settings
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -114,7 +114,7 @@ def _gradients(here: World) -> dict[str, Tensor]:
     for name, config, smooth, fault in _cases():
         with _broken(fault):
             learner = _learner(config, here, smooth=smooth)
-            backward(learner, *_views(config, here, step=1), config)
+            backward(learner, cut(*_views(config, here, step=1), config.micro_batches))
         found[name] = _flat_gradient(learner)
     return found
 
@@ -124,7 +124,7 @@ def _trajectory(here: World) -> dict[str, Any]:
     learner = _learner(CONFIG, here)
     for step in range(30):
         config = dataclasses.replace(CONFIG, micro_batches=1 if step % 5 else 2)
-        outcome = training_step(learner, *_views(config, here, step), config, lr=config.peak_lr)
+        outcome = training_step(learner, cut(*_views(config, here, step), config.micro_batches), config, lr=config.peak_lr)
     state = learner.model.state_dict()
     return {
         "parameters": torch.cat([p.detach().flatten() for p in learner.model.parameters()]),
@@ -271,7 +271,7 @@ def _large_gradients(here: World) -> list[Tensor]:
     found = []
     for config in LARGE:
         learner = _large_learner(config, here)
-        backward(learner, *_large_views(config, here), config)
+        backward(learner, cut(*_large_views(config, here), config.micro_batches))
         found.append(_flat_gradient(learner))
     return found
 

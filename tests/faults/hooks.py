@@ -3,13 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from simclr_dist.config import Config
-from simclr_dist.learner import Learner
+from simclr_dist.learner import Learner, Piece
 from simclr_dist.train import loop
 
 
@@ -60,13 +60,11 @@ def _before_step(step: int, rank: int | None, action: Callable[[], None]) -> Non
     counted = 0
     training_step = loop.training_step
 
-    def patched(
-        learner: Learner, view_a: torch.Tensor, view_b: torch.Tensor, config: Config, lr: float
-    ) -> dict[str, torch.Tensor]:
+    def patched(learner: Learner, pieces: Sequence[Piece], config: Config, lr: float) -> dict[str, torch.Tensor]:
         nonlocal counted
         counted += 1
         if counted == step and is_rank(rank):
             action()
-        return training_step(learner, view_a, view_b, config, lr)
+        return training_step(learner, pieces, config, lr)
 
     loop.training_step = patched

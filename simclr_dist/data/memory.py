@@ -1,0 +1,96 @@
+"""A set of small images, decoded once and held in memory by a rank and its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.reader import Images, Sample, ShardDataset
+from simclr_dist.data.resize import crop_views
+from simclr_dist.data.views import Interpolation
+from simclr_dist.errors import DataError, RankError, UnreachableError
+
+AUTO_BYTES = 2**30
+"""`data.in_memory: auto` holds sets of at most so many bytes of pixels (350,000 images of 32 x 32)."""
+_BATCH_SIDE = 40
+
+
+def decoded_bytes(manifest: Manifest) -> int:
+    """What the pixels of all images take."""
+    return int((manifest.height.astype(np.int64) * manifest.width).sum() * 3)
+
+
+def held_in_memory(images: Images, choice: str) -> Images:
+    """`images`, decoded when `choice` is "always", or "auto" and they are few: the same views come of both.
+
+    A stream stays as it is. Raises RankError when a server of shards fails.
+    """
+    if not isinstance(images, ShardDataset):
+        return images
+    wanted = choice == "always" or (choice == "auto" and decoded_bytes(images.manifest) <= AUTO_BYTES)
+    return DecodedImages(images) if wanted else images
+
+
+class DecodedImages(Dataset[Sample]):
+    """All images of `images`, by manifest row, checked by sha256 and decoded when this is made.
+
+    Workers that are forked later share the memory. An image that cannot be read raises its DataError when it is asked for,
+    as from shards; a server of shards that fails is a RankError. When all have one size, and it is small, `crops` makes a
+    batch of crops in one call.
+    """
+
+    def __init__(self, images: ShardDataset) -> None:
+        manifest = images.manifest
+        self.manifest = manifest
+        heights, widths = manifest.height.astype(np.int64), manifest.width.astype(np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(heights * widths * 3)])
+        self._pixels = torch.empty(int(self._starts[-1]), dtype=torch.uint8)
+        self._bad: dict[int, str] = {}
+        same = bool((heights == heights[0]).all() and (widths == widths[0]).all())
+        self.of_one_size = same and max(heights[0], widths[0]) <= _BATCH_SIDE
+        """Whether `crops` can be asked."""
+        for row in range(len(manifest)):
+            try:
+                image = images[row].image
+                if image.shape[1:] != (heights[row], widths[row]):
+                    raise DataError(
+                        f"{manifest.folder}/{manifest.shards[manifest.shard[row]]}: image {manifest.key[row]}: has"
+                        f" {image.shape[2]} x {image.shape[1]} pixels, the manifest says {widths[row]} x {heights[row]};"
+                        " shard the images again"
+                    )
+            except UnreachableError as error:
+                raise RankError(str(error)) from None
+            except DataError as error:
+                self._bad[row] = str(error)
+            else:
+                self._stored(row).copy_(image)
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, row: int) -> Sample:
+        if row in self._bad:
+            raise DataError(self._bad[row])
+        return Sample(self._stored(row), int(self.manifest.label[row]), int(row))
+
+    def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
+        """Everything is here already."""
+
+    def crops(
+        self, rows: NDArray[np.int64], box: NDArray[np.int64], flip: NDArray[np.bool_], size: int, how: Interpolation
+    ) -> Tensor:
+        """`crop_view` of each row, with the same bits, in one call: uint8 [n, 3, size, size]."""
+        whole = self._pixels.view(len(self), 3, int(self.manifest.height[0]), int(self.manifest.width[0]))
+        return crop_views(whole, rows, box, flip, size, how)
+
+    def _stored(self, row: int) -> Tensor:
+        """[3, h, w]: as `crops` takes it, or channels last in memory, as `crop_view` likes it."""
+        height, width = int(self.manifest.height[row]), int(self.manifest.width[row])
+        pixels = self._pixels[self._starts[row] : self._starts[row + 1]]
+        return pixels.view(3, height, width) if self.of_one_size else pixels.view(height, width, 3).permute(2, 0, 1)
