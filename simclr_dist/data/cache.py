@@ -282,4 +282,6 @@ class ShardCache:
             yield got
         finally:
             _held.discard(descriptor)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked just now
             os.close(descriptor)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -292,19 +293,36 @@ def test_a_fetcher_that_is_killed_blocks_nobody_and_leaves_nothing(server: Serve
     assert left(folder, "tar") == 1
 
 
-def test_a_lock_does_not_live_on_in_a_child(server: Server, folder: Path) -> None:
+def test_a_killed_processs_lock_does_not_live_on_in_its_child(server: Server, folder: Path) -> None:
+    """Two forks: of one that holds the lock and is killed, and of its child."""
     cache = ShardCache(load_collection(server.url), CacheSettings(folder, 1 << 30, QUICK))
-    with cache._lock("x"):
-        child = os.fork()
-        if child == 0:
+    told, telling = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with cache._lock("x"):
+            child = os.fork()
+            if child:
+                os.write(telling, f"{child}\n".encode())
             time.sleep(30)
-            os._exit(0)
+        os._exit(0)
+    child = int(os.read(told, 20))
     try:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
         with (folder / "locks" / "x").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            until(lambda: locked(file))
     finally:
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.close(told)
+        os.close(telling)
+
+
+def locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
