@@ -36,7 +36,8 @@ def torchrun(
     stopping.listen()
     ranks = _Ranks(processes, command, nodes, alone=processes == 1 and nodes is None and run is not None)
     if run is None:
-        return 0 if ranks.run() == (0, None) else 1
+        code, word = ranks.run()
+        return word if word is not None else int(code != 0)
     note_death(run)  # of an earlier start
     fruitless, early, since = 0, 0, time.monotonic()
     while True:
