@@ -317,6 +317,7 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         from simclr_dist.slurm.job import rank_variables
 
+        os.environ["SUBMITIT_EXECUTOR"] = "slurm"  # which submitit's own jobs have, and by which it knows where it is
         os.environ |= rank_variables(submitit.JobEnvironment())
     if "WORLD_SIZE" in os.environ:  # already under torchrun
         from simclr_dist.check.command import main as check_main

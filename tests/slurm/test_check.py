@@ -15,6 +15,7 @@ def test_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     """All is well, but for a grace in which no checkpoint can be saved."""
     training_runs.write_config(tmp_path, training_runs.make_shards(tmp_path), run_folder=str(tmp_path / "run"))
     done = cluster.login(*SRUN, env={"OMP_NUM_THREADS": "1"}, cwd=tmp_path, timeout=240, check=False)
+    assert done.stdout, (done.returncode, done.stderr)
     lines = done.stdout.splitlines()
     assert lines[-1] == "9 checks: 1 failed, 0 with a warning", done.stdout + done.stderr
     assert "names of 2 machines: n1, n2" in done.stdout
