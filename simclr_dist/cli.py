@@ -7,6 +7,7 @@ checked.
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from simclr_dist import manual, stopping
+from simclr_dist.check.findings import NAMES as CHECKS
 from simclr_dist.completion import SHELLS, complete, script
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.data import shard_options
@@ -157,11 +159,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="YAML file")
     plan.add_argument("--processes", type=_at_least(1), default=1, help="ranks in all (default: %(default)s)")
     plan.add_argument("--samples", type=_at_least(1), help="images in the data set, when its shards are not here")
+    plan.add_argument("--gpu", metavar="NAME", help="h100, a100-40, v100-16, ...; or its memory alone, like 24GiB")
+    plan.add_argument("--bandwidth", metavar="RATE", help="of the slowest link between the ranks, like 25Gbit")
+    plan.add_argument("--latency", metavar="TIME", default="20us", help="of a collective, a doubling of ranks (default: 20us)")
+    plan.add_argument("--utilisation", type=_share, metavar="SHARE", help="of the GPU's peak that is reached, like 0.3")
+    plan.add_argument("--images-per-second", type=_above_zero, metavar="N", help="measured on one rank, instead of a share")
+    plan.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
     plan.set_defaults(run=_plan)
 
-    check = verbs.add_parser("check", help="prove on these machines that training is exact (also under torchrun)")
-    check.add_argument("config", nargs="?", help="YAML file whose model is checked (default: a small one)")
-    check.add_argument("--only", choices=["gradient"], default="gradient", help="the check to run (default: %(default)s)")
+    check = verbs.add_parser("check", help="try what training needs on these machines (also under torchrun or srun)")
+    check.add_argument(
+        "config", nargs="?", help="YAML file whose model, shards and folder are checked (default: a small model)"
+    )
+    check.add_argument("--only", choices=CHECKS, help="one check instead of all")
     check.add_argument("--processes", type=_at_least(1), help="ranks on this machine (default: one a GPU, or 2)")
     check.set_defaults(run=_check)
     manual.fill_in(parser, verbs.choices)
@@ -179,6 +189,20 @@ def _at_least(least: int) -> "type[int]":
 
     parse.__name__ = "int"  # argparse names it in its message
     return parse  # type: ignore[return-value]
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _above_zero(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text}: is a share, from above 0 to 1")
+    return value
 
 
 def _nodes(text: str) -> tuple[int, int]:
@@ -282,9 +306,24 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from simclr_dist.plan import plan
+    from simclr_dist.plan import hardware
 
-    print(plan(load_config(arguments.config, overrides), world_size=arguments.processes, samples=arguments.samples))
+    config = load_config(arguments.config, overrides)
+    if arguments.gpu is not None and config.device == "cpu":
+        raise ConfigError(f"--gpu: {arguments.gpu!r} has no effect with device: cpu; leave it out, or set device to auto")
+    gpu = None if arguments.gpu is None else hardware.gpu(arguments.gpu)
+    bandwidth = None if arguments.bandwidth is None else hardware.bandwidth(arguments.bandwidth)
+    latency = hardware.seconds(arguments.latency)
+    if arguments.utilisation is not None and (gpu is None or not gpu.peak):
+        raise ConfigError("--utilisation: is a share of a GPU's peak; name the GPU by --gpu, like h100")
+    from simclr_dist.plan.report import make_plan, text
+    from simclr_dist.plan.scaling import Machines
+
+    machines = Machines(
+        gpu, bandwidth, latency, arguments.utilisation, arguments.images_per_second, on_cuda=config.device != "cpu"
+    )
+    made = make_plan(config, world_size=arguments.processes, samples=arguments.samples, machines=machines)
+    print(json.dumps(made.values(), indent=2) if arguments.json else text(made))
     return 0
 
 
@@ -292,9 +331,17 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if overrides and arguments.config is None:
         raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
     config = load_config(arguments.config, overrides) if arguments.config else None
-    command = ["-m", "simclr_dist.check", *([arguments.config] if arguments.config else []), *overrides]
+    only = ["--only", arguments.only] if arguments.only else []
+    command = ["-m", "simclr_dist.check", *([arguments.config] if arguments.config else []), *only, *overrides]
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a task of srun
+        import submitit
+
+        from simclr_dist.slurm.job import rank_variables
+
+        os.environ["SUBMITIT_EXECUTOR"] = "slurm"  # which submitit's own jobs have, and by which it knows where it is
+        os.environ |= rank_variables(submitit.JobEnvironment())
     if "WORLD_SIZE" in os.environ:  # already under torchrun
-        from simclr_dist.check import main as check_main
+        from simclr_dist.check.command import main as check_main
 
         return check_main(command[2:])
     return torchrun(arguments.processes or max(2, _gpus(config or Config())), command)

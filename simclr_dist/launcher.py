@@ -36,10 +36,10 @@ def torchrun(
     stopping.listen()
     ranks = _Ranks(processes, command, nodes, alone=processes == 1 and nodes is None and run is not None)
     if run is None:
-        code, final = ranks.run(lambda _: bool(stopping.asked()))
+        code, word = ranks.run(lambda _: bool(stopping.asked()))
         if stopping.asked():
             raise KeyboardInterrupt
-        return 0 if (code, final) == (0, None) else 1
+        return word if word is not None else int(code != 0)
     note_death(run)  # of an earlier start
     fruitless, early, since = 0, 0, time.monotonic()
     while True:

@@ -10,7 +10,7 @@ from simclr_dist.config import Config, load_config
 from simclr_dist.data.draws import PRESETS
 from simclr_dist.model import ResNet, SimCLR, build_projector
 from simclr_dist.optim import build_optimizer, parameter_groups
-from simclr_dist.plan import plan
+from simclr_dist.plan.report import plan
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

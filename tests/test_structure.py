@@ -23,15 +23,16 @@ FLOORS = {
     "run": 2, "model": 2, "loss": 2, "monitor": 2, "agreement": 2,
     "launcher": 3, "export": 3, "foreign": 3.5, "onnx_export": 3.5,
     "learner": 4,
-    "train": 5, "evaluate": 5, "plan": 5, "check": 5,
-    "demo_picture": 6, "slurm": 6, "demo": 7, "version": 7, "manual": 7, "completion": 7, "cli": 8,
+    "train": 5, "evaluate": 5, "plan": 5,
+    "demo_picture": 6, "slurm": 6, "check": 6.5, "demo": 7, "version": 7, "manual": 7, "completion": 7, "cli": 8,
 }  # fmt: skip
 
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
     "rendezvous", "version", "manual", "completion",
-    "cli", "train", "train.__main__", "slurm", "demo_images", "evaluate.options", "evaluate.command",
+    "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "check.findings",
+    "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
     "data.manifest", "data.collection", "data.remote", "data.cache", "data.ahead",
     "data.draws", "data.order", "data.images", "data.sources", "data.shards",

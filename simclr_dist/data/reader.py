@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode  # registers torch.ops.image
 
 from simclr_dist.data.ahead import Ahead
 from simclr_dist.data.cache import CacheSettings, ShardCache, cache_settings
 from simclr_dist.data.collection import load_collection
+from simclr_dist.data.decode import decode
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.errors import DataError
 
@@ -69,12 +68,11 @@ class ShardDataset(Dataset[Sample]):
         return len(self.manifest)
 
     def __getitem__(self, row: int) -> Sample:
+        content = self.read(row)
         try:
-            # The op itself: torchvision.io.decode_image only adds a DeprecationWarning (0.29; TorchCodec is to replace it).
-            content = torch.frombuffer(bytearray(self.read(row)), dtype=torch.uint8)
-            image = torch.ops.image.decode_image(content, ImageReadMode.RGB.value, False)
-        except RuntimeError as error:
-            raise DataError(f"{self._name(row)}: cannot be decoded: {str(error).splitlines()[0]}") from None
+            image = decode(content)
+        except DataError as error:
+            raise DataError(f"{self._name(row)}: {error}") from None
         return Sample(image, int(self.manifest.label[row]), int(row))
 
     def read(self, row: int) -> bytes:

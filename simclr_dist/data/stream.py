@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.io import ImageReadMode  # registers torch.ops.image
 
 from simclr_dist.data.cache import CacheSettings, cache_settings
 from simclr_dist.data.collection import PIPE, find_tars
+from simclr_dist.data.decode import decode
 from simclr_dist.data.images import MAX_PIXELS, prepare_image
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.originals import printable
@@ -237,16 +236,11 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
         raise DataError(f"{name}: not an image{why}") from None
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
-    if content.startswith(PNG_SIGNATURE):  # a damaged one, which nobody has looked for, can crash torchvision's reader
-        try:
-            content = prepare_image(content).content
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
     try:
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        image = torch.ops.image.decode_image(data, ImageReadMode.RGB.value, False)
-    except RuntimeError as error:
-        raise DataError(f"{name}: cannot be decoded: {(str(error).splitlines() or [''])[0]}") from None
+        # Nobody has looked for damaged or 16-bit PNGs, which a decoder shows without a word.
+        image = decode(prepare_image(content).content if content.startswith(PNG_SIGNATURE) else content)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     label = bytes(sample.get("cls", b"")).strip()
     return Sample(image, int(label) if label.isdigit() and len(label) < 18 else -1, row)
 

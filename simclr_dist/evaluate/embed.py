@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode  # registers torch.ops.image
 
+from simclr_dist.data.decode import decode
 from simclr_dist.data.folders import FileChunk
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import Manifest
@@ -67,10 +67,8 @@ class ImageFiles:
         try:
             if original.problem:
                 raise DataError(original.problem)
-            prepared = prepare_image(original.content)
-            content = torch.frombuffer(bytearray(prepared.content), dtype=torch.uint8)
-            image = torch.ops.image.decode_image(content, ImageReadMode.RGB.value, False)
-        except (DataError, RuntimeError) as error:
+            image = decode(prepare_image(original.content).content)
+        except DataError as error:
             path = printable(os.path.join(root, name))  # noqa: PTH118 (a name need not be valid text)
             raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
         self.sha256[row] = torch.frombuffer(bytearray(hashlib.sha256(original.content).digest()), dtype=torch.uint8)

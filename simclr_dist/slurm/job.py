@@ -35,7 +35,7 @@ class Job:
         code = (
             PREEMPTED
             if stopping.asked()
-            else supervise([sys.executable, "-u", "-m", *self.command], env={**os.environ, **_rank(here)})
+            else supervise([sys.executable, "-u", "-m", *self.command], env={**os.environ, **rank_variables(here)})
         )
         if code == 0:
             return
@@ -69,7 +69,7 @@ class Job:
         return PREEMPTED if code == PREEMPTED else 1
 
 
-def _rank(here: submitit.JobEnvironment) -> dict[str, str]:
+def rank_variables(here: submitit.JobEnvironment) -> dict[str, str]:
     """torchrun's variables, from the scheduler's."""
     job, restart = int(here.raw_job_id), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     one_gpu_a_task = len(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1

@@ -46,7 +46,9 @@ class JobState:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
+    """Of a program: its exit code, what it printed, and the last line of its complaints."""
+
     code: int | None  # None: none in time
     out: str
     said: str
@@ -64,7 +66,7 @@ def state(job_id: str, *, seconds: float = 3.5) -> JobState:
     deadline = time.monotonic() + seconds
     forgotten, said = False, []
     for program, arguments, read, share in _ASKED:
-        answer = _ask([program, *(part.replace("JOB", job_id) for part in arguments)], min(share, deadline - time.monotonic()))
+        answer = ask([program, *(part.replace("JOB", job_id) for part in arguments)], min(share, deadline - time.monotonic()))
         if answer.code == 0 and (found := read(answer.out)):
             return found
         # The controller forgets jobs that ended some minutes ago; accounting, if there is any, remembers.
@@ -81,7 +83,7 @@ def states(job_ids: Sequence[str]) -> list[JobState]:
 
 def overtaken(job_id: str, *, seconds: float = 2.0) -> Literal["cancelled", "requeued"] | None:
     """Whether somebody else has ended the job that this process is part of; None also when SLURM does not say."""
-    answer = _ask(["scontrol", "show", "job", "--oneliner", job_id], seconds)
+    answer = ask(["scontrol", "show", "job", "--oneliner", job_id], seconds)
     found, restarts = _from_scontrol(answer.out), re.search(r" Restarts=([0-9]+) ", answer.out)
     if found is None or restarts is None:
         return None
@@ -100,7 +102,7 @@ def requeue(job_id: str, *, seconds: float = 60.0) -> str | None:
     while True:
         if fate := overtaken(job_id):
             return None if fate == "requeued" else "the job was cancelled"
-        answer = _ask(["scontrol", "requeue", job_id], max(deadline - time.monotonic(), 1.0))
+        answer = ask(["scontrol", "requeue", job_id], max(deadline - time.monotonic(), 1.0))
         if answer.code == 0 or "pending execution" in answer.said:
             return None
         if answer.code == 127 or any(words in answer.said.lower() for words in _REFUSALS) or time.monotonic() >= deadline:
@@ -110,17 +112,17 @@ def requeue(job_id: str, *, seconds: float = 60.0) -> str | None:
 
 def cancel(job_ids: Sequence[str], *, seconds: float = 30.0) -> str | None:
     """Cancel jobs, those that have ended too; None when that is accepted, otherwise why not."""
-    answer = _ask(["scancel", *job_ids], seconds)
+    answer = ask(["scancel", *job_ids], seconds)
     return None if answer.code == 0 else f"scancel: {answer.said}"
 
 
-def _ask(command: Sequence[str], seconds: float) -> _Answer:
+def ask(command: Sequence[str], seconds: float) -> Answer:
     """Run a program so that it can be ended with all it has started, and so that the signals which a requeue sends to every
     process of the job do not end the request for it."""
     # The user's habits for these programs' tables would change what they answer.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))}
     if seconds <= 0:
-        return _Answer(None, "", "not asked, no time was left")
+        return Answer(None, "", "not asked, no time was left")
     try:
         with stopping.blocked():
             program = subprocess.Popen(
@@ -134,15 +136,15 @@ def _ask(command: Sequence[str], seconds: float) -> _Answer:
                 env=environment,
             )
     except OSError as error:
-        return _Answer(127, "", error.strerror or str(error))
+        return Answer(127, "", error.strerror or str(error))
     with program:
         try:
             out, said = program.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(program.pid, signal.SIGKILL)
-            return _Answer(None, "", f"no answer in {seconds:.1f} s")
+            return Answer(None, "", f"no answer in {seconds:.1f} s")
     lines = said.strip().splitlines() or [f"ended with {program.returncode}"] * bool(program.returncode)
-    return _Answer(program.returncode, out, re.sub(r"^\w+: (error|fatal): ", "", lines[-1]) if lines else "")
+    return Answer(program.returncode, out, re.sub(r"^\w+: (error|fatal): ", "", lines[-1]) if lines else "")
 
 
 def _from_squeue(out: str) -> JobState | None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import ImageReadMode
 
 from pictures import encoded, stored
+from simclr_dist.data.decode import decode
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.shards import write_shards
 from simclr_dist.errors import DataError
@@ -70,10 +70,9 @@ def check(content: bytes) -> str:
         return reason
     finally:
         assert time.process_time() - begin < SECONDS
-    data = torch.frombuffer(bytearray(image.content), dtype=torch.uint8)
     try:
-        decoded = torch.ops.image.decode_image(data, ImageReadMode.RGB.value, False)
-    except RuntimeError:
+        decoded = decode(image.content)
+    except DataError:
         return "unread"
     assert decoded.shape == (3, image.height, image.width)
     assert decoded.dtype == torch.uint8

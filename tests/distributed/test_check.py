@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 import ranks
-from simclr_dist.check import gradient_report
+from simclr_dist.check.gradient import gradient_report
 from simclr_dist.config import Config, ModelConfig, ViewsConfig
 from simclr_dist.distributed import World
 

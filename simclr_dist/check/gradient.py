@@ -1,25 +1,20 @@
 """Proof, on the machines at hand, that the distributed gradient is the gradient of one process."""
 
 import dataclasses
-import os
-import sys
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_dist.config import Config, ModelConfig, ViewsConfig, load_config
-from simclr_dist.distributed import World, all_gather, all_sum, rank, world, world_size
-from simclr_dist.errors import RankError, UserError
+from simclr_dist.config import Config, ModelConfig, ViewsConfig
+from simclr_dist.distributed import World, all_gather, all_sum, rank
 from simclr_dist.learner import backward, build_learner, cut
 from simclr_dist.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.microbatch import LossFunction
 from simclr_dist.model import build_simclr
-from simclr_dist.supervisor import die_with
 
 TOLERANCE = 1e-11
-_SMALL = Config(
+SMALL = Config(
     global_batch_size=96,
     device="auto",
     model=ModelConfig(encoder="resnet10", stem="small_stride2", projector_hidden=64, projector_dim=32),
@@ -96,30 +91,3 @@ def _detached(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     own = torch.arange(2 * n, device=z.device) + rank() * 2 * n
     logits = (z @ columns.T / temperature).scatter(1, own[:, None], -torch.inf)
     return F.cross_entropy(logits, own.roll(n))
-
-
-def main(argv: Sequence[str]) -> int:
-    """`[CONFIG [--key value ...]]`; returns the exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())  # there is nothing to save: Ctrl-C kills torchrun, and with it all ranks
-    try:
-        config = load_config(argv[0], argv[1:]) if argv else _SMALL
-        device = config.device
-        if device == "auto" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
-            device = "cpu"  # more ranks than GPUs prove the same
-        with world(device, config.timeout_minutes) as here:
-            text, exact = gradient_report(config, here)
-            if here.is_main:
-                print(text)
-                if world_size() == 1:
-                    print("one process: nothing is distributed; start it with --processes 2 or under torchrun")
-                print("ok: the distributed gradient is one process's" if exact else "FAILED: the gradient is not one process's")
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"simclr-dist: {error}", file=sys.stderr)
-        return 2
-    return 0 if exact else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
