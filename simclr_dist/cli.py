@@ -18,7 +18,7 @@ from simclr_dist import manual, stopping
 from simclr_dist.check.findings import NAMES as CHECKS
 from simclr_dist.completion import SHELLS, complete, script
 from simclr_dist.config import Config, check_fits, load_config
-from simclr_dist.data import shard_options
+from simclr_dist.convert import options as shard_options
 from simclr_dist.errors import ConfigError, UserError
 from simclr_dist.evaluate import command as evaluate_command
 from simclr_dist.evaluate import embed_options

@@ -9,7 +9,7 @@ from typing import Any
 from simclr_dist import stopping
 from simclr_dist.atomic import write_atomically
 from simclr_dist.config import load_config
-from simclr_dist.data.shards import write_shards
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.demo_images import write_demo_images
 from simclr_dist.errors import PREEMPTED
 from simclr_dist.launcher import torchrun

@@ -47,3 +47,8 @@ class RanksDifferError(Exception):
 
 class DivergedError(Exception):
     """Too many non-finite steps in a row; ends a run with exit code 3."""
+
+
+def printable(name: str) -> str:
+    """The name in one printable line: file names may hold line ends and bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

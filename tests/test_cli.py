@@ -19,7 +19,7 @@ from simclr_dist import __version__, cli, manual, version
 from simclr_dist.cli import main
 from simclr_dist.config import Config, load_config
 from simclr_dist.config_reader import read_yaml
-from simclr_dist.data.shards import write_shards
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.errors import PREEMPTED
 from simclr_dist.run import open_run
 from terminal import terminal

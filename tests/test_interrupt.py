@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import training_runs as runs
-from simclr_dist.data.shards import write_shards
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.errors import PREEMPTED
 from simclr_dist.run import read_status
 from terminal import INTERRUPT, Terminal, terminal

@@ -20,6 +20,7 @@ FLOORS = {
     "errors": 0, "atomic": 0, "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
     "rendezvous": 0.5,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
+    "convert": 1.5,
     "run": 2, "model": 2, "loss": 2, "monitor": 2, "agreement": 2,
     "launcher": 3, "export": 3, "foreign": 3.5, "onnx_export": 3.5,
     "learner": 4,
@@ -35,8 +36,8 @@ WITHOUT_TORCH = [
     "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
     "data.manifest", "data.collection", "data.remote", "data.cache", "data.ahead",
-    "data.draws", "data.order", "data.images", "data.sources", "data.shards",
-    "data.index", "data.verify", "data.shard_options",
+    "data.draws", "data.order", "data.images", "convert.sources", "convert.shards",
+    "convert.index", "convert.verify", "convert.options",
 ]  # fmt: skip
 
 
@@ -99,6 +100,8 @@ def test_the_two_shells_and_the_low_floors() -> None:
             assert "evaluate" not in rooms
         if name.startswith("data"):
             assert rooms <= {"errors", "data", "stopping"}
+        if name.startswith("convert"):
+            assert rooms <= {"errors", "convert", "data", "stopping"}
         if (room := name.split(".")[0]) in ("loss", "optim", "microbatch", "model"):
             assert rooms <= {"distributed", room}, f"{name}: the core takes plain arguments, never the Config"
     assert graph["config"] == {"config_reader", "errors"}

@@ -15,9 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training_runs as runs
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
-from simclr_dist.data.shards import write_shards
 from simclr_dist.export import load_encoder
 from simclr_dist.launcher import torchrun
 from simclr_dist.train.__main__ import main

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from simclr_dist import ledger
-from simclr_dist.data.shards import write_shards
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.demo_images import CLASSES, render
 from simclr_dist.supervisor import children
 from simclr_dist.train.__main__ import main

@@ -1,1 +1,1 @@
-"""Images to shards, shards to batches of two views."""
+"""Shards to batches of two views."""

@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from simclr_dist.data.jpeg import is_sound_jpeg
-from simclr_dist.data.originals import printable
 from simclr_dist.data.png import is_sound_png
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, printable
 
 MAX_PIXELS = 100_000_000
 

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simclr_dist.convert.folders import FileChunk
+from simclr_dist.convert.originals import Source
 from simclr_dist.data.decode import decode
-from simclr_dist.data.folders import FileChunk
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.data.originals import Source, printable
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.distributed import World, all_sum, on_rank_0, together, world
-from simclr_dist.errors import DataError, RankError, UnreachableError
+from simclr_dist.errors import DataError, RankError, UnreachableError, printable
 from simclr_dist.evaluate.command import told_once
 from simclr_dist.evaluate.embed_options import EmbedSettings, add_arguments, check_out, find_images, run
 from simclr_dist.evaluate.feature_file import About, write_features
@@ -43,7 +43,7 @@ class Embedded(NamedTuple):
 
 
 class ImageFiles:
-    """The files of a `data.sources.Source` as images: decoded with the checks and limits of `simclr-dist shard`.
+    """The files of a `convert.sources.Source` as images: decoded with the checks and limits of `simclr-dist shard`.
 
     The pixels are those that the shards made of the same files would have. `key` is each file's printable path, relative to
     the source's folder; `sha256` uint8 [n, 32], shared with reading processes, is filled in as files are read.

@@ -14,7 +14,7 @@ from simclr_dist.errors import PREEMPTED, ConfigError, DataError
 from simclr_dist.evaluate.options import PRECISIONS
 
 if TYPE_CHECKING:
-    from simclr_dist.data.sources import Source
+    from simclr_dist.convert.sources import Source
 
 BATCH_SIZE = 256
 WORKERS = 2
@@ -100,12 +100,13 @@ def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
     """What is to be embedded: shards (a folder's path; as text a URL, or tars by braces), or image files,
     listed without reading them.
 
-    One folder of images (`data.sources.find_source`: labels by class folder), or one or more files in the order of their
+    One folder of images (`convert.sources.find_source`: labels by class folder), or one or more files in the order of their
     paths, without labels. Raises DataError where there is nothing, or not one of these.
     """
+    from simclr_dist.convert.sources import FileChunk, Source, find_source
     from simclr_dist.data.manifest import MANIFEST_NAME
     from simclr_dist.data.remote import is_url
-    from simclr_dist.data.sources import FileChunk, Source, find_source, printable
+    from simclr_dist.errors import printable
 
     if len(sources) == 1 and (is_url(sources[0]) or "{" in str(sources[0])) and not Path(sources[0]).exists():
         return str(sources[0])  # shards elsewhere, or tars by braces: `data.collection`

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.shards import write_shards
 
 CLASSES = ("ant", "bee", "cow")
 

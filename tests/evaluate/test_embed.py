@@ -15,9 +15,9 @@ from PIL import Image
 import ranks
 from evaluated import draw_images
 from simclr_dist.cli import main
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.shards import write_shards
 from simclr_dist.distributed import World
 from simclr_dist.errors import ConfigError, DataError, RankError
 from simclr_dist.evaluate.embed import embed, embed_within

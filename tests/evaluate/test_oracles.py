@@ -11,8 +11,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from evaluated import CARD
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.shards import write_shards
 from simclr_dist.evaluate.features import extract_features
 from simclr_dist.evaluate.knn import weighted_knn
 from simclr_dist.evaluate.linear import linear_probe

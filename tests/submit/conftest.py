@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from simclr_dist.cli import main
-from simclr_dist.data.shards import write_shards
+from simclr_dist.convert.shards import write_shards
 from submit.stand_ins import Answer, Command, StandIns
 
 CONFIG = """

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.data.archives import parse_label, webdataset_key, why_unsafe
-from simclr_dist.data.folders import is_hidden, why_not_followed
+from simclr_dist.convert.archives import parse_label, webdataset_key, why_unsafe
+from simclr_dist.convert.folders import is_hidden, why_not_followed
+from simclr_dist.convert.originals import MAX_IMAGE_BYTES, Problem, is_image_name
+from simclr_dist.convert.tar import TarMember, tar_members
+from simclr_dist.convert.workers import workers
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
-from simclr_dist.data.originals import MAX_IMAGE_BYTES, Problem, is_image_name, printable
-from simclr_dist.data.tar import TarMember, tar_members
-from simclr_dist.data.workers import workers
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, printable
 
 _LONGEST_LABEL = 64
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.data.tar import tar_members
+from simclr_dist.convert.tar import tar_members
 from simclr_dist.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pictures import contents, encoded, stored
-from simclr_dist.data.shards import write_shards
-from simclr_dist.data.sources import find_source
+from simclr_dist.convert.shards import write_shards
+from simclr_dist.convert.sources import find_source
 from simclr_dist.errors import ConfigError, DataError
 
 Members = dict[str, bytes]

@@ -20,17 +20,17 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from simclr_dist.data.dealing import deal
-from simclr_dist.data.decoding import Decoder, gather, unit_path
-from simclr_dist.data.originals import Problem, Source
-from simclr_dist.data.partial import Partial, StaleError, check, hold, sync
-from simclr_dist.data.sources import find_source
-from simclr_dist.data.workers import Map, processes_for, workers
-from simclr_dist.data.writing import Writer, cut, write_manifests
+from simclr_dist.convert.dealing import deal
+from simclr_dist.convert.decoding import Decoder, gather, unit_path
+from simclr_dist.convert.originals import Problem, Source
+from simclr_dist.convert.partial import Partial, StaleError, check, hold, sync
+from simclr_dist.convert.sources import find_source
+from simclr_dist.convert.workers import Map, processes_for, workers
+from simclr_dist.convert.writing import Writer, cut, write_manifests
 from simclr_dist.errors import ConfigError, DataError
 
 _FORMAT = 1
-_PRELOAD = ("simclr_dist.data.decoding", "webdataset.writer")
+_PRELOAD = ("simclr_dist.convert.decoding", "webdataset.writer")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_dist.data.archives import why_unsafe
-from simclr_dist.data.folders import file_chunks
-from simclr_dist.data.originals import Problem, Source, printable
-from simclr_dist.data.tables import NO_LABEL
-from simclr_dist.errors import DataError
+from simclr_dist.convert.archives import why_unsafe
+from simclr_dist.convert.folders import file_chunks
+from simclr_dist.convert.originals import Problem, Source
+from simclr_dist.convert.tables import NO_LABEL
+from simclr_dist.errors import DataError, printable
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class")

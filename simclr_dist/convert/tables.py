@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_dist.data.originals import IMAGES_A_CHUNK, Original, Source, file_stamp, first_line, printable
-from simclr_dist.errors import DataError
+from simclr_dist.convert.originals import IMAGES_A_CHUNK, Original, Source, file_stamp, first_line
+from simclr_dist.errors import DataError, printable
 
 NO_LABEL = "none"
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pictures import encoded, stored
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.decode import decode
 from simclr_dist.data.images import prepare_image
-from simclr_dist.data.shards import write_shards
 from simclr_dist.errors import DataError
 
 KINDS = ("JPEG", "PNG", "WEBP")

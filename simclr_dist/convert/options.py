@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from simclr_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from simclr_dist.data.originals import Problem
-    from simclr_dist.data.shards import ShardSettings, ShardSummary
+    from simclr_dist.convert.originals import Problem
+    from simclr_dist.convert.shards import ShardSettings, ShardSummary
 
 DESCRIPTION = """Write WebDataset tars and a Parquet manifest. Every image is decoded once; what is not an image is listed with
 its reason and left out. The same input, settings and seed give the same bytes, for any number of processes and parts.
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.part is not None:
         _refuse_others(arguments, "part")
         return _part(arguments, settings)
-    from simclr_dist.data import shards
+    from simclr_dist.convert import shards
 
     if arguments.finish:
         summary = shards.finish_shards(
@@ -116,7 +116,7 @@ def _refuse_others(arguments: argparse.Namespace, mode: str) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> "ShardSettings":
-    from simclr_dist.data.shards import ShardSettings
+    from simclr_dist.convert.shards import ShardSettings
 
     split = None
     if arguments.split is not None:
@@ -152,7 +152,7 @@ def _part(arguments: argparse.Namespace, settings: "ShardSettings") -> int:
     part, slash, parts = arguments.part.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise ConfigError(f"--part: {arguments.part!r} is not I/N, a part and the number of parts, like 3/8")
-    from simclr_dist.data.shards import write_part
+    from simclr_dist.convert.shards import write_part
 
     done = write_part(
         arguments.source, arguments.destination, settings, int(part), int(parts),
@@ -166,7 +166,7 @@ def _part(arguments: argparse.Namespace, settings: "ShardSettings") -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from simclr_dist.data.index import index_shards
+    from simclr_dist.convert.index import index_shards
 
     summary = index_shards(arguments.index, processes=arguments.processes, strict=arguments.strict, progress=True)
     print(f"{summary.images} images in {summary.shards} shards, {summary.labelled} with a label")
@@ -176,7 +176,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from simclr_dist.data.verify import verify_shards
+    from simclr_dist.convert.verify import verify_shards
 
     summary = verify_shards(
         arguments.verify, decode=arguments.decode, processes=arguments.processes, progress=True, report=print

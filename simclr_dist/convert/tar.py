@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from simclr_dist.data.originals import printable
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, printable
 
 _BLOCK = 512
 _LONGEST_HEADER = 1 << 20

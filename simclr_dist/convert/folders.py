@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.originals import (
+from simclr_dist.convert.originals import (
     IMAGE_SUFFIXES,
     IMAGES_A_CHUNK,
     MAX_IMAGE_BYTES,
@@ -19,11 +19,10 @@ from simclr_dist.data.originals import (
     file_stamp,
     is_image_name,
     pack_names,
-    printable,
     split_names,
     unpack_names,
 )
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, printable
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.data.folders import is_hidden, labels_by_folder
-from simclr_dist.data.originals import (
+from simclr_dist.convert.folders import is_hidden, labels_by_folder
+from simclr_dist.convert.originals import (
     IMAGES_A_CHUNK,
     MAX_IMAGE_BYTES,
     Original,
@@ -24,11 +24,10 @@ from simclr_dist.data.originals import (
     first_line,
     is_image_name,
     pack_names,
-    printable,
     unpack_names,
 )
-from simclr_dist.data.tar import tar_members
-from simclr_dist.errors import DataError
+from simclr_dist.convert.tar import tar_members
+from simclr_dist.errors import DataError, printable
 
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30

@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simclr_dist.data.decoding import bytes_path
+from simclr_dist.convert.decoding import bytes_path
+from simclr_dist.convert.partial import Partial, put, sync
+from simclr_dist.convert.tar import tar_members
 from simclr_dist.data.manifest import ROW_SCHEMA, ManifestRow, row_table, write_manifest
-from simclr_dist.data.originals import printable
-from simclr_dist.data.partial import Partial, put, sync
-from simclr_dist.data.tar import tar_members
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, printable
 
 _BYTES = b"bytes"
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pictures import contents, encoded
+from simclr_dist.convert.dealing import deal
+from simclr_dist.convert.shards import ShardSettings, finish_shards, write_part, write_shards
 from simclr_dist.data import decoding, writing
-from simclr_dist.data.dealing import deal
-from simclr_dist.data.shards import ShardSettings, finish_shards, write_part, write_shards
 from simclr_dist.errors import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shard_array.sbatch"
@@ -63,7 +63,7 @@ def test_a_stopped_conversion_goes_on(tmp_path: Path, source: Path, moment: str,
         patch.setattr(decoding, "put", put)
         patch.setattr(writing, "put", put)
         if moment == "manifest":
-            patch.setattr("simclr_dist.data.shards.write_manifests", write_manifests)
+            patch.setattr("simclr_dist.convert.shards.write_manifests", write_manifests)
         with pytest.raises(KillError):
             convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -75,7 +75,7 @@ def test_a_stopped_conversion_goes_on(tmp_path: Path, source: Path, moment: str,
         kept.update({name: (folder / name).stat().st_mtime_ns for name in before if (folder / name).exists()})
         return int(writing.write_manifests(*arguments))
 
-    monkeypatch.setattr("simclr_dist.data.shards.write_manifests", look)
+    monkeypatch.setattr("simclr_dist.convert.shards.write_manifests", look)
     assert convert(source, tmp_path / "out") == straight
     assert not (tmp_path / "out.partial").exists()
     again = [name for name, when in kept.items() if before[name] != when]
@@ -90,7 +90,7 @@ def stop(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KillError
 
     with monkeypatch.context() as patch:
-        patch.setattr("simclr_dist.data.shards.gather", killed)
+        patch.setattr("simclr_dist.convert.shards.gather", killed)
         with pytest.raises(KillError):
             convert(source, out)
 
@@ -144,7 +144,7 @@ def test_an_image_that_changes_between_the_passes(tmp_path: Path, source: Path, 
         (source / "dog" / "001.png").write_bytes(encoded(999))
         return real(*arguments)
 
-    monkeypatch.setattr("simclr_dist.data.shards.gather", gather)
+    monkeypatch.setattr("simclr_dist.convert.shards.gather", gather)
     with pytest.raises(DataError, match=r"001.png: changed while it was being sharded"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,11 +13,11 @@ from PIL import Image
 
 from pictures import contents, encoded
 from simclr_dist.cli import main
-from simclr_dist.data.index import index_shards
+from simclr_dist.convert.index import index_shards
+from simclr_dist.convert.shards import write_shards
+from simclr_dist.convert.verify import verify_shards
 from simclr_dist.data.manifest import MANIFEST_NAME, load_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.shards import write_shards
-from simclr_dist.data.verify import verify_shards
 from simclr_dist.errors import DataError
 
 

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, load_manifest
-from simclr_dist.data.shards import write_shards
 from simclr_dist.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -612,7 +612,7 @@ def test_a_split_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from simclr_dist.data.shards import write_shards
+from simclr_dist.convert.shards import write_shards
 if __name__ == "__main__":
     write_shards(sys.argv[1], sys.argv[2], shard_size=50, processes=int(sys.argv[3]))
 """

@@ -110,11 +110,6 @@ def split_names(names: Iterable[str], *, folders: bool) -> list[str]:
     return sorted({match[1].lower() for name in names for part in name.split("/") if (match := _SPLIT_FILE.search(part))})
 
 
-def printable(name: str) -> str:
-    """The name in one printable line: file names may hold line ends and bytes that are no text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def first_line(error: Exception) -> str:
     """An error's first line, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
