@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_dist import stopping
@@ -105,10 +106,10 @@ def load_steps(dataset: StepDataset, steps: range, *, workers: int, pin_memory: 
 
 def two_views(views: Views, settings: ViewSettings, device: torch.device) -> tuple[Tensor, Tensor]:
     """Colour, blur and normalise on `device`: two float32 [n, 3, s, s]."""
-    a, b = (
-        colour_views(crops.to(device, non_blocking=True), draws, settings)
-        for crops, draws in zip(views.crops, views.draws, strict=True)
-    )
+    with record_function("host to device"):
+        crops = [crop.to(device, non_blocking=True) for crop in views.crops]
+    with record_function("views"):
+        a, b = (colour_views(crop, draws, settings) for crop, draws in zip(crops, views.draws, strict=True))
     return a, b
 
 

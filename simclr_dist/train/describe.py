@@ -1,6 +1,8 @@
 """What a run says of itself: its first lines, its first pictures, and its encoder's card."""
 
 import dataclasses
+import shlex
+import sys
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from simclr_dist.config import Config
+from simclr_dist.config_reader import write_yaml
 from simclr_dist.data.draws import PRESETS, ViewSettings
 from simclr_dist.data.order import Plan
 from simclr_dist.distributed import World
@@ -63,6 +66,15 @@ def describe(
         f"  views      {settings}\n"
         f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
         f" {config.peak_lr:.4g} ({config.optim.name}, rule {config.optim.lr_rule})"
+    )
+
+
+def run_card(config: Config, described: str) -> str:
+    """What the run is and how it was started, in Markdown."""
+    settings = write_yaml(config.to_dict())
+    return "\n\n".join(
+        f"**{title}**\n\n```\n{body.strip()}\n```"
+        for title, body in (("run", described), ("command", shlex.join(sys.orig_argv)), ("settings", settings))
     )
 
 
