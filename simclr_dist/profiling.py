@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -104,6 +105,7 @@ def profiled(items: Iterable[T], wanted: Profile | None, folder: Path, here: Wor
 
 
 def _profiled(items: Iterable[T], steps: range, folder: Path, here: World, done: int) -> Iterator[T]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says ERROR where there is no GPU
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 

@@ -14,7 +14,9 @@ EFFECTIVE_RANK = 1.5  # 1 when all embeddings lie on one line
 GRADIENT_GROWTH = 10.0
 WAIT_PERCENT = 30.0
 OWN_WORK_RATIO = 1.5
-OWN_WORK_SHARE = 0.1  # of a step, that the slowest rank's own work takes longer than the others'
+OWN_WORK_SHARE = (
+    0.02  # of a step, of which own work is a small part, that the slowest rank's own work takes longer than the others'
+)
 
 
 class Patience(NamedTuple):
@@ -65,7 +67,7 @@ class Alarms:
     done. divergence: for three readings the gradient's norm ten times its median over the twenty before while the loss is a
     tenth of its chance level above theirs, or more skipped steps at each. above_chance: the loss above chance after the
     warm-up. starving_loader: some rank waits for data for more than 30 % of the time. slow_rank: what one rank does by itself
-    takes 1.5 times the median of the others, and a tenth of a step longer. Each as long as PATIENCE says; an alarm is raised
+    takes 1.5 times the median of the others, and a fiftieth of a step longer. Each as long as PATIENCE says; an alarm is raised
     once, and over when its rule has failed as long.
     """
 

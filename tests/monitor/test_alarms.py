@@ -222,7 +222,7 @@ def test_a_slow_reader(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_a_slow_rank(shards: Path, tmp_path: Path) -> None:
     """One of two processes is held for most of the time, as a device that is throttled."""
-    runs.write_config(tmp_path, shards, steps=100_000, log={"every": 5, "tensorboard": False})
+    runs.write_config(tmp_path, shards, steps=100_000, log={"every": 5, "tensorboard": False}, checkpoint={"every": 1000})
     log = tmp_path / "run" / "train.log"
 
     def raised() -> bool:
@@ -230,7 +230,7 @@ def test_a_slow_rank(shards: Path, tmp_path: Path) -> None:
 
     with runs.started(tmp_path, 2) as ranks:
         ranks.until(lambda: runs.last_step(tmp_path / "run") >= 2)
-        for _ in throttled(ranks.pid(1), seconds=200):
+        for _ in throttled(ranks.pid(1), seconds=400):
             if raised():
                 break
         assert raised(), ranks.output
@@ -243,14 +243,14 @@ def test_a_slow_rank(shards: Path, tmp_path: Path) -> None:
 
 
 def throttled(process: int, seconds: float) -> Iterator[None]:
-    """Let the process run for a tenth of the time."""
+    """Let the process run for a quarter of the time."""
     until = time.monotonic() + seconds
     try:
         while time.monotonic() < until:
             os.kill(process, signal.SIGSTOP)
-            time.sleep(0.09)
+            time.sleep(0.06)
             os.kill(process, signal.SIGCONT)
-            time.sleep(0.01)
+            time.sleep(0.02)
             yield
     finally:
         os.kill(process, signal.SIGCONT)
