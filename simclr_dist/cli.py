@@ -25,6 +25,7 @@ from simclr_dist.evaluate import embed_options
 from simclr_dist.evaluate import finetune_options as finetune_command
 from simclr_dist.evaluate.options import add_arguments as add_evaluate_arguments
 from simclr_dist.launcher import torchrun
+from simclr_dist.profiling import take_profile
 from simclr_dist.rendezvous import Nodes
 from simclr_dist.slurm import command as submit_command
 
@@ -131,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--max-restarts", type=_at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)"
     )
+    train.add_argument("--profile", metavar="STEPS", help="trace 3 steps (or 10:13: 10 to 12) into RUN/profile, with a table")
+    train.add_argument("--profile-rank", default=None, metavar="R", help="with --profile: the rank, or all (default: 0)")
     train.set_defaults(run=_train, options=train)
 
     evaluate = verbs.add_parser("eval", help="measure an encoder: kNN and linear probe beside baselines")
@@ -224,6 +227,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return _train_help(arguments.config, arguments.options)
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
+    given = {"--profile": arguments.profile, "--profile-rank": arguments.profile_rank}
+    profile, _ = take_profile([f"{name}={value}" for name, value in given.items() if value is not None])
     stopping.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
     config = load_config(arguments.config, overrides)
     nodes = _meeting(arguments, config)
@@ -232,7 +237,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     processes = arguments.processes or _gpus(config)
     for machines in range(nodes.least, nodes.most + 1) if nodes else (1,):
         check_fits(config, samples, machines * processes)
-    command = ["-m", "simclr_dist.train", arguments.config, *overrides]
+    command = ["-m", "simclr_dist.train", arguments.config, *(profile.options if profile else []), *overrides]
     return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
 
 

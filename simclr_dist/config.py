@@ -208,6 +208,20 @@ class LogConfig:
     """Steps between lines of the log, of metrics.jsonl and of TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
+    views_every_epochs: int = 10
+    """Epochs between pictures of views in TensorBoard, beside those of the first step; 0 shows those alone."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """kNN on labelled images while the run goes on: watched, never used to select."""
+
+    every_epochs: int = 0
+    """Epochs between two probes; 0 is none."""
+    shards: str = ""
+    """Folder of labelled shards that the run does not train on."""
+    images: int = 2000
+    """How many of them, at most: one half votes on the other."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +267,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     @property
     def peak_lr(self) -> float:
@@ -301,7 +316,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.allow_pipe",
     }
     | {"checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every"}
-    | {"log.every", "log.tensorboard"}
+    | {"log.every", "log.tensorboard", "log.views_every_epochs", "probe.every_epochs", "probe.shards", "probe.images"}
 )
 
 
@@ -356,6 +371,7 @@ def check(config: Config, source: str) -> None:
         "model.projector_hidden": 1, "model.projector_dim": 1, "optim.base_lr": 0, "optim.weight_decay": 0,
         "optim.trust_coefficient": 0, "optim.warmup_epochs": 0, "optim.clip_norm": 0, "checkpoint.every": 1,
         "checkpoint.keep_last": 1, "checkpoint.keep_every": 0, "checkpoint.export_every": 0, "log.every": 1,
+        "log.views_every_epochs": 0, "probe.every_epochs": 0, "probe.images": 4,
     }  # fmt: skip
     for key, bound in at_least.items():
         if not functools.reduce(getattr, key.split("."), config) >= bound:  # type: ignore[operator]
@@ -413,6 +429,14 @@ def check(config: Config, source: str) -> None:
     ):
         refuse("model.init", "needs torchvision's shape: width 1, stem imagenet, and an encoder other than resnet10")
     _check_data(config, source, refuse)
+    if config.probe.shards and not config.probe.every_epochs:
+        refuse("probe.shards", "has no effect while probe.every_epochs is 0; set that too, or leave it out")
+    if config.probe.every_epochs and config.data.reader == "stream":
+        refuse("probe.every_epochs", "does not go with data.reader: stream, whose images nobody can tell from the probe's")
+    if config.probe.every_epochs and not config.probe.shards:
+        refuse("probe.every_epochs", "needs probe.shards: a folder of labelled shards that the run does not train on")
+    if config.probe.images != ProbeConfig.images and not config.probe.every_epochs:
+        refuse("probe.images", "has no effect while probe.every_epochs is 0; leave it out")
     _check_optimizer(config, refuse)
 
 

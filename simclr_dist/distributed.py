@@ -18,6 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from simclr_dist.errors import RankError, SaveError, StoppedError, UserError
 
@@ -104,8 +105,9 @@ def all_gather(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor.unsqueeze(0)
     stacked = tensor.new_empty((world_size(), *tensor.shape))
-    # torch 2.14 deprecates the into_tensor names; the list form is in every version that is supported.
-    dist.all_gather(list(stacked.unbind()), tensor.contiguous())
+    with record_function("gather"):
+        # torch 2.14 deprecates the into_tensor names; the list form is in every version that is supported.
+        dist.all_gather(list(stacked.unbind()), tensor.contiguous())
     return stacked
 
 
@@ -185,11 +187,12 @@ def _sum_in_rank_order(_: object, bucket: GradBucket) -> torch.futures.Future[Te
     one chunk of everybody's bucket and then shares it, so the bytes on the wire are those of a ring all-reduce.
     """
     flat, size = bucket.buffer(), world_size()
-    chunks = torch.nn.functional.pad(flat, (0, -len(flat) % size))
-    received = torch.empty_like(chunks)
-    dist.all_to_all_single(received, chunks)
-    total = _sum_in_order(received.view(size, -1)).div_(size)
-    flat.copy_(all_gather(total).flatten()[: len(flat)])
+    with record_function("all-reduce"):
+        chunks = torch.nn.functional.pad(flat, (0, -len(flat) % size))
+        received = torch.empty_like(chunks)
+        dist.all_to_all_single(received, chunks)
+        total = _sum_in_order(received.view(size, -1)).div_(size)
+        flat.copy_(all_gather(total).flatten()[: len(flat)])
     future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
     future.set_result(flat)
     return future

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from simclr_dist.config import Config
 from simclr_dist.distributed import World, all_gather_objects, data_parallel, together
@@ -18,6 +19,7 @@ from simclr_dist.loss import NTXentLoss
 from simclr_dist.loss.statistics import embedding_statistics
 from simclr_dist.microbatch import LossFunction, contrastive_backward
 from simclr_dist.model import SimCLR, build_simclr, frozen_running_statistics, use_global_batch_norm
+from simclr_dist.monitor import Stopwatch
 from simclr_dist.optim import build_optimizer, parameter_groups, step_unless
 
 Piece = tuple[Tensor, Tensor]
@@ -35,6 +37,7 @@ class Learner:
     loss_scale: "LossScale | None"  # of fp16
     counters: dict[str, Tensor]  # int64 device scalars
     init: str  # what the encoder really started from
+    own_work: Stopwatch  # on what waits for no other rank
 
 
 class LossScale:
@@ -88,7 +91,7 @@ def build_learner(config: Config, here: World) -> Learner:
     }
     loss = NTXentLoss(config.loss.temperature, decoupled=config.loss.decoupled, scale=config.loss.scale)
     loss_scale = LossScale(here.device) if config.precision == "fp16" else None
-    return Learner(model, parallel, optimizer, loss, loss_scale, counters, init)
+    return Learner(model, parallel, optimizer, loss, loss_scale, counters, init, Stopwatch(here.device))
 
 
 def cut(view_a: Tensor, view_b: Tensor, pieces: int) -> list[Piece]:
@@ -127,23 +130,24 @@ def training_step(learner: Learner, pieces: Sequence[Piece], config: Config, lr:
     statistics = [buffer for buffer in learner.model.buffers() if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
     loss, z_a, z_b = backward(learner, pieces)
-    if scale := learner.loss_scale:
-        loss = loss / scale.factor
-        torch._foreach_div_([p.grad for p in learner.model.parameters() if p.grad is not None], scale.factor)
-    clip_norm = config.optim.clip_norm or torch.inf
-    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), clip_norm)
-    bad = ~(loss.isfinite() & norm.isfinite())
-    step_unless(optimizer, bad)
-    for buffer, old in zip(statistics, before, strict=True):
-        buffer.copy_(torch.where(bad, old, buffer))  # a non-finite batch must not stay in the running statistics
-    hopeless = bad  # unlike a step whose gradient only overflowed for its scale
-    if scale:
-        hopeless = bad & (~loss.isfinite() | (scale.factor <= 1))
-        scale.update(bad)
-    counters["skipped"] += bad
-    counters["clipped"] += (norm > clip_norm) & ~bad
-    counters["skipped_in_a_row"].add_(1).mul_(hopeless)
-    counters["longest_skip"] = torch.maximum(counters["longest_skip"], counters["skipped_in_a_row"])
+    with learner.own_work, record_function("optimizer"):
+        if scale := learner.loss_scale:
+            loss = loss / scale.factor
+            torch._foreach_div_([p.grad for p in learner.model.parameters() if p.grad is not None], scale.factor)
+        clip_norm = config.optim.clip_norm or torch.inf
+        norm = nn.utils.clip_grad_norm_(learner.model.parameters(), clip_norm)
+        bad = ~(loss.isfinite() & norm.isfinite())
+        step_unless(optimizer, bad)
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))  # a non-finite batch must not stay in the running statistics
+        hopeless = bad  # unlike a step whose gradient only overflowed for its scale
+        if scale:
+            hopeless = bad & (~loss.isfinite() | (scale.factor <= 1))
+            scale.update(bad)
+        counters["skipped"] += bad
+        counters["clipped"] += (norm > clip_norm) & ~bad
+        counters["skipped_in_a_row"].add_(1).mul_(hopeless)
+        counters["longest_skip"] = torch.maximum(counters["longest_skip"], counters["skipped_in_a_row"])
     return {"loss": loss, "gradient_norm": norm, "z_a": z_a, "z_b": z_b}
 
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,9 +32,12 @@ def contrastive_backward(
     Returns (loss, z_a, z_b), detached; z is [n of all pieces, d].
     """
     if len(pieces) == 1:
-        z_a, z_b = model(torch.cat(pieces[0])).chunk(2)
-        loss = loss_function(z_a, z_b)
-        loss.backward()
+        with record_function("forward"):
+            z_a, z_b = model(torch.cat(pieces[0])).chunk(2)
+        with record_function("loss"):
+            loss = loss_function(z_a, z_b)
+        with record_function("backward"):
+            loss.backward()
         return loss.detach(), z_a.detach(), z_b.detach()
 
     # The bare module: DDP's forward would arm its gradient exchange.
@@ -43,20 +47,23 @@ def contrastive_backward(
         for piece in pieces:
             states.append(_random_state(piece[0].device))
             sizes.append(len(piece[0]))
-            z.append(bare(torch.cat(piece)))
+            with record_function("forward"):
+                z.append(bare(torch.cat(piece)))
             del piece  # before the next one is made
-    after = _random_state(z[0].device)
     z_a, z_b = (torch.cat(view).requires_grad_() for view in zip(*(part.chunk(2) for part in z), strict=True))
-    loss = loss_function(z_a, z_b)
-    gradients = torch.autograd.grad(loss, (z_a, z_b))
+    with record_function("loss"):
+        loss = loss_function(z_a, z_b)
+        gradients = torch.autograd.grad(loss, (z_a, z_b))
     parts = list(zip(*(gradient.split(sizes) for gradient in gradients), strict=True))
     for i, part in enumerate(parts):
         piece = pieces[i]
         _set_random_state(states[i], piece[0].device)
         with no_sync() if i < len(pieces) - 1 else nullcontext():
-            model(torch.cat(piece)).backward(torch.cat(part))
+            with record_function("forward"):
+                z_again = model(torch.cat(piece))
+            with record_function("backward"):
+                z_again.backward(torch.cat(part))
         del piece
-    _set_random_state(after, z_a.device)
     return loss.detach(), z_a.detach(), z_b.detach()
 
 

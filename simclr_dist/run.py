@@ -140,8 +140,10 @@ def note_death(run: Path) -> None:
 def write_status(run: Path, state: str, exit_code: int | None, **more: Any) -> None:
     """Say in status.json what became of the run's last start: torchrun flattens exit codes to 1.
 
-    A full disk must not hide the reason.
+    `alarms` that a start had when it ended stay. A full disk must not hide the reason.
     """
+    if state != "running" and (alarms := read_status(run).get("alarms")):
+        more = {"alarms": alarms, **more}
     status = {"state": state, "exit_code": exit_code, "start": ledger.newest_start(run), "time": time.time(), **more}
     try:
         write_atomically(run / "status.json", json.dumps(status, indent=2).encode() + b"\n")

@@ -48,6 +48,7 @@ OPTIONS = [
     "optim.weight_decay", "optim.momentum",
     "optim.trust_coefficient", "optim.warmup_epochs", "optim.warmup_steps", "optim.clip_norm", "checkpoint.every",
     "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every", "log.every", "log.tensorboard",
+    "log.views_every_epochs", "probe.every_epochs", "probe.shards", "probe.images",
 ]  # fmt: skip
 
 

@@ -21,9 +21,10 @@ FLOORS = {
     "rendezvous": 0.5,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "convert": 1.5,
-    "run": 2, "model": 2, "loss": 2, "monitor": 2, "agreement": 2,
+    "run": 2, "model": 2, "loss": 2, "profiling": 2, "monitor": 2.5, "agreement": 2,
     "launcher": 3, "export": 3, "foreign": 3.5, "onnx_export": 3.5,
     "learner": 4,
+    "evaluate.knn": 4, "evaluate.options": 4,  # the vote, which the training's own probe takes too
     "train": 5, "evaluate": 5, "plan": 5,
     "demo_picture": 6, "slurm": 6, "check": 6.5, "demo": 7, "version": 7, "manual": 7, "completion": 7, "cli": 8,
 }  # fmt: skip
@@ -31,7 +32,7 @@ FLOORS = {
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
-    "rendezvous", "version", "manual", "completion",
+    "rendezvous", "profiling", "version", "manual", "completion",
     "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "check.findings",
     "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
@@ -70,13 +71,13 @@ def ours(imported: str) -> str | None:
 
 
 def floor(name: str) -> int:
-    return FLOORS[name.split(".")[0]]
+    return FLOORS[name if name in FLOORS else name.split(".")[0]]
 
 
 def test_every_module_has_a_floor() -> None:
     rooms = {name.split(".")[0] for name in FILES} - {"__init__"}
     assert rooms - set(FLOORS) == set(), "give the new module a floor"
-    assert set(FLOORS) - rooms <= {"demo_picture"}
+    assert {name.split(".")[0] for name in FLOORS} - rooms <= {"demo_picture"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
@@ -96,8 +97,8 @@ def test_the_two_shells_and_the_low_floors() -> None:
         rooms = {module.split(".")[0] for module in used}
         if name.startswith("evaluate"):
             assert "train" not in rooms
-        if name == "train":
-            assert "evaluate" not in rooms
+        if name.startswith("train"):
+            assert {module for module in used if module.startswith("evaluate")} <= {"evaluate.knn"}
         if name.startswith("data"):
             assert rooms <= {"errors", "data", "stopping"}
         if name.startswith("convert"):

@@ -45,7 +45,23 @@ METRICS = [
     "lars/trust_ratio_max",
     "timing",
 ]
-TIMING = ["speed/images_per_second", "speed/data_wait_percent", "speed/memory_gib", "speed/seconds_left"]
+TIMING = [
+    "speed/images_per_second",
+    "speed/data_wait_percent",
+    "speed/memory_gib",
+    "speed/seconds_left",
+    "speed/step_ms",
+    "ranks/images_per_second_min",
+    "ranks/images_per_second_max",
+    "ranks/data_wait_percent_max",
+    "ranks/memory_gib_max",
+    "ranks/own_ms",
+    "ranks/own_ms_others",
+    "ranks/slowest",
+    "ranks/starving",
+    "run/restarts",
+    "run/checkpoint_seconds",
+]
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def write_config(folder: Path, shards: Path, **changes: Any) -> Path:
     """`folder`/config.yaml: SETTINGS with `changes`, which are dicts for sections."""
     settings = SETTINGS | {"data": SETTINGS["data"] | {"shards": str(shards)}}
     for key, value in changes.items():
-        settings[key] = settings[key] | value if isinstance(value, dict) else value
+        settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder / "config.yaml"

@@ -1,12 +1,14 @@
 """The two views of a step's images, made ahead by worker processes, and coloured when they are wanted."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
 from simclr_dist import stopping
@@ -189,8 +191,8 @@ def load_steps(dataset: StepDataset, steps: range, *, workers: int, pin_memory: 
 class _Pieces(Sequence[tuple[Tensor, Tensor]]):
     """Micro-batches that are coloured each time they are asked for."""
 
-    def __init__(self, views: Views, settings: ViewSettings, device: torch.device) -> None:
-        self._views, self._settings, self._device = views, settings, device
+    def __init__(self, views: Views, settings: ViewSettings, device: torch.device, timed: AbstractContextManager[None]) -> None:
+        self._views, self._settings, self._device, self._timed = views, settings, device, timed
 
     def __len__(self) -> int:
         return len(self._views.pieces)
@@ -202,7 +204,8 @@ class _Pieces(Sequence[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        a, b = (self._coloured(self._views.pieces[index], view) for view in range(2))
+        with self._timed:
+            a, b = (self._coloured(self._views.pieces[index], view) for view in range(2))
         return a, b
 
     def _coloured(self, piece: list[Portion], view: int) -> Tensor:
@@ -210,18 +213,27 @@ class _Pieces(Sequence[tuple[Tensor, Tensor]]):
         whole = torch.empty(count, 3, size, size, device=self._device)
         start = 0
         for portion in piece:
-            crops = portion.crops[view].to(self._device, non_blocking=True)
-            whole[start : start + len(crops)] = colour_views(crops, portion.draws[view], self._settings)
+            with record_function("host to device"):
+                crops = portion.crops[view].to(self._device, non_blocking=True)
+            with record_function("views"):
+                whole[start : start + len(crops)] = colour_views(crops, portion.draws[view], self._settings)
             start += len(crops)
         return whole
 
 
-def coloured(views: Views, settings: ViewSettings, device: torch.device) -> Sequence[tuple[Tensor, Tensor]]:
+def coloured(
+    views: Views,
+    settings: ViewSettings,
+    device: torch.device,
+    *,
+    timed: AbstractContextManager[None] | None = None,
+) -> Sequence[tuple[Tensor, Tensor]]:
     """A step's micro-batches on `device`, coloured, blurred and normalised: (view a, view b), float32 [n, 3, s, s] each.
 
     Of a step whose views are large, each is made when it is asked for, with the same bits every time, and kept by nobody.
+    The making is done within `timed`, as often as it happens.
     """
-    pieces = _Pieces(views, settings, device)
+    pieces = _Pieces(views, settings, device, timed or nullcontext())
     floats = 4 * sum(portion.crops[0].numel() + portion.crops[1].numel() for portion in views.portions)
     return list(pieces) if floats <= _KEPT_BYTES else pieces
 

@@ -1,4 +1,4 @@
-"""`torchrun -m simclr_dist.train CONFIG [--key value]`, or `python -m` for one process."""
+"""`torchrun -m simclr_dist.train CONFIG [--profile STEPS] [--key value]`, or `python -m` for one process."""
 
 import errno
 import os
@@ -10,13 +10,14 @@ from pathlib import Path
 from simclr_dist import stopping
 from simclr_dist.config import load_config
 from simclr_dist.errors import LAST_WORD, PREEMPTED, ConfigError, DivergedError, RankError, SaveError, StoppedError, UserError
+from simclr_dist.profiling import take_profile
 from simclr_dist.supervisor import die_with
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`CONFIG [--key value]`; returns the exit code."""
+    """`CONFIG [--profile STEPS [--profile-rank R]] [--key value]`; returns the exit code."""
     stopping.listen()
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not argv or argv[0].startswith("-"):
             raise ConfigError("usage: python -m simclr_dist.train CONFIG [--key value ...]")
-        config = load_config(argv[0], argv[1:])
+        profile, overrides = take_profile(argv[1:])
+        config = load_config(argv[0], overrides)
         if not under_torchrun:  # whose other ranks would wait for this one
             if stopping.asked():
                 raise StoppedError(f"{stopping.name(stopping.asked())} before the first step")
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
         stopping.listen()
         with world(config.device, config.first_step_timeout_minutes) as here:
-            train(config, here)
+            train(config, here, profile)
     except UserError as error:
         if speaks or isinstance(error, RankError):
             print(f"simclr-dist: {error}", file=sys.stderr, flush=True)

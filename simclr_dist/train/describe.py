@@ -1,6 +1,8 @@
 """What a run says of itself: its first lines, its first pictures, and its encoder's card."""
 
 import dataclasses
+import shlex
+import sys
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from simclr_dist.config import Config
+from simclr_dist.config_reader import write_yaml
 from simclr_dist.data.draws import ViewSettings, preset_views
 from simclr_dist.data.order import Plan
 from simclr_dist.distributed import World
@@ -73,6 +76,15 @@ def _stream(config: Config, step: int) -> str:
     return (
         "\n  stream     WARNING: without a manifest exact epochs and resume in mid-epoch do not hold: an image may come twice"
         f" in an epoch or not at all{again}"
+    )
+
+
+def run_card(config: Config, described: str) -> str:
+    """What the run is and how it was started, in Markdown."""
+    settings = write_yaml(config.to_dict())
+    return "\n\n".join(
+        f"**{title}**\n\n```\n{body.strip()}\n```"
+        for title, body in (("run", described), ("command", shlex.join(sys.orig_argv)), ("settings", settings))
     )
 
 

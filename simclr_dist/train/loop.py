@@ -1,5 +1,6 @@
 """Pre-training, top to bottom."""
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from simclr_dist import checkpoint, ledger, stopping
 from simclr_dist.agreement import StopAgreement, any_asked, check_ranks_agree
 from simclr_dist.config import Config, check_fits
 from simclr_dist.data.memory import held_in_memory
+from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, coloured, load_steps
 from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
 from simclr_dist.errors import ConfigError, DivergedError, SaveError, StoppedError
@@ -14,14 +16,16 @@ from simclr_dist.export import export_encoder
 from simclr_dist.learner import build_learner, step_metrics, training_step
 from simclr_dist.monitor import Clock, Monitor
 from simclr_dist.optim import learning_rate
+from simclr_dist.profiling import Profile, profiled
 from simclr_dist.run import open_run, recorded, truncate_metrics
-from simclr_dist.train.describe import describe, encoder_card, view_grid, view_settings
+from simclr_dist.train.describe import describe, encoder_card, run_card, view_grid, view_settings
 from simclr_dist.train.images import RunImages, open_images, order
+from simclr_dist.train.probe import OnlineProbe
 from simclr_dist.train.state import data_identity, full_state, learned_tensors, resume, share_bad_samples
 
 
-def train(config: Config, here: World) -> None:
-    """Train (or resume) the run that `config` names.
+def train(config: Config, here: World, profile: Profile | None = None) -> None:
+    """Train (or resume) the run that `config` names; `profile` some steps of this start.
 
     Raises UserError, DivergedError, SaveError when what must be saved cannot be, and StoppedError after a stop signal, when
     all that was done is saved.
@@ -34,10 +38,17 @@ def train(config: Config, here: World) -> None:
     on_rank_0(lambda: claims.append(open_run(config, {**environment(here), "data_digest": data_identity(images)})))
     claim = claims[0] if claims else None
     with recorded(Path(config.run_folder), claim), ExitStack() as at_end:
-        _train(config, here, images, claim, at_end)
+        _train(config, here, images, claim, at_end, profile)
 
 
-def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim | None, at_end: ExitStack) -> None:
+def _train(
+    config: Config,
+    here: World,
+    images: RunImages,
+    claim: ledger.Claim | None,
+    at_end: ExitStack,
+    profile: Profile | None,
+) -> None:
     run, samples = Path(config.run_folder), len(images)
     settings = view_settings(config)
     learner = build_learner(config, here)
@@ -56,17 +67,36 @@ def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim |
     plan = order(config, images, here, step)
     source = held_in_memory(images, config.data.in_memory)
     steps = StepDataset(source, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
-    monitor = Monitor(run, active=here.is_main, total_steps=total, first_step=step, tensorboard=config.log.tensorboard)
+    clock, first = Clock(here.device, learner.own_work), step + 1
+    monitor = Monitor(
+        run,
+        active=here.is_main,
+        total_steps=total,
+        first_step=step,
+        tensorboard=config.log.tensorboard,
+        warmup_steps=warmup,
+        hosts=clock.hosts,
+    )
     at_end.callback(monitor.close)
-    monitor.say(describe(config, plan, learner, here, settings, total, warmup, step))
+    described = describe(config, plan, learner, here, settings, total, warmup, step)
+    monitor.say(described)
+    monitor.card(run_card(config, described))
+    probe = None
+    if config.probe.every_epochs:
+        assert isinstance(images, ShardDataset), "checked"
+        probe = OnlineProbe(config, settings, images.manifest, here, steps_per_epoch=plan.steps_per_epoch)
+        monitor.say(f"  probe      {probe}")
+    of_run = {"run/restarts": 0.0 if claim is None else claim.generation - 1, "run/checkpoint_seconds": 0.0}
 
     def save() -> None:
         if claim is not None:
+            began = time.perf_counter()
             state = full_state(learner, config, here, step, bad_samples, data_identity(images))
             keep = config.checkpoint
             path = checkpoint.save(
                 run / "checkpoints", step, state, keep_last=keep.keep_last, keep_every=keep.keep_every, allowed=claim.check
             )
+            of_run["run/checkpoint_seconds"] = time.perf_counter() - began
             monitor.say(f"step {step}: saved {path}")
 
     def export() -> None:
@@ -75,16 +105,15 @@ def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim |
             path = run / "encoders" / f"step-{step:08d}.safetensors"
             export_encoder(path, learner.model.encoder, card, learner.model.projector)
 
+    views_every = config.log.views_every_epochs * plan.steps_per_epoch
     agreement = StopAgreement(here.device)
     asked = any_asked(stopping.asked())
     if asked and step < total:
         raise StoppedError(f"{stopping.name(asked)} before the first step")
-    clock, first = Clock(), step + 1
-    for views in clock.waiting(
-        load_steps(steps, range(step, total), workers=config.data.workers, pin_memory=here.device.type == "cuda")
-    ):
-        pieces = coloured(views, settings, here.device)
-        if step == 0:
+    loaded = load_steps(steps, range(step, total), workers=config.data.workers, pin_memory=here.device.type == "cuda")
+    for views in profiled(clock.waiting(loaded), profile, run / "profile", here, done=step, total=total):
+        pieces = coloured(views, settings, here.device, timed=learner.own_work)
+        if step == 0 or (views_every and step % views_every == 0):
             monitor.images("views", view_grid(*pieces[0], settings), step)
         lr = learning_rate(step, peak=config.peak_lr, warmup_steps=warmup, total_steps=total)
         outcome = training_step(learner, pieces, config, lr)
@@ -100,12 +129,17 @@ def _train(config: Config, here: World, images: RunImages, claim: ledger.Claim |
 
         last = step == total
         must_save = last or bool(asked)
-        save_now, log_now = must_save or step % config.checkpoint.every == 0, last or step % config.log.every == 0
+        probe_now = probe is not None and probe.is_due(step)
+        save_now = must_save or step % config.checkpoint.every == 0
+        log_now = last or probe_now or step % config.log.every == 0
         if log_now or save_now:
             share_bad_samples(bad_samples, config, run, here, monitor)
             if log_now:
                 metrics = step_metrics(outcome, learner, config, step, lr, len(bad_samples))
-                monitor.log(step, metrics, clock.read(config.global_batch_size, total - step, here.device))
+                if probe is not None and probe_now:
+                    metrics |= probe.measure(learner.model)
+                timing = clock.read(config.global_batch_size, total - step) | of_run
+                monitor.log(step, metrics, timing, (outcome["z_a"], outcome["z_b"]))
             if (skipped := int(learner.counters["longest_skip"])) >= config.max_skipped_steps:
                 before = step - skipped  # what was saved since then has the same dead parameters
                 good = [saved for saved in checkpoint.saved_steps(run / "checkpoints") if saved <= before]

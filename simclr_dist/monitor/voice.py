@@ -1,49 +1,57 @@
-"""What a run shows of itself: console and train.log, metrics.jsonl, TensorBoard."""
+"""The voice of a run: console and train.log, metrics.jsonl, TensorBoard, and the alarms in status.json."""
 
-import io
+import dataclasses
 import json
 import math
-import os
-import resource
-import socket
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.utils.tensorboard import RecordWriter
-from torch.utils.tensorboard.summary import image, scalar
+from torch.utils.tensorboard.summary import image, scalar, text
 from tqdm import tqdm
 
 from simclr_dist.atomic import append
-
-T = TypeVar("T")
+from simclr_dist.monitor.alarms import Alarms
+from simclr_dist.monitor.board import EventFile, cosine_histogram, cosines, layout
+from simclr_dist.run import write_status
 
 
 class Monitor:
     """Rank 0's voice; on the other ranks every method does nothing.
 
     On a terminal a progress bar, else one plain line an interval; train.log gets the lines in both cases. What a full disk or
-    a closed console does not take is lost, which is said once for each file and counted; the run goes on.
+    a closed console does not take is lost, which is said once for each file and counted; the run goes on. Alarms (`alarms`
+    has their rules, which need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json while they last.
     """
 
-    def __init__(self, run: Path, *, active: bool, total_steps: int, first_step: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        active: bool,
+        total_steps: int,
+        first_step: int,
+        tensorboard: bool = True,
+        warmup_steps: int = 0,
+        hosts: Sequence[str] = (),
+    ) -> None:
         self._active = active
         self._lost: Counter[str] = Counter()
         if not active:
             return
+        self._run = run
         self._log = run / "train.log"
         self._metrics = run / "metrics.jsonl"
-        self._board: _Events | None = None
+        self._alarms = Alarms(warmup_steps=warmup_steps, hosts=hosts)
+        self._board: EventFile | None = None
         if tensorboard:
             # Events of a killed run from after its checkpoint are purged, so the curves stay monotone.
-            self._board = _Events(run / "tb", purge_step=first_step + 1)
+            self._board = EventFile(run / "tb", purge_step=first_step + 1)
+            self._first_step = first_step
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -60,6 +68,11 @@ class Monitor:
             self._note(line)
             self._try("standard output", lambda: _print(line))
 
+    def card(self, markdown: str) -> None:
+        """What the run is, beside the layout of the dashboard, for TensorBoard."""
+        if self._active and self._board is not None:
+            self._show(self._board, [layout(), text("run", markdown)], self._first_step)
+
     def images(self, name: str, grid: Tensor, step: int) -> None:
         """A picture for TensorBoard, float [3, h, w] in 0..1."""
         if self._active and self._board is not None:
@@ -70,15 +83,28 @@ class Monitor:
         if self._active and self._bar is not None:
             self._bar.update()
 
-    def log(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        """The metrics after `step` steps; `timing` apart, since it alone differs when a run is repeated."""
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        timing: Mapping[str, float],
+        z: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """The metrics after `step` steps; `timing` apart, since it alone differs when a run is repeated.
+
+        `z`, the embeddings [n, d] of this rank's two views, are for the histograms of cosines.
+        """
         if not self._active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         entry = json.dumps({"step": step, **finite, "timing": dict(timing)})
         self._try(str(self._metrics), lambda: append(self._metrics, f"{entry}\n".encode()))
         if self._board is not None:
-            self._show(self._board, [scalar(name, value) for name, value in {**metrics, **timing}.items()], step)
+            summaries = [scalar(name, value) for name, value in {**metrics, **timing}.items()]
+            if z is not None:
+                partners, others = cosines(*z)
+                summaries += [cosine_histogram("cosine/partners", partners), cosine_histogram("cosine/others", others)]
+            self._show(self._board, summaries, step)
         loss = metrics["loss/nt_xent"] if "loss/nt_xent" in metrics else metrics["loss/dcl"]
         line = (
             f"step {step}/{self._total}  loss {loss:.4f} (chance {metrics['loss/chance']:.2f})"
@@ -92,6 +118,10 @@ class Monitor:
             self._note(line)
         else:
             self.say(line)
+        if changes := self._alarms.see(step, metrics, timing):
+            for change in changes:
+                self.say(change.line)
+            write_status(self._run, "running", None, alarms=[dataclasses.asdict(alarm) for alarm in self._alarms.active])
 
     def close(self) -> None:
         """End the progress bar, and say how much was lost."""
@@ -103,7 +133,7 @@ class Monitor:
     def _note(self, line: str) -> None:
         self._try(str(self._log), lambda: append(self._log, f"{line}\n".encode()))
 
-    def _show(self, board: "_Events", summaries: Iterable[Any], step: int) -> None:
+    def _show(self, board: EventFile, summaries: Iterable[Any], step: int) -> None:
         self._try(str(board.path), lambda: board.add(summaries, step))
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
@@ -115,27 +145,6 @@ class Monitor:
                 _warn(f"{name}: cannot be written: {error.strerror}; what it cannot take is lost, and training goes on")
 
 
-class _Events:
-    """TensorBoard's file of this start. Written at once and in this thread, unlike SummaryWriter's: that one ends for good,
-    with a traceback, when the disk is full for a moment, and a kill takes what waits in its queue."""
-
-    def __init__(self, folder: Path, *, purge_step: int) -> None:
-        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._opening = [
-            Event(wall_time=time.time(), file_version="brain.Event:2"),
-            Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)),
-        ]
-
-    def add(self, summaries: Iterable[Any], step: int) -> None:
-        """All of the summaries or none; OSError when the disk does not take them."""
-        records = io.BytesIO()
-        for event in [*self._opening, *(Event(wall_time=time.time(), step=step, summary=summary) for summary in summaries)]:
-            RecordWriter(records).write(event.SerializeToString())
-        self.path.parent.mkdir(exist_ok=True)
-        append(self.path, records.getvalue())
-        self._opening = []
-
-
 def _print(line: str) -> None:
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
@@ -145,48 +154,6 @@ def _warn(line: str) -> None:
     with suppress(OSError):  # the disk that is full may be the one that has the console's file
         tqdm.write(f"WARNING: {line}", file=sys.stderr)
         sys.stderr.flush()
-
-
-class Clock:
-    """Throughput since the last reading, and the share of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
-
-    def waiting(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, the time until each is there counted as waiting."""
-        iterator = iter(items)
-        while True:
-            begin = time.perf_counter()
-            item = next(iterator, None)
-            self._waited += time.perf_counter() - begin
-            if item is None:
-                return
-            self._steps += 1
-            yield item
-
-    def read(self, batch: int, steps_left: int, device: torch.device) -> dict[str, float]:
-        """Speed of a run with `batch` images a step and `steps_left` to go, since the last reading."""
-        now = time.perf_counter()
-        elapsed = now - self._since
-        seconds_a_step = elapsed / max(self._steps, 1)
-        reading = {
-            "speed/images_per_second": batch / seconds_a_step,
-            "speed/data_wait_percent": 100 * self._waited / elapsed,
-            "speed/memory_gib": memory_gib(device),
-            "speed/seconds_left": seconds_a_step * steps_left,
-        }
-        self._since, self._waited, self._steps = now, 0.0, 0
-        return reading
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory: of the GPU's allocator, or this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _clock(seconds: float) -> str:

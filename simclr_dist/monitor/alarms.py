@@ -1,0 +1,181 @@
+"""What goes wrong with a run without ending it: seen in the numbers of its log, and said once."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Numbers = Mapping[str, float]
+
+UNIFORMITY = -0.3  # 0 when all embeddings are one; -3 and below in runs that learn
+EFFECTIVE_RANK = 1.5  # 1 when all embeddings lie on one line
+GRADIENT_GROWTH = 10.0
+WAIT_PERCENT = 30.0
+OWN_WORK_RATIO = 1.5
+OWN_WORK_SHARE = (
+    0.02  # of a step, of which own work is a small part, that the slowest rank's own work takes longer than the others'
+)
+
+
+class Patience(NamedTuple):
+    """How often in a row, and over how many steps, a rule must hold before there is an alarm, and fail before it is over."""
+
+    readings: int
+    steps: int
+
+
+PATIENCE = {
+    "collapse": Patience(5, 50),
+    "divergence": Patience(3, 0),
+    "above_chance": Patience(10, 100),
+    "starving_loader": Patience(5, 20),
+    "slow_rank": Patience(5, 20),
+}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """`kind` is a key of PATIENCE, `step` when it was raised, `why` what was seen, `cure` what likely helps."""
+
+    kind: str
+    step: int
+    why: str
+    cure: str
+
+
+class Change(NamedTuple):
+    """An alarm that was raised at `step`, or is over."""
+
+    alarm: Alarm
+    step: int
+    over: bool
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        if self.over:
+            return f"step {self.step}: over: {self.alarm.kind}, which began at step {self.alarm.step}"
+        return f"ALARM step {self.step}: {self.alarm.kind}: {self.alarm.why}; likely cure: {self.alarm.cure}"
+
+
+class Alarms:
+    """Reads what a run logs, from this start's first line on.
+
+    collapse: embedding/uniformity above -0.3 or embedding/effective_rank below 1.5, once the warm-up is over or 200 steps are
+    done. divergence: for three readings the gradient's norm ten times its median over the twenty before while the loss is a
+    tenth of its chance level above theirs, or more skipped steps at each. above_chance: the loss above chance after the
+    warm-up. starving_loader: some rank waits for data for more than 30 % of the time. slow_rank: what one rank does by itself
+    takes 1.5 times the median of the others, and a fiftieth of a step longer. Each as long as PATIENCE says; an alarm is raised
+    once, and over when its rule has failed as long.
+    """
+
+    def __init__(self, *, warmup_steps: int = 0, hosts: Sequence[str] = ()) -> None:
+        self._warmup = warmup_steps
+        self._hosts = hosts
+        self._active: dict[str, Alarm] = {}
+        self._turning: dict[str, list[int]] = {kind: [] for kind in PATIENCE}  # steps of readings that speak for a change
+        self._norms: deque[float] = deque(maxlen=20)
+        self._losses: deque[float] = deque(maxlen=20)
+        self._skipped: float | None = None
+
+    @property
+    def active(self) -> list[Alarm]:
+        """Raised and not over, oldest first."""
+        return list(self._active.values())
+
+    def see(self, step: int, metrics: Numbers, timing: Numbers) -> list[Change]:
+        """The log of `step`; returns what changed. A rule whose numbers are missing does not hold."""
+        found = {
+            "collapse": self._collapse(step, metrics),
+            "divergence": self._divergence(metrics),
+            "above_chance": self._above_chance(step, metrics),
+            "starving_loader": self._starving_loader(timing),
+            "slow_rank": self._slow_rank(timing),
+        }
+        changes = []
+        for kind, seen in found.items():
+            if (seen is None) == (kind not in self._active):
+                self._turning[kind] = []
+                continue
+            turning = self._turning[kind]
+            turning.append(step)
+            if len(turning) < PATIENCE[kind].readings or step - turning[0] < PATIENCE[kind].steps:
+                continue
+            self._turning[kind] = []
+            if seen is None:
+                changes.append(Change(self._active.pop(kind), step, True))
+            else:
+                self._active[kind] = Alarm(kind, step, *seen)
+                changes.append(Change(self._active[kind], step, False))
+        return changes
+
+    def _collapse(self, step: int, metrics: Numbers) -> tuple[str, str] | None:
+        uniformity = metrics.get("embedding/uniformity", -math.inf)
+        rank = metrics.get("embedding/effective_rank", math.inf)
+        if step < min(self._warmup, 200) or not (uniformity > UNIFORMITY or rank < EFFECTIVE_RANK):
+            return None
+        return (
+            f"the embeddings are nearly all alike (uniformity {uniformity:.2f}, effective rank {rank:.1f})",
+            "lower optim.base_lr or optim.weight_decay, or a longer warm-up, in another run_folder; what is learned from here"
+            " on is of no use",
+        )
+
+    def _divergence(self, metrics: Numbers) -> tuple[str, str] | None:
+        norm, loss = metrics.get("optim/gradient_norm", 0.0), _loss(metrics)
+        skipped = metrics.get("optim/skipped_steps", 0.0)
+        more_skipped = self._skipped is not None and skipped > self._skipped
+        self._skipped = skipped
+        cure = "a lower optim.base_lr, a longer warm-up, or a smaller optim.clip_norm, in another run_folder"
+        if more_skipped:
+            return f"steps are skipped, {skipped:.0f} so far, as loss or gradient is not finite", cure
+        if len(self._norms) >= 10:
+            usual, usual_loss = statistics.median(self._norms), statistics.median(self._losses)
+            margin = 0.1 * metrics.get("loss/chance", math.inf)
+            if not (norm <= GRADIENT_GROWTH * usual or loss <= usual_loss + margin):
+                grew = f"the gradient's norm grew from {usual:.3g} to {norm:.3g}, the loss from {usual_loss:.3f} to {loss:.3f}"
+                return grew, cure
+        if math.isfinite(norm) and math.isfinite(loss):
+            self._norms.append(norm)
+            self._losses.append(loss)
+        return None
+
+    def _above_chance(self, step: int, metrics: Numbers) -> tuple[str, str] | None:
+        loss, chance = _loss(metrics), metrics.get("loss/chance", math.inf)
+        if step <= self._warmup or loss <= chance:
+            return None
+        return (
+            f"the loss, {loss:.3f}, is above its level by chance, {chance:.3f}, long after the warm-up",
+            "a lower optim.base_lr, or weaker views",
+        )
+
+    def _starving_loader(self, timing: Numbers) -> tuple[str, str] | None:
+        wait = timing.get("ranks/data_wait_percent_max", 0.0)
+        if wait <= WAIT_PERCENT:
+            return None
+        alone = wait > 2 * timing.get("speed/data_wait_percent", wait)
+        where = f" on {self._name(timing['ranks/starving'])}" if alone else ""
+        return (
+            f"{wait:.0f} % of the time is spent waiting for images{where}",
+            "more data.workers, smaller images (`simclr-dist shard --short-side`), or shards on a faster disk",
+        )
+
+    def _slow_rank(self, timing: Numbers) -> tuple[str, str] | None:
+        own, others = timing.get("ranks/own_ms", 0.0), timing.get("ranks/own_ms_others", 0.0)
+        if own <= OWN_WORK_RATIO * others or own - others <= OWN_WORK_SHARE * timing.get("speed/step_ms", math.inf):
+            return None
+        rank = timing["ranks/slowest"]
+        return (
+            f"{self._name(rank)} needs {own:.1f} ms a step for its own work, the others {others:.1f}, and all wait for it",
+            "look there for another process, a throttled device or a slow disk; `simclr-dist train CONFIG --profile 3"
+            f" --profile-rank {rank:.0f}` shows where its time goes",
+        )
+
+    def _name(self, rank: float) -> str:
+        number = int(rank)
+        return f"rank {number} ({self._hosts[number]})" if number < len(self._hosts) else f"rank {number}"
+
+
+def _loss(metrics: Numbers) -> float:
+    return metrics.get("loss/nt_xent", metrics.get("loss/dcl", -math.inf))
