@@ -9,7 +9,7 @@ EXIT_CODES = """exit codes:
   2    usage, config or data error: one line says what to change
   3    training diverged: its numbers stopped being finite
   75   stopped by Ctrl-C or a scheduler's signal with all saved: the same command goes on
-  130  interrupted by Ctrl-C in a verb that starts over, or with a second Ctrl-C
+  130  interrupted by Ctrl-C in a verb other than train, eval, finetune, embed, submit, or by a second Ctrl-C
   141  whoever read the output has gone (`simclr-dist ... | head`)"""
 
 START = """from images to a measured encoder:
@@ -72,7 +72,7 @@ EXAMPLES = {
 # Said after Ctrl-C by verbs that have no better word of their own.
 _AFTER_CTRL_C = {
     "demo": "finished parts stay, and the same command goes on",
-    "shard": "nothing is written, and the same command starts again",
+    "shard": "DST is not there yet, and the same command goes on from DST.partial",
     "export": "nothing is written, and the same command starts again",
     "train": "the same command goes on from the last checkpoint",
     "submit": "jobs that were sent go on by themselves: `squeue --me` lists them",
