@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-fast lint bench bench-faults bench-image clean
+.PHONY: help install demo test test-waiting test-computing test-fast lint bench bench-faults bench-image clean
 
 help:
 	@echo "make demo       the first run: small built-in data set, training, result"
@@ -28,8 +28,17 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	$(BIN)/simclr-dist demo
 
+# In two halves at once: one mostly waits for clusters and networks, the other computes.
+WAITING := tests/slurm tests/submit tests/network tests/image
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=line test-waiting test-computing
+
+test-waiting: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(WAITING)
+
+test-computing: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(WAITING))
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m 'not slow'

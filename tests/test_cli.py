@@ -203,7 +203,7 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
         (["trian"], "invalid choice: 'trian'"),
         (["--bogus"], "--bogus"),
         (["shard", "a", "b", "--bogus", "1"], "unrecognized arguments: --bogus"),
-        (["shard", "a"], "the following arguments are required: destination"),
+        (["shard", "a"], "usage: simclr-dist shard SRC DST, or --index DIR, or --verify DST"),
         (["shard", "a", "b", "--shard-size", "0"], "--shard-size: 0: the least is 1"),
         (["shard", "a", "b", "--shard-size", "many"], "invalid int value: 'many'"),
         (["eval", "e", "--train", "a"], "required: --test"),

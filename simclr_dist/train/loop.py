@@ -117,6 +117,7 @@ def _train(
             monitor.images("views", view_grid(*pieces[0], settings), step)
         lr = learning_rate(step, peak=config.peak_lr, warmup_steps=warmup, total_steps=total)
         outcome = training_step(learner, pieces, config, lr)
+        del pieces  # before the next ones are made
         step += 1
         asked = agreement.exchange(stopping.asked())
         if step == first:
