@@ -183,7 +183,8 @@ class ShardCache:
             try:
                 with part.open("r+b") as file:
                     fetch(self.url(shard), file, size=size, patience=self._settings.patience, stopped=stopped)
-                part.rename(self._path(shard))
+                with self._lock("room"):  # who counts what is there must not miss it on its way from one name to the other
+                    part.rename(self._path(shard))
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:

@@ -4,7 +4,7 @@ been seen to crash (0.29, segmentation fault) where libpng refuses in the middle
 import struct
 import zlib
 
-from simclr_dist.errors import DataError
+from simclr_dist.errors import DataError, printable
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -28,7 +28,7 @@ def is_sound_png(content: bytes) -> bool:
         body = content[at + 8 : at + 8 + length]
         critical = not kind[0] & 0x20
         if critical and zlib.crc32(kind + body) != checksum:
-            raise DataError(f"damaged: its {kind.decode('ascii', 'replace')} chunk does not fit its checksum")
+            raise DataError(f"damaged: its {printable(kind.decode('latin-1'))} chunk does not fit its checksum")
         if kind == b"IDAT":
             packed.append(body)
         elif kind == b"IEND":

@@ -215,17 +215,17 @@ def test_a_run_that_learns_nothing(shards: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_slow_reader(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It needs four times as long as the step, however long that is on a busy machine."""
-    read = StepDataset.__getitem__
+    read = StepDataset.portion
     returned = time.monotonic()
 
-    def slowly(dataset: StepDataset, step: int) -> Any:
+    def slowly(dataset: StepDataset, step: int, number: int) -> Any:
         nonlocal returned
         time.sleep(max(0.1, 4 * (time.monotonic() - returned)))
-        views = read(dataset, step)
+        portion = read(dataset, step, number)
         returned = time.monotonic()
-        return views
+        return portion
 
-    monkeypatch.setattr(StepDataset, "__getitem__", slowly)
+    monkeypatch.setattr(StepDataset, "portion", slowly)
     status = run_with(tmp_path, shards, monkeypatch, steps=22)
     assert kinds(status) == ["starving_loader"]
     assert "more data.workers" in status["alarms"][0]["cure"]

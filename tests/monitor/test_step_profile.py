@@ -127,7 +127,7 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
             events = json.load(file)["traceEvents"]
         count = {stage: sum(e.get("name") == stage and e.get("ph") == "X" for e in events) for stage in ("step", *STAGES)}
         assert count["step"] == count["data"] == count["optimizer"] == 2
-        assert count["forward"] == 6, "two pieces without a graph in one range, and two with one each, a step"
+        assert count["forward"] == 8, "two pieces without a graph and two with one, a step"
 
 
 def test_nothing_to_profile_is_said(shards: Path, tmp_path: Path) -> None:
