@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pictures import contents, encoded
+from simclr_dist.convert import decoding, writing
 from simclr_dist.convert.dealing import deal
 from simclr_dist.convert.shards import ShardSettings, finish_shards, write_part, write_shards
-from simclr_dist.data import decoding, writing
 from simclr_dist.errors import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shard_array.sbatch"

@@ -173,7 +173,7 @@ def test_workers_through_a_small_cache_give_what_a_folder_gives(
 
 
 def taken(cache: Path) -> int:
-    """Bytes of shards, also of those that are being fetched; one that becomes whole while this looks is counted once, or not."""
+    """Bytes of shards, also of those that are being fetched."""
     sizes = []
     for path in (*cache.glob("*.tar"), *cache.glob("*.part")):
         with suppress(FileNotFoundError):
