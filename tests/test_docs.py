@@ -103,3 +103,13 @@ def test_the_tutorial(tmp_path: Path) -> None:
         [sys.executable, "-c", python], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout == "128\n"
+
+
+def test_every_message_of_the_troubleshooting_page_is_one() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE)
+    said = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "simclr_dist").rglob("*.py"))
+    for cell in first_cells:
+        for quoted in re.findall(r"`([^`]+)`", cell):
+            assert quoted in said, quoted
+    assert len(first_cells) > 20
