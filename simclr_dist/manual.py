@@ -30,7 +30,8 @@ encoder's file stays as it is.""",
     "embed": """The features of your own images, a row an image, in a Parquet file for pandas, polars or DuckDB.""",
     "export": """The encoder as ONNX, for programs without PyTorch; its output is compared with torch's.""",
     "plan": """What a config will need, before it runs: negatives, learning rate, memory, and the images that are left over.""",
-    "check": """Does training on these machines give exactly the gradient of one process? Compares them in float64.""",
+    "check": """Try on these machines what training needs: versions, network, clocks, the gradient of all ranks against that of
+one process (in float64), shards, run folder, SLURM's settings. Leaves nothing behind.""",
     "submit": """Train on a SLURM cluster, with an evaluation behind it if you like. Preempted, requeued and timed-out jobs go
 on by themselves. The later forms ask a run folder for its job.""",
     "train": """Pre-train an encoder on all GPUs of this machine, or with one process on its CPUs. A run that was stopped or
