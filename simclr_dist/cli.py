@@ -237,6 +237,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     processes = arguments.processes or _gpus(config)
     for machines in range(nodes.least, nodes.most + 1) if nodes else (1,):
         check_fits(config, samples, machines * processes)
+    _tell_start(processes)
     command = ["-m", "simclr_dist.train", arguments.config, *(profile.options if profile else []), *overrides]
     return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
 
@@ -281,6 +282,14 @@ def _gpus(config: Config) -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def _tell_start(processes: int) -> None:
+    """To somebody who waits: nothing else is said for as long as torch takes."""
+    if sys.stderr.isatty():
+        print(
+            f"simclr-dist: starting {processes} process{'es' * (processes > 1)}; loading torch takes a while", file=sys.stderr
+        )
 
 
 def _train_help(config: str | None, options: argparse.ArgumentParser) -> int:
@@ -349,7 +358,9 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from simclr_dist.check.command import main as check_main
 
         return check_main(command[2:])
-    return torchrun(arguments.processes or max(2, _gpus(config or Config())), command)
+    processes = arguments.processes or max(2, _gpus(config or Config()))
+    _tell_start(processes)
+    return torchrun(processes, command)
 
 
 if __name__ == "__main__":

@@ -133,10 +133,14 @@ def _settings(arguments: argparse.Namespace) -> "ShardSettings":
 
 
 def _report(summary: "ShardSummary", destination: Path) -> None:
+    classes = ", ".join(summary.classes[:_SHOWN]) + (", ..." if len(summary.classes) > _SHOWN else "")
     print(
         f"{summary.written} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, {len(summary.classes)} classes"
+        + (f": {classes}" if classes else "")
     )
-    print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept, {len(summary.skipped)} files were no images")
+    print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept")
+    if summary.skipped:
+        print(f"passed over by their names: {len(summary.skipped)} files, like {summary.skipped[0].name}")
     _report_left_out(summary.rejected, destination)
     print(f"written to {', '.join(map(str, summary.destinations))}")
 

@@ -134,12 +134,13 @@ def _memory_rows(made: Plan) -> list[tuple[str, str]]:
     piece = 2 * config.global_batch_size // (config.micro_batches * made.world_size)
     number = 8 if config.precision == "fp64" else 4
     rows = 2 * config.global_batch_size
+    matrix = f" (the whole {rows} x {rows} matrix would be {_size(rows * rows * number)})"
     kept = ", blocks' inputs alone (activation_checkpointing)" if config.activation_checkpointing else ""
     lines = [
         ("weights", _size(memory.weights)),
         ("gradients", _size(memory.gradients) + (" (DDP's buckets included)" if made.world_size > 1 else "")),
         ("optimizer", f"not known for {config.optim.name}" if memory.optimizer is None else _size(memory.optimizer)),
-        ("loss", f"{_size(memory.loss)} (the whole {rows} x {rows} matrix would be {_size(rows * rows * number)})"),
+        ("loss", f"{_size(memory.loss)}{matrix if rows * rows * number > memory.loss else ''}"),
         ("views", f"{_size(memory.views)}, as float32, of one step"),
         ("activations", f"{_size(memory.activations)} kept for the backward of {piece} views at a time{kept}"),
         ("peak", f"{_size(memory.peak)}, in: {memory.highest}" + (" (compile may need less)" if config.compile else "")),
