@@ -204,6 +204,21 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(tmp_path: Path, source: 
         write_part(source, out, SETTINGS, 5, 4)
 
 
+def test_a_part_that_begins_while_another_makes_the_folder(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, other = Path.exists, []
+
+    def exists(path: Path, **more: Any) -> bool:
+        seen = looks(path, **more)
+        if path.name == "lock" and not other:  # the other part's moment
+            other.append(path.touch())
+        return seen
+
+    monkeypatch.setattr(Path, "exists", exists)
+    write_part(source, tmp_path / "out", ShardSettings(), 1, 2, processes=1)
+
+
 def test_strict_parts(tmp_path: Path, source: Path) -> None:
     with pytest.raises(DataError, match=r"strict, and 1 images of part 1 cannot be used; the first: dog/077.png: not an image"):
         write_part(source, tmp_path / "out", SETTINGS, 1, 1, strict=True, processes=1)
