@@ -150,10 +150,10 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
 def _netrc_login(url: str) -> str | None:
     """user:password for the URL's host from ~/.netrc; None without an entry."""
     try:
-        entry = netrc.netrc().authenticators(urlsplit(url).hostname or "")
+        entry = netrc.netrc().hosts.get(urlsplit(url).hostname or "")  # authenticators() would send `default`'s to any host
     except (OSError, netrc.NetrcParseError):
         return None
-    return f"{entry[0]}:{entry[2]}" if entry and not entry[0].startswith("default") else None
+    return f"{entry[0]}:{entry[2]}" if entry else None
 
 
 def _from_fsspec(url: str, stall: float) -> Iterator[bytes]:

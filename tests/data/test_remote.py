@@ -93,6 +93,9 @@ def test_a_login_is_taken_from_netrc_and_not_from_the_url(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetched(f"{server.url}/a%20file") == CONTENT
     assert server.headers[-1]["Authorization"] == "Basic bWU6c2VjcmV0"
+    (tmp_path / ".netrc").write_text("default login me password secret\n")
+    assert fetched(f"{server.url}/a%20file") == CONTENT
+    assert "Authorization" not in server.headers[-1], "a default is for no host in particular"
     for url in ("https://me:secret@host/x", "https://host/x?token=secret", "s3://key:secret@bucket/x"):
         with pytest.raises(DataError, match=r"must hold no user, password or query[^\n]*$") as caught:
             check_url(url)
