@@ -59,9 +59,12 @@ def index_shards(
     found = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not is_hidden(path.name))
     links = [(path, why_not_followed(folder.resolve(), path)) for path in found if path.is_symlink()]
     rejected = [Problem(printable(path.name), reason) for path, reason in links if reason]
+    unreadable = "a name that is no printable text"
+    rejected += [Problem(printable(path.name), unreadable) for path in found if not path.name.isprintable()]
     tars = [path for path in found if path.is_file() and printable(path.name) not in {problem.name for problem in rejected}]
     if not tars:
-        raise DataError(f"{folder}: holds no .tar file" + (f" but links, like {rejected[0].name}" if rejected else ""))
+        which = f" that can be used: {rejected[0].name} ({rejected[0].reason})" if rejected else ""
+        raise DataError(f"{folder}: holds no .tar file{which}")
     processes = processes or min(os.cpu_count() or 1, len(tars))
     try:
         with tempfile.TemporaryFile(dir=folder):  # before hours of work for nothing
