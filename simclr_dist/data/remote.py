@@ -17,9 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
+from simclr_dist.data.originals import printable
 from simclr_dist.errors import DataError, UnreachableError
 
 _CHUNK = 1 << 20
@@ -124,7 +125,7 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
     if (login := _netrc_login(url)) is not None:
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
-        with urllib.request.urlopen(request, timeout=stall) as answer:
+        with urllib.request.build_opener(_Redirects).open(request, timeout=stall) as answer:
             told = answer.headers.get("Content-Length")
             if size is not None and told is not None and told.isdecimal() and int(told) != size:
                 raise _FailedError(f"it has {told} bytes there, the manifest says {size}", _FEW)
@@ -137,7 +138,9 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
     except urllib.error.HTTPError as error:
         error.close()
         kind = {404: _FEW, 410: _FEW}.get(error.code, 1 if error.code < 500 and error.code not in _PASSING else None)
-        raise _FailedError(f"the server says {error.code} {error.reason}", kind) from None
+        # What it says may be an address that it leads to, with a token in it, or some lines.
+        said = redact((str(error.reason).splitlines() or [""])[0])
+        raise _FailedError(f"the server says {error.code} {printable(said)}".rstrip(), kind) from None
     except urllib.error.URLError as error:
         final = 1 if isinstance(error.reason, ssl.SSLCertVerificationError) or "unknown url type" in str(error.reason) else None
         raise _FailedError(_told(error.reason, stall), final) from None
@@ -145,6 +148,15 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
         raise _FailedError(_told(error, stall), 1) from None
     except (OSError, http.client.HTTPException) as error:
         raise _FailedError(_told(error, stall)) from None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib would also follow one to ftp."""
+
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not _is_http(newurl):
+            raise urllib.error.HTTPError(newurl, code, "and leads to another protocol, which is not followed", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _netrc_login(url: str) -> str | None:
@@ -248,4 +260,4 @@ def _told(error: object, stall: float) -> str:
         return f"no byte for {stall:g} s"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return redact((str(error).splitlines() or [""])[0]) or type(error).__name__
+    return printable(redact((str(error).splitlines() or [""])[0])) or type(error).__name__

@@ -2,9 +2,11 @@
 
 import io
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,6 +80,31 @@ def test_another_size_than_the_manifests(server: Server) -> None:
     assert server.asked["a file"] == 3
     with pytest.raises(UnreachableError, match="larger than the 100 bytes"):
         fetched(f"{server.url}/a%20file", most=100)
+
+
+@pytest.mark.parametrize(
+    ("leads_to", "says"),
+    [
+        ("ftp://127.0.0.1:1/x?token=secret", "302 and leads to another protocol, which is not followed"),
+        ("file:///etc/hostname?token=secret", r"302 Found - Redirection to url 'file:///etc/hostname\?\*\*\*"),
+    ],
+)
+def test_a_redirect_to_another_protocol_is_not_followed(leads_to: str, says: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", leads_to)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        answering = threading.Thread(target=http.handle_request)
+        answering.start()
+        with pytest.raises(UnreachableError, match=rf"x: cannot be fetched: the server says {says}$"):
+            fetched(f"http://127.0.0.1:{http.server_address[1]}/x")
+        answering.join()
 
 
 def test_a_host_that_is_none() -> None:
