@@ -400,7 +400,10 @@ def test_columns_of_a_list(tmp_path: Path) -> None:
 
 def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(encoded(9))
-    path = listing(tmp_path, f"im/0.png\n../secret.png\n{tmp_path}/secret.png\nlink.png\nim/gone.png\nim//0.png\nin.png\n")
+    path = listing(
+        tmp_path, f"im/0.png\n../secret.png\n{tmp_path}/secret.png\nlink.png\nim/gone.png\nim//0.png\nin.png\npipe.png\n"
+    )
+    os.mkfifo(tmp_path / "src" / "pipe.png")
     (tmp_path / "src" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "src" / "in.png").symlink_to(tmp_path / "src" / "im" / "1.png")
     summary = write_shards(path, tmp_path / "out", processes=1)
@@ -411,6 +414,7 @@ def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
         "list.csv:6: im//0.png": "listed twice",
         "link.png": "a link out of the list's folder",
         "im/gone.png": "No such file or directory",
+        "pipe.png": "not a regular file",
     }
 
 
