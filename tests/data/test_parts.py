@@ -137,15 +137,19 @@ def test_a_unit_that_was_damaged_is_made_again(tmp_path: Path, source: Path, mon
     assert convert(source, tmp_path / "out") == convert(source, tmp_path / "straight")
 
 
-def test_an_image_that_changes_between_the_passes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_image_that_changes_between_the_passes(
+    tmp_path: Path, source: Path, gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = decoding.gather
 
     def gather(*arguments: Any) -> decoding.Records:
-        (source / "dog" / "001.png").write_bytes(encoded(999))
+        path = source / "dog" / "001.png"
+        path.unlink() if gone else path.write_bytes(encoded(999))
         return real(*arguments)
 
     monkeypatch.setattr("simclr_dist.data.shards.gather", gather)
-    with pytest.raises(DataError, match=r"001.png: changed while it was being sharded"):
+    with pytest.raises(DataError, match=r"001.png: changed, or went, while it was being sharded"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
