@@ -198,8 +198,8 @@ def webdataset_key(name: str) -> str:
 
 
 def is_label(name: str) -> bool:
-    """Whether a member is a WebDataset sample's label: `KEY.cls`, and not `KEY.coarse.cls`."""
-    return name == f"{webdataset_key(name)}.cls"
+    """Whether a member is a WebDataset sample's label: `KEY.cls` in any case, and not `KEY.coarse.cls`."""
+    return name.removeprefix(webdataset_key(name)).lower() == ".cls"
 
 
 def _list_tar(path: Path) -> _Listing:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.data.archives import parse_label, webdataset_key, why_unsafe
+from simclr_dist.data.archives import is_label, parse_label, webdataset_key, why_unsafe
 from simclr_dist.data.folders import is_hidden, why_not_followed
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
@@ -155,7 +155,7 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
         sample: _Sample | None = None
         for member in tar_members(path):
             name = member.name.removeprefix("./")
-            if any(is_hidden(part) for part in name.split("/") if part != ".."):
+            if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
                 continue
             reason = member.problem or why_unsafe(name) or (None if name.isprintable() else "a name that is no printable text")
             if reason:
@@ -166,7 +166,7 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
                 if sample is not None:
                     reader.take(sample)
                 sample = _Sample(key)
-            if name == f"{key}.cls":
+            if is_label(name):
                 sample.label = member
             elif is_image_name(name):
                 sample.images.append(member._replace(name=name))

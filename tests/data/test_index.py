@@ -225,6 +225,14 @@ def test_other_members_that_end_in_cls_are_no_labels(tmp_path: Path) -> None:
     assert verify_shards(tmp_path, processes=1).lines == 0
 
 
+def test_labels_in_capitals_and_names_with_dots(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("A.PNG", encoded(0)), ("A.CLS", b"3"), ("././b.png", encoded(1))])
+    assert index_shards(tmp_path, processes=1).images == 2
+    assert load_manifest(tmp_path).label.tolist() == [3, -1]
+    summary = verify_shards(tmp_path, processes=1)
+    assert (summary.lines, summary.unlisted) == (0, 0)
+
+
 def test_a_side_that_lost_its_manifest(shards: Path, tmp_path: Path) -> None:
     whole = tmp_path / "both"
     shutil.copytree(shards, whole / "train")
