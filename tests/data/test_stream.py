@@ -84,7 +84,7 @@ def test_ranks_and_workers_share_the_tars_and_take_equal_steps(tars: Path, world
         step = parts[0].step
         numbers = torch.cat([views.rows for views in parts]).tolist()
         assert numbers == list(range(step % 5 * 12, step % 5 * 12 + 12)), "running numbers of the epoch"
-        assert all(len(views.crops[0]) == 12 // world for views in parts)
+        assert all(len(views.rows) == 12 // world for views in parts)
     parts_of = [stream(pattern(tars), rank=rank, world=world, workers=workers)._shards[rank::world] for rank in range(world)]
     assert len({tar for part in parts_of for tar in part}) == TARS
 
@@ -95,7 +95,7 @@ def test_views_are_drawn_by_the_running_number(tars: Path) -> None:
     expected = draw_views(
         VIEWS, seed=1, epoch=1, rows=views.rows.numpy(), view=1, heights=np.full(12, SIDE), widths=np.full(12, SIDE)
     )
-    assert all(np.array_equal(a, b) for a, b in zip(views.draws[1], expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(views.portions[0].draws[1], expected, strict=True))
 
 
 def test_the_same_start_gives_the_same_and_another_start_another_order(tars: Path) -> None:
