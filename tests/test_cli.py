@@ -132,7 +132,7 @@ def test_a_text_file_that_is_called_jpg(here: Path, command: Command) -> None:
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("split", ["0.8", "0.8/0.3", "0.5/0.3/0.2", "x/y", "1/0", ""])
+@pytest.mark.parametrize("split", ["0.8", "0.8/0.3", "nan/0.5", "0.5/0.3/0.2", "x/y", "1/0", ""])
 def test_a_bad_split(here: Path, command: Command, split: str) -> None:
     line = refused(command("shard", "images", "new", "--split", split))
     assert line == f"--split: {split!r} is not two shares that add up to 1, like 0.8/0.2"

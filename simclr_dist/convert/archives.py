@@ -115,10 +115,10 @@ class _Listing:
 
     def add(self, archive: str, name: str, problem: str | None, place: Sequence[int]) -> None:
         """Take an entry for an image, or say why not."""
-        plain = "/".join(part for part in name.split("/") if part not in ("", "."))
+        plain = _plain(name)
         shown = printable(f"{archive}/{name}")
         reason = problem or why_unsafe(name) or ("twice in the archive" if plain in self.seen else None)
-        if any(is_hidden(part) for part in plain.split("/") if part != ".."):
+        if _is_hidden_path(plain):
             self.skipped.append(Problem(shown, "hidden"))
         elif not is_image_name(plain) and (problem is None or not reason):
             self.skipped.append(Problem(shown, "no image's file extension"))
@@ -128,6 +128,14 @@ class _Listing:
             self.seen.add(plain)
             self.names.append(plain)
             self.places.extend(place)
+
+
+def _plain(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _is_hidden_path(plain: str) -> bool:
+    return any(is_hidden(part) for part in plain.split("/") if part != "..")
 
 
 def why_unsafe(name: str) -> str | None:
@@ -188,14 +196,20 @@ def webdataset_key(name: str) -> str:
     return folder + slash + file.split(".", 1)[0]
 
 
+def is_label(name: str) -> bool:
+    """Whether a member is a WebDataset sample's label: `KEY.cls` in any case, and not `KEY.coarse.cls`."""
+    return name.removeprefix(webdataset_key(name)).lower() == ".cls"
+
+
 def _list_tar(path: Path) -> _Listing:
     listing = _Listing()
     labels: dict[str, int] = {}
     with path.open("rb") as file:
         for member in tar_members(path):
-            if member.name.endswith(".cls") and member.problem is None:
+            name = _plain(member.name)
+            if is_label(name) and member.problem is None and not _is_hidden_path(name):
                 text = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset)
-                labels[webdataset_key(member.name.removeprefix("./"))] = parse_label(text, f"{path}: {printable(member.name)}")
+                labels.setdefault(webdataset_key(name), parse_label(text, f"{path}: {printable(member.name)}"))
             else:
                 listing.add(path.name, member.name, member.problem, (member.offset, member.size, member.size, _STORED, -1))
     listing.labels = labels
@@ -237,5 +251,7 @@ def _list_zip(path: Path) -> _Listing:
         elif entry.compress_type not in (_STORED, _DEFLATED):
             problem = f"packed by method {entry.compress_type}; pack the zip again with 'deflate'"
         place = (entry.header_offset, entry.file_size, entry.compress_size, entry.compress_type, entry.CRC)
+        if max(place) >= 2**63:
+            problem = "a place or size that no file has"
         listing.add(path.name, name, problem, place)
     return listing

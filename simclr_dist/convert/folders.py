@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,12 @@ class FileChunk:
                 yield Original(index, name, label, b"", problem="a link out of the list's folder")
                 continue
             try:
-                with open(path, "rb") as file:  # noqa: PTH123 (a name need not be valid text)
-                    size = os.fstat(file.fileno()).st_size
+                # A pipe would keep who opens it waiting.
+                with open(path, "rb", opener=_at_once) as file:
+                    about = os.fstat(file.fileno())
+                    size = about.st_size
                     problem = "an empty file" if size == 0 else "larger than 1 GiB" if size > MAX_IMAGE_BYTES else None
+                    problem = problem if stat.S_ISREG(about.st_mode) else "not a regular file"
                     content = b"" if problem else file.read()
             except OSError as error:
                 content, problem = b"", error.strerror or "cannot be read"
@@ -82,6 +86,10 @@ class FileChunk:
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)  # noqa: PTH118
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def file_chunks(root: str, files: Sequence[tuple[str, int]], *, only_inside: bool = False) -> list[FileChunk]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.convert.archives import parse_label, webdataset_key, why_unsafe
+from simclr_dist.convert.archives import is_label, parse_label, webdataset_key, why_unsafe
 from simclr_dist.convert.folders import is_hidden, why_not_followed
 from simclr_dist.convert.originals import MAX_IMAGE_BYTES, Problem, is_image_name
 from simclr_dist.convert.tar import TarMember, tar_members
@@ -59,9 +59,12 @@ def index_shards(
     found = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not is_hidden(path.name))
     links = [(path, why_not_followed(folder.resolve(), path)) for path in found if path.is_symlink()]
     rejected = [Problem(printable(path.name), reason) for path, reason in links if reason]
+    unreadable = "a name that is no printable text"
+    rejected += [Problem(printable(path.name), unreadable) for path in found if not path.name.isprintable()]
     tars = [path for path in found if path.is_file() and printable(path.name) not in {problem.name for problem in rejected}]
     if not tars:
-        raise DataError(f"{folder}: holds no .tar file" + (f" but links, like {rejected[0].name}" if rejected else ""))
+        which = f" that can be used: {rejected[0].name} ({rejected[0].reason})" if rejected else ""
+        raise DataError(f"{folder}: holds no .tar file{which}")
     processes = processes or min(os.cpu_count() or 1, len(tars))
     try:
         with tempfile.TemporaryFile(dir=folder):  # before hours of work for nothing
@@ -152,7 +155,7 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
         sample: _Sample | None = None
         for member in tar_members(path):
             name = member.name.removeprefix("./")
-            if any(is_hidden(part) for part in name.split("/") if part != ".."):
+            if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
                 continue
             reason = member.problem or why_unsafe(name) or (None if name.isprintable() else "a name that is no printable text")
             if reason:
@@ -163,7 +166,7 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
                 if sample is not None:
                     reader.take(sample)
                 sample = _Sample(key)
-            if name == f"{key}.cls":
+            if is_label(name):
                 sample.label = member
             elif is_image_name(name):
                 sample.images.append(member._replace(name=name))

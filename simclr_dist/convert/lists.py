@@ -13,6 +13,8 @@ from simclr_dist.errors import DataError, printable
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class")
 
+_LONGEST_LABEL = 20
+
 
 def list_source(path: Path, image_column: str | None = None, label_column: str | None = None) -> Source:
     """The images that a CSV file (UTF-8, commas) lists, in its order, with paths relative to its folder.
@@ -48,10 +50,10 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
     rejected: list[Problem] = []
     seen: set[str] = set()
     for number, (line, row) in enumerate(rows):
-        name = "/".join(part for part in row[image].split("/") if part != ".")
-        reason = why_unsafe(name) or ("no path" if not name else "listed twice" if name in seen else None)
+        name = "/".join(part for part in row[image].split("/") if part not in ("", "."))
+        reason = why_unsafe(row[image]) or ("no path" if not name else "listed twice" if name in seen else None)
         if reason:
-            rejected.append(Problem(printable(f"{path.name}:{line}: {name}"), reason))
+            rejected.append(Problem(printable(f"{path.name}:{line}: {row[image]}"), reason))
         else:
             seen.add(name)
             files.append((name, labels[number] if labels else -1))
@@ -86,10 +88,11 @@ def _header(path: Path, header: list[str], image_column: str | None, label_colum
 def _labels(path: Path, cells: list[tuple[int, str]]) -> tuple[tuple[str, ...], list[int]]:
     """Class names, () for integers, and the labels of (line, text)."""
     if all(not text or text.removeprefix("-").isdecimal() for _, text in cells):
-        labels = [int(text) if text else -1 for _, text in cells]
+        labels = [int(text[:_LONGEST_LABEL]) if text else -1 for _, text in cells]
         for (line, text), label in zip(cells, labels, strict=True):
-            if not -1 <= label < 2**31:
-                raise DataError(f"{path}: line {line}: {text} is no label; it takes an integer from 0, or -1")
+            if not -1 <= label < 2**31 or len(text) > _LONGEST_LABEL:
+                shown = text[:_LONGEST_LABEL]
+                raise DataError(f"{path}: line {line}: {shown} is no label; it takes an integer from 0, or -1")
         return (), labels
     classes = sorted({text for _, text in cells if text})
     number = {name: i for i, name in enumerate(classes)} | {"": -1}

@@ -124,7 +124,7 @@ def _settings(arguments: argparse.Namespace) -> "ShardSettings":
             split = tuple(float(part) for part in arguments.split.split("/"))
         except ValueError:
             split = ()
-        if len(split) != 2 or min(split) <= 0 or abs(sum(split) - 1) > 1e-9:
+        if len(split) != 2 or min(split) <= 0 or not abs(sum(split) - 1) <= 1e-9:
             raise ConfigError(f"--split: {arguments.split!r} is not two shares that add up to 1, like 0.8/0.2")
     return ShardSettings(
         arguments.shard_size, arguments.seed, arguments.short_side, arguments.quality, split,

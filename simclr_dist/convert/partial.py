@@ -95,7 +95,8 @@ def hold(destination: Path, about: dict[str, object], part: int | None = None) -
     partial = Partial.of(destination)
     partial.folder.mkdir(parents=True, exist_ok=True)
     lock = partial.folder / "lock"
-    if not lock.exists() and any(partial.folder.iterdir()):
+    # In this order, since another part may be making it right now: the lock comes first.
+    if any(partial.folder.iterdir()) and not lock.exists():
         raise DataError(f"{partial.folder}: is in the way and was not made by simclr-dist; move it elsewhere")
     with lock.open("a") as held:
         _lock(held.fileno(), fcntl.LOCK_EX if part is None else fcntl.LOCK_SH, f"{destination}: another run is writing it")

@@ -51,7 +51,7 @@ class ShardSettings:
         _check_range("short_side", self.short_side, 1)
         _check_range("quality", self.quality, 1, 100)
         split = self.split
-        if split is not None and (len(split) != 2 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6):
+        if split is not None and (len(split) != 2 or min(split) <= 0 or not abs(sum(split) - 1) <= 1e-6):
             shares = "/".join(f"{share:g}" for share in split)
             raise ConfigError(f"split: {shares} must be two shares above 0, train and test, that add up to 1, like 0.8/0.2")
 

@@ -62,12 +62,12 @@ def _folder(source: Path, image_column: str | None, label_column: str | None) ->
     names, rejected, skipped = walk(root)
     # What datasets.map leaves beside a table is another table, made of it.
     made = {name for name in names if name.endswith(".arrow") and name.split("/")[-1].startswith("cache-")}
-    tables = [name for name in names if name.endswith(_TABLES) and name not in made]
+    tables = [name for name in names if name.lower().endswith(_TABLES) and name not in made]
     archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
     if _MANIFEST in tables and archives:
         raise DataError(f"{source}: is a folder of shards already; to shard them anew, name its tars, like '{source}/*.tar'")
     if tables:
-        kinds = {Path(name).suffix for name in tables}
+        kinds = {Path(name).suffix.lower() for name in tables}
         if len(kinds) > 1:
             raise DataError(f"{source}: holds .parquet and .arrow files; name those of one kind, like '{source}/*.parquet'")
         splits = split_names(tables, folders=False)

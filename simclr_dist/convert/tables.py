@@ -60,7 +60,7 @@ class TableChunk:
 
     def read(self) -> Iterator[Original]:
         """Each row's image bytes, in order; raises DataError when the file itself is damaged."""
-        batches = _parquet_batches if self.path.endswith(".parquet") else _arrow_batches
+        batches = _parquet_batches if self.path.lower().endswith(".parquet") else _arrow_batches
         offset = 0
         try:
             for batch in batches(self):
@@ -79,7 +79,7 @@ class TableChunk:
         content = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
         problem = None if content else "no image bytes"
         classes = len(self.columns.classes)
-        if label < -1 or (classes and label >= classes):
+        if not -1 <= label < (classes or 2**31):
             problem = f"label {label} is not one of {classes or 'the'} classes"
         return Original(self.first + offset, f"{self.name}#{self.first_row + offset}", label, content, problem=problem)
 
@@ -130,9 +130,9 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
     for name in names:
         path = root / name
         try:
-            schema, groups = _parquet_layout(path) if name.endswith(".parquet") else _arrow_layout(path)
+            schema, groups = _parquet_layout(path) if name.lower().endswith(".parquet") else _arrow_layout(path)
         except (pa.ArrowException, OSError) as error:
-            kind = "Parquet" if name.endswith(".parquet") else "Arrow"
+            kind = "Parquet" if name.lower().endswith(".parquet") else "Arrow"
             raise DataError(f"{path}: not a readable {kind} file ({first_line(error)})") from None
         columns = _columns(path, schema, image_column, label_column)
         if classes is not None and classes != columns.classes:
@@ -179,6 +179,8 @@ def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
     """`name`, or `name.bytes` for a struct, of the column that holds image bytes."""
     columns: dict[str, str] = {}
     for field in schema:
+        if "." in field.name or schema.names.count(field.name) > 1:  # not told from a field of a struct, or from another one
+            continue
         if _is_binary(field.type):
             columns[field.name] = field.name
         elif pa.types.is_struct(field.type) and any(f.name == "bytes" and _is_binary(f.type) for f in field.type):
@@ -192,7 +194,11 @@ def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
         if name in columns:
             return columns[name]
     if len(columns) != 1:
-        cure = "name one with --image-column" if columns else "it takes one of type binary, or struct with 'bytes'"
+        cure = (
+            "name one with --image-column"
+            if columns
+            else "it takes one of type binary, or struct with 'bytes', that is there once and has no dot in its name"
+        )
         raise DataError(f"{path}: {len(columns)} columns could hold image bytes (of {', '.join(schema.names)}); {cure}")
     return next(iter(columns.values()))
 
@@ -212,6 +218,8 @@ def _label_column(path: Path, schema: pa.Schema, wanted: str | None) -> str | No
         wanted = "label" if "label" in schema.names else None
     elif wanted not in schema.names:
         raise DataError(f"{path}: no column {wanted!r} (--label-column); it has {', '.join(schema.names)}")
+    if wanted and ("." in wanted or schema.names.count(wanted) > 1):
+        raise DataError(f"{path}: column {wanted!r} comes twice or has a dot in its name; rename it")
     if wanted and not pa.types.is_integer(schema.field(wanted).type):
         kind = schema.field(wanted).type
         raise DataError(f"{path}: column {wanted!r} is {kind}; make it an integer, -1 for no label")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from simclr_dist.convert.archives import parse_label, webdataset_key
+from simclr_dist.convert.archives import is_label, parse_label, webdataset_key
 from simclr_dist.convert.originals import is_image_name
 from simclr_dist.convert.tar import tar_members
 from simclr_dist.convert.workers import workers
@@ -58,6 +58,8 @@ def verify_shards(
     folders = [folder]
     if not (folder / MANIFEST_NAME).exists():
         folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")) or folders
+        if bare := sorted({path.parent.name for path in folder.glob("*/*.tar")} - {each.name for each in folders}):
+            raise DataError(f"{folder / bare[0]}: holds tars and no {MANIFEST_NAME} to compare them with")
     manifests = [parse_manifest(read_manifest_file(each), each) for each in folders]
     processes = processes or os.cpu_count() or 1
     shards = sum(len(manifest.shards) for manifest in manifests)
@@ -116,10 +118,11 @@ def _check_shard(task: _Task, decode: bool) -> tuple[int, _Done]:
                 lines.append(f"{path}: has {found} bytes, the manifest says {size}")
             try:
                 for member in tar_members(path):
-                    found_members[member.offset] = (member.name.removeprefix("./"), member.size)
-                    if member.name.endswith(".cls"):
+                    name = member.name.removeprefix("./")
+                    found_members[member.offset] = (name, member.size)
+                    if is_label(name) and member.problem is None:
                         text = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset)
-                        labels[webdataset_key(member.name.removeprefix("./"))] = text
+                        labels.setdefault(webdataset_key(name), text)  # of two samples of one key the first counts
             except DataError as error:
                 lines.append(str(error))
                 members = None  # the images may be whole all the same

@@ -93,12 +93,15 @@ class Writer:
 
     def _read_again(self, record: dict[str, Any]) -> bytes:
         path = os.fsdecode(record["path"]) or bytes_path(self.partial, record["unit"])
-        with open(path, "rb") as file:  # noqa: PTH123 (a source's name need not be valid text)
-            file.seek(record["offset"])
-            content = file.read(record["size"])
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123 (a source's name need not be valid text)
+                file.seek(record["offset"])
+                content = file.read(record["size"])
+        except FileNotFoundError:
+            content = b""
         if hashlib.sha256(content).digest() != record["sha256"]:
             name = printable(os.fsdecode(record["name"]))
-            raise DataError(f"{name}: changed while it was being sharded; shard again when nothing writes to it")
+            raise DataError(f"{name}: changed, or went, while it was being sharded; shard again when nothing writes to it")
         return content
 
 

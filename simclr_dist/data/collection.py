@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import itertools
+import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,7 +28,8 @@ from simclr_dist.errors import ConfigError, DataError, UnreachableError
 PIPE = "pipe:"
 
 _MOST_SHARDS = 1_000_000
-_RANGE = re.compile(r"\{(-?\d{1,30})\.\.(-?\d{1,30})(?:\.\.[^{}]*)?\}")
+_LONGEST_PATTERN = 4096
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.[^{}]*)?\}")
 _MOST_MANIFEST_BYTES = 4 << 30
 
 
@@ -64,7 +67,8 @@ def load_collection(where: str | Path, *, beside: str | Path = ".", patience: Pa
 
 def names_tars(where: str | Path) -> bool:
     """Whether it names tars, one or by braces, and not a folder."""
-    if not is_url(where) and Path(where).is_dir():
+    # Not Path.is_dir, which raises for what is longer than a file's name may be, as braces are.
+    if not is_url(where) and os.path.isdir(where):  # noqa: PTH112
         return False
     text = str(where)
     return "{" in text or text.endswith(".tar")
@@ -72,6 +76,8 @@ def names_tars(where: str | Path) -> bool:
 
 def expand(pattern: str) -> list[str]:
     """The tars that brace notation stands for, in its order: `a-{000..002}.tar`, `{train,extra}-{0..9}.tar`."""
+    if len(pattern) > _LONGEST_PATTERN:
+        raise DataError(f"{redact(pattern[:100])}...: is longer than {_LONGEST_PATTERN} characters; name fewer tars by braces")
     spans = [abs(int(last) - int(first)) for first, last in _RANGE.findall(pattern)]
     if any(span > _MOST_SHARDS for span in spans):  # braceexpand would hold all of it
         raise DataError(f"{redact(pattern)}: stands for more than {_MOST_SHARDS} shards")
@@ -82,7 +88,7 @@ def expand(pattern: str) -> list[str]:
     if len(found) > _MOST_SHARDS:
         raise DataError(f"{redact(pattern)}: stands for more than {_MOST_SHARDS} shards")
     if len(set(found)) < len(found):
-        double = next(tar for i, tar in enumerate(found) if tar in found[:i])
+        ((double, _),) = Counter(found).most_common(1)
         raise DataError(f"{redact(pattern)}: names {redact(double)} twice")
     return found
 
@@ -97,10 +103,10 @@ def find_tars(where: str, *, allow_pipe: bool) -> list[str]:
     if is_url(where):
         check_url(where)
         return tars
-    if len(tars) == 1 and Path(where).is_dir():
+    if len(tars) == 1 and os.path.isdir(where):  # noqa: PTH112
         raise DataError(f"{where}: is a folder; data.reader: stream needs its tars, like {where}/shard-{{000000..000099}}.tar")
     for tar in tars:
-        if not Path(tar).is_file():
+        if not os.path.isfile(tar):  # noqa: PTH113
             raise DataError(f"{tar}: no such tar; data.shards: {where!r} stands for {len(tars)}")
     return tars
 

@@ -50,7 +50,14 @@ class DecodedImages(Dataset[Sample]):
         self.manifest = manifest
         heights, widths = manifest.height.astype(np.int64), manifest.width.astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(heights * widths * 3)])
-        self._pixels = torch.empty(int(self._starts[-1]), dtype=torch.uint8)
+        try:
+            self._pixels = torch.empty(int(self._starts[-1]), dtype=torch.uint8)
+        except RuntimeError:
+            needed = int(self._starts[-1]) / 2**30
+            raise RankError(
+                f"data.in_memory: the pixels of {len(manifest)} images take {needed:.3g} GiB, which this machine does not have;"
+                " set it to never"
+            ) from None
         self._bad: dict[int, str] = {}
         same = bool((heights == heights[0]).all() and (widths == widths[0]).all())
         self.of_one_size = same and max(heights[0], widths[0]) <= _BATCH_SIDE

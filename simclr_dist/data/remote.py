@@ -17,10 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
-from simclr_dist.errors import DataError, UnreachableError
+from simclr_dist.errors import DataError, UnreachableError, printable
 
 _CHUNK = 1 << 20
 _FEW = 3  # tries at what is probably as the server says: not there, or of another size
@@ -124,7 +124,7 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
     if (login := _netrc_login(url)) is not None:
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
-        with urllib.request.urlopen(request, timeout=stall) as answer:
+        with urllib.request.build_opener(_Redirects).open(request, timeout=stall) as answer:
             told = answer.headers.get("Content-Length")
             if size is not None and told is not None and told.isdecimal() and int(told) != size:
                 raise _FailedError(f"it has {told} bytes there, the manifest says {size}", _FEW)
@@ -137,7 +137,9 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
     except urllib.error.HTTPError as error:
         error.close()
         kind = {404: _FEW, 410: _FEW}.get(error.code, 1 if error.code < 500 and error.code not in _PASSING else None)
-        raise _FailedError(f"the server says {error.code} {error.reason}", kind) from None
+        # What it says may be an address that it leads to, with a token in it, or some lines.
+        said = redact((str(error.reason).splitlines() or [""])[0])
+        raise _FailedError(f"the server says {error.code} {printable(said)}".rstrip(), kind) from None
     except urllib.error.URLError as error:
         final = 1 if isinstance(error.reason, ssl.SSLCertVerificationError) or "unknown url type" in str(error.reason) else None
         raise _FailedError(_told(error.reason, stall), final) from None
@@ -147,13 +149,22 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
         raise _FailedError(_told(error, stall)) from None
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib would also follow one to ftp."""
+
+    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not _is_http(newurl):
+            raise urllib.error.HTTPError(newurl, code, "and leads to another protocol, which is not followed", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _netrc_login(url: str) -> str | None:
     """user:password for the URL's host from ~/.netrc; None without an entry."""
     try:
-        entry = netrc.netrc().authenticators(urlsplit(url).hostname or "")
+        entry = netrc.netrc().hosts.get(urlsplit(url).hostname or "")  # authenticators() would send `default`'s to any host
     except (OSError, netrc.NetrcParseError):
         return None
-    return f"{entry[0]}:{entry[2]}" if entry and not entry[0].startswith("default") else None
+    return f"{entry[0]}:{entry[2]}" if entry else None
 
 
 def _from_fsspec(url: str, stall: float) -> Iterator[bytes]:
@@ -248,4 +259,4 @@ def _told(error: object, stall: float) -> str:
         return f"no byte for {stall:g} s"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return redact((str(error).splitlines() or [""])[0]) or type(error).__name__
+    return printable(redact((str(error).splitlines() or [""])[0])) or type(error).__name__

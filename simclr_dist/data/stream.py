@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from tarfile import EmptyHeaderError, EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -166,7 +167,7 @@ class StreamImages(Dataset[Sample]):
         shown = redact(shard)
         try:
             with self._opened(shard) as file:
-                with tarfile.open(fileobj=file, mode="r|*") as tar:
+                with tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar:
                     for member in tar:
                         if not member.isreg():
                             continue
@@ -215,6 +216,20 @@ class StreamImages(Dataset[Sample]):
         return {**self.__dict__, "_process": -1, "_running": iter(()), "_doubled": deque()}
 
 
+class _StrictHeader(tarfile.TarInfo):
+    """tarfile takes a damaged or missing header behind the first for the end of the tar, without a word."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except EOFHeaderError:  # the end mark
+            raise
+        except HeaderError as error:
+            why = "ends without an end mark; it may have been cut off" if isinstance(error, EmptyHeaderError) else str(error)
+            raise ReadError(why) from None
+
+
 def _broken(shard: str, reason: str) -> dict[str, Any]:
     return {"fname": f"{secrets.token_hex(8)}.{_BROKEN}", "data": reason, "__url__": shard}
 
@@ -223,7 +238,8 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
     if isinstance(reason := sample.get(_BROKEN), str):  # a member's content would be bytes
         raise DataError(reason)
     name = printable(f"{redact(str(sample['__url__']))}: image {sample['__key__']}")
-    suffix = next((key for key in sample if key.rpartition(".")[2] in _SUFFIXES and not key.startswith("__")), None)
+    images = [key for key in sample if key.rpartition(".")[2] in _SUFFIXES and not key.startswith("__")]
+    suffix = min(images, key=lambda ending: "." in ending, default=None)  # KEY.jpg before KEY.mask.png
     if suffix is None:
         raise DataError(f"{name}: has no member that ends in {', '.join(_SUFFIXES)}")
     content = sample[suffix]
@@ -236,8 +252,8 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
     try:
-        # Nobody has looked for damaged or 16-bit PNGs, which a decoder shows without a word.
-        image = decode(prepare_image(content).content if content.startswith(PNG_SIGNATURE) else content)
+        # Nobody has looked for damaged or 16-bit PNGs, which a decoder shows without a word, nor for a GIF of many frames.
+        image = decode(prepare_image(content).content if content.startswith((PNG_SIGNATURE, b"GIF8")) else content)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     label = bytes(sample.get("cls", b"")).strip()

@@ -141,7 +141,7 @@ def test_folders_that_cannot_be_indexed(tmp_path: Path) -> None:
     outside = write_tar(tmp_path / "outside" / "x.tar", sample("0", 0))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.tar").symlink_to(outside)
-    with pytest.raises(DataError, match=r"holds no \.tar file but links, like x\.tar"):
+    with pytest.raises(DataError, match=r"holds no \.tar file that can be used: x\.tar \(a link out"):
         index_shards(tmp_path / "in")
     write_tar(tmp_path / "text" / "x.tar", [("a.json", b"{}")])
     with pytest.raises(DataError, match="no image in its 1 tars can be used"):
@@ -216,6 +216,36 @@ def test_each_kind_of_damage_is_one_line(shards: Path) -> None:
     assert "its label is 7 in the tar" in lines[4]
     summary = verify_shards(shards, processes=1, report=lambda _: None)
     assert (summary.images, summary.bad) == (50, 12)
+
+
+def test_other_members_that_end_in_cls_are_no_labels(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [*sample("0", 0, 1), ("0.coarse.cls", b"7"), *sample("1", 1, 2), *sample("0", 2, 5)])
+    assert len(index_shards(tmp_path, processes=1).rejected) == 1
+    assert load_manifest(tmp_path).label.tolist() == [1, 2]
+    assert verify_shards(tmp_path, processes=1).lines == 0
+
+
+def test_labels_in_capitals_and_names_with_dots(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("A.PNG", encoded(0)), ("A.CLS", b"3"), ("././b.png", encoded(1))])
+    assert index_shards(tmp_path, processes=1).images == 2
+    assert load_manifest(tmp_path).label.tolist() == [3, -1]
+    summary = verify_shards(tmp_path, processes=1)
+    assert (summary.lines, summary.unlisted) == (0, 0)
+
+
+def test_a_side_that_lost_its_manifest(shards: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "both"
+    shutil.copytree(shards, whole / "train")
+    shutil.copytree(shards, whole / "test")
+    (whole / "test" / MANIFEST_NAME).unlink()
+    with pytest.raises(DataError, match=r"both/test: holds tars and no manifest.parquet"):
+        verify_shards(whole, processes=1)
+
+
+def test_a_tar_whose_name_is_no_text(tmp_path: Path) -> None:
+    write_tar(tmp_path / "\udcff.tar", sample("0", 0))
+    with pytest.raises(DataError, match=r"holds no .tar file that can be used: \\udcff.tar \(a name that is no printable text"):
+        index_shards(tmp_path, processes=1)
 
 
 def test_a_tar_in_the_place_of_another(shards: Path) -> None:

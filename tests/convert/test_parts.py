@@ -137,15 +137,19 @@ def test_a_unit_that_was_damaged_is_made_again(tmp_path: Path, source: Path, mon
     assert convert(source, tmp_path / "out") == convert(source, tmp_path / "straight")
 
 
-def test_an_image_that_changes_between_the_passes(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_image_that_changes_between_the_passes(
+    tmp_path: Path, source: Path, gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = decoding.gather
 
     def gather(*arguments: Any) -> decoding.Records:
-        (source / "dog" / "001.png").write_bytes(encoded(999))
+        path = source / "dog" / "001.png"
+        path.unlink() if gone else path.write_bytes(encoded(999))
         return real(*arguments)
 
     monkeypatch.setattr("simclr_dist.convert.shards.gather", gather)
-    with pytest.raises(DataError, match=r"001.png: changed while it was being sharded"):
+    with pytest.raises(DataError, match=r"001.png: changed, or went, while it was being sharded"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -202,6 +206,21 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(tmp_path: Path, source: 
         finish_shards(source, out, SETTINGS)
     with pytest.raises(ConfigError, match="part: 5 is out of range; give 1 to 4"):
         write_part(source, out, SETTINGS, 5, 4)
+
+
+def test_a_part_that_begins_while_another_makes_the_folder(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, other = Path.exists, []
+
+    def exists(path: Path, **more: Any) -> bool:
+        seen = looks(path, **more)
+        if path.name == "lock" and not other:  # the other part's moment
+            other.append(path.touch())
+        return seen
+
+    monkeypatch.setattr(Path, "exists", exists)
+    write_part(source, tmp_path / "out", ShardSettings(), 1, 2, processes=1)
 
 
 def test_strict_parts(tmp_path: Path, source: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from pictures import contents, encoded, stored
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.convert.sources import find_source
+from simclr_dist.data.manifest import load_manifest
 from simclr_dist.errors import ConfigError, DataError
 
 Members = dict[str, bytes]
@@ -108,6 +109,12 @@ def test_webdataset_tars_bring_their_labels(tmp_path: Path) -> None:
     assert "bad.tar: a.cls: 'cat' is no label" in refused(tmp_path / "bad.tar", tmp_path / "none")
 
 
+def test_only_key_cls_is_the_label(tmp_path: Path) -> None:
+    members = {"._0.cls": b"\0\5\x16\7", "0.cls": b"3", "0.coarse.cls": b"vehicle", "0.png": encoded(0), "__MACOSX/0.cls": b"?"}
+    write_shards(write_tar(tmp_path / "a.tar", members), tmp_path / "out", processes=1)
+    assert load_manifest(tmp_path / "out").label.tolist() == [3]
+
+
 def test_a_folder_of_archives(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     for i in range(2):
@@ -187,6 +194,19 @@ def test_a_zip_that_lies(tmp_path: Path, changes: dict[str, int], says: str) -> 
     path = write_zip(tmp_path / "a.zip", {"only.png": encoded()})
     zip_entry(path, **changes)
     assert says in refused(path, tmp_path / "out")
+
+
+def test_a_zip_with_sizes_beyond_any_file(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {"a.png": encoded()})
+    data = path.read_bytes()
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    entry, last = bytearray(data[start:end]), bytearray(data[end:])
+    struct.pack_into("<I", entry, 24, 2**32 - 1)
+    struct.pack_into("<H", entry, 30, 12)
+    entry += struct.pack("<HHQ", 1, 8, 2**64 - 1)
+    struct.pack_into("<I", last, 12, len(entry))
+    path.write_bytes(data[:start] + entry + last)
+    assert "a place or size that no file has" in refused(path, tmp_path / "out")
 
 
 def test_a_zip_bomb_unfolds_no_further_than_it_says(tmp_path: Path) -> None:
@@ -324,6 +344,18 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert "2 columns could hold image bytes (of a, b); name one with --image-column" in refused(path, tmp_path / "out")
 
 
+def test_columns_and_labels_that_cannot_be_used(tmp_path: Path) -> None:
+    images = [encoded(0), encoded(1)]
+    for name, columns in (("dot", [("image.bytes", images)]), ("twice", [("image", images), ("image", images)])):
+        arrays, names = [pa.array(values) for _, values in columns], [column for column, _ in columns]
+        pq.write_table(pa.table(arrays, names=names), tmp_path / f"{name}.parquet")
+        assert "there once and has no dot in its name" in refused(tmp_path / f"{name}.parquet", tmp_path / "out")
+    labels = pa.array([7, 2**64 - 1], pa.uint64())
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "LARGE.PARQUET")
+    (problem,) = write_shards(tmp_path / "LARGE.PARQUET", tmp_path / "out", processes=1).rejected
+    assert problem.reason == f"label {2**64 - 1} is not one of the classes"
+
+
 def test_columns_have_no_effect_elsewhere(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "src", class_folders())
     assert "--label-column: 'x' has no effect" in refused(source, tmp_path / "out", label_column="x")
@@ -368,7 +400,10 @@ def test_columns_of_a_list(tmp_path: Path) -> None:
 
 def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(encoded(9))
-    path = listing(tmp_path, f"im/0.png\n../secret.png\n{tmp_path}/secret.png\nlink.png\nim/gone.png\nim/0.png\nin.png\n")
+    path = listing(
+        tmp_path, f"im/0.png\n../secret.png\n{tmp_path}/secret.png\nlink.png\nim/gone.png\nim//0.png\nin.png\npipe.png\n"
+    )
+    os.mkfifo(tmp_path / "src" / "pipe.png")
     (tmp_path / "src" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "src" / "in.png").symlink_to(tmp_path / "src" / "im" / "1.png")
     summary = write_shards(path, tmp_path / "out", processes=1)
@@ -376,9 +411,10 @@ def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
     assert dict(summary.rejected) == {
         "list.csv:2: ../secret.png": "a path that leads out ('..')",
         f"list.csv:3: {tmp_path}/secret.png": "an absolute path",
-        "list.csv:6: im/0.png": "listed twice",
+        "list.csv:6: im//0.png": "listed twice",
         "link.png": "a link out of the list's folder",
         "im/gone.png": "No such file or directory",
+        "pipe.png": "not a regular file",
     }
 
 
@@ -390,6 +426,7 @@ def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
         ("path,label\nim/0.png\n", "line 2 has 1 columns, the first line 2"),
         ("path,label\nim/0.png,-7\n", "line 2: -7 is no label"),
         ("path,label\nim/0.png,99999999999999999999\n", "is no label"),
+        (f"path,label\nim/0.png,{'0' * 5000}\n", "line 2: 00000000000000000000 is no label"),
         ('path,label\n"im/0.png,1\n', "not a readable CSV file"),
         ("../a.png\n/b.png\n", "lists no image that can be used; the first: list.csv:1: ../a.png"),
     ],

@@ -98,6 +98,14 @@ def test_other_pixels_than_the_manifest_says_are_refused(small: Path) -> None:
     assert decoded[8].row == 8
 
 
+def test_a_set_that_no_memory_holds_is_one_line(small: Path) -> None:
+    shards = ShardDataset(small)
+    side = np.full(len(shards), 2**26, dtype=np.int64)
+    shards.manifest = replace(shards.manifest, height=side, width=side)
+    with pytest.raises(RankError, match=r"^data.in_memory: the pixels of 40 images take 5.03e\+08 GiB[^\n]*; set it to never$"):
+        DecodedImages(shards)
+
+
 def test_what_auto_takes(small: Path) -> None:
     shards = ShardDataset(small)
     assert decoded_bytes(shards.manifest) == 40 * 32 * 32 * 3

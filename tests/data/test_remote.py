@@ -2,9 +2,11 @@
 
 import io
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +82,31 @@ def test_another_size_than_the_manifests(server: Server) -> None:
         fetched(f"{server.url}/a%20file", most=100)
 
 
+@pytest.mark.parametrize(
+    ("leads_to", "says"),
+    [
+        ("ftp://127.0.0.1:1/x?token=secret", "302 and leads to another protocol, which is not followed"),
+        ("file:///etc/hostname?token=secret", r"302 Found - Redirection to url 'file:///etc/hostname\?\*\*\*"),
+    ],
+)
+def test_a_redirect_to_another_protocol_is_not_followed(leads_to: str, says: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", leads_to)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        answering = threading.Thread(target=http.handle_request)
+        answering.start()
+        with pytest.raises(UnreachableError, match=rf"x: cannot be fetched: the server says {says}$"):
+            fetched(f"http://127.0.0.1:{http.server_address[1]}/x")
+        answering.join()
+
+
 def test_a_host_that_is_none() -> None:
     with pytest.raises(UnreachableError, match=r"^http://127.0.0.1:nonsense/x: cannot be fetched: [^\n]+$"):
         fetched("http://127.0.0.1:nonsense/x")
@@ -93,6 +120,9 @@ def test_a_login_is_taken_from_netrc_and_not_from_the_url(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetched(f"{server.url}/a%20file") == CONTENT
     assert server.headers[-1]["Authorization"] == "Basic bWU6c2VjcmV0"
+    (tmp_path / ".netrc").write_text("default login me password secret\n")
+    assert fetched(f"{server.url}/a%20file") == CONTENT
+    assert "Authorization" not in server.headers[-1], "a default is for no host in particular"
     for url in ("https://me:secret@host/x", "https://host/x?token=secret", "s3://key:secret@bucket/x"):
         with pytest.raises(DataError, match=r"must hold no user, password or query[^\n]*$") as caught:
             check_url(url)

@@ -160,6 +160,32 @@ def test_a_tar_that_is_cut_loses_its_end_only(tars: Path, tmp_path: Path) -> Non
     assert len(lines) <= 2, "the same names in every epoch; the image in whose middle it ends may have lost a member"
 
 
+def test_a_damaged_or_missing_header_is_told(tmp_path: Path) -> None:
+    places = write_tar(tmp_path / "x.tar", [(f"{k}.png", png(k)) for k in range(6)])
+    content = bytearray((tmp_path / "x.tar").read_bytes())
+    (tmp_path / "y.tar").write_bytes(content[: places["3.png"] - 512])
+    content[places["3.png"] - 400] ^= 1
+    (tmp_path / "x.tar").write_bytes(content)
+    for name, why in (("x", "bad checksum"), ("y", "ends without an end mark; it may have been cut off")):
+        images, lines = stream(tmp_path / f"{name}.tar", shuffle=1), []
+        for row in range(8):
+            try:
+                images[row]
+            except DataError as error:
+                lines.append(str(error))
+        assert lines == [f"{tmp_path}/{name}.tar: cannot be read to its end: {why}"] * 2
+
+
+def test_of_many_images_the_first_frame_and_no_mask(tmp_path: Path) -> None:
+    frames, target = [Image.new("RGB", (SIDE, SIDE), (k, 0, 0)) for k in (90, 180)], io.BytesIO()
+    frames[0].save(target, "GIF", save_all=True, append_images=frames[1:])
+    mask = io.BytesIO()
+    Image.new("RGB", (3, 3)).save(mask, "PNG")
+    write_tar(tmp_path / "x.tar", [("0.gif", target.getvalue()), ("1.mask.png", mask.getvalue()), ("1.png", png(1))])
+    images = stream(tmp_path / "x.tar", shuffle=1)
+    assert [tuple(images[row].image.shape) for row in range(2)] == [(3, SIDE, SIDE)] * 2
+
+
 def test_steps_replace_bad_images_or_end(tmp_path: Path) -> None:
     for tar in range(2):
         write_tar(tmp_path / f"{tar}.tar", [(f"{k}.png", png(k) if k % 3 else b"bad") for k in range(20)])
