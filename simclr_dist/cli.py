@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from simclr_dist import manual, stopping
 from simclr_dist.check.findings import NAMES as CHECKS
+from simclr_dist.check.findings import OF_A_CONFIG
 from simclr_dist.completion import SHELLS, complete, script
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.convert import options as shard_options
@@ -330,6 +331,8 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     latency = hardware.seconds(arguments.latency)
     if arguments.utilisation is not None and (gpu is None or not gpu.peak):
         raise ConfigError("--utilisation: is a share of a GPU's peak; name the GPU by --gpu, like h100")
+    if arguments.utilisation is not None and arguments.images_per_second is not None:
+        raise ConfigError("--utilisation: has no effect with --images-per-second, which was measured; leave one of them out")
     from simclr_dist.plan.report import make_plan, text
     from simclr_dist.plan.scaling import Machines
 
@@ -344,6 +347,8 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if overrides and arguments.config is None:
         raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
+    if arguments.only in OF_A_CONFIG and arguments.config is None:
+        raise ConfigError(f"--only {arguments.only}: has nothing to look at without a CONFIG, which names it")
     config = load_config(arguments.config, overrides) if arguments.config else None
     only = ["--only", arguments.only] if arguments.only else []
     command = ["-m", "simclr_dist.check", *([arguments.config] if arguments.config else []), *only, *overrides]

@@ -217,6 +217,11 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
         (["plan"], "required: config"),
         (["plan", "config.yaml", "--samples", "0"], "--samples: 0: the least is 1"),
         (["check", "--only", "everything"], "invalid choice: 'everything'"),
+        (["check", "--only", "shards"], "--only shards: has nothing to look at without a CONFIG"),
+        (
+            ["plan", "config.yaml", "--device", "auto", "--gpu", "h100", "--utilisation", "0.3", "--images-per-second", "9"],
+            "--utilisation: has no effect with --images-per-second",
+        ),
         (["check", "--seed=3"], "unrecognized arguments: --seed=3"),
     ],
 )

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from simclr_dist.check import disks, machines
-from simclr_dist.check.findings import NAMES, Finding, failed, table
+from simclr_dist.check.findings import NAMES, OF_A_CONFIG, Finding, failed, table
 from simclr_dist.check.gradient import SMALL, gradient_report
 from simclr_dist.config import Config, load_config
 from simclr_dist.distributed import World, all_gather_objects, world
-from simclr_dist.errors import LAST_WORD, RankError, UserError
+from simclr_dist.errors import LAST_WORD, ConfigError, RankError, UserError
 from simclr_dist.model import build_simclr
 from simclr_dist.plan.memory import OPTIMIZER_BUFFERS
 from simclr_dist.slurm import settings
@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", choices=NAMES)
     known, overrides = parser.parse_known_args(argv)
     try:
+        if known.config is None and (overrides or known.only in OF_A_CONFIG):
+            raise ConfigError(f"{' '.join(argv)}: has no effect without a CONFIG")
         config = load_config(known.config, overrides) if known.config else None
         asked = config or SMALL
         device = asked.device

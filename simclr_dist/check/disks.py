@@ -61,7 +61,7 @@ def shards(config: Config, here: World) -> list[Finding]:
 def folder(config: Config, here: World, checkpoint_bytes: float) -> tuple[list[Finding], float]:
     """What rank 0 writes beside the run folder the others see, and how long a checkpoint takes; (findings, its seconds)."""
     parent = Path(config.run_folder).absolute()
-    while not parent.is_dir():
+    while not os.path.lexists(parent):  # a file in the way stays, and is what cannot be written to
         parent = parent.parent
     name, token = f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
     name, token = all_gather_objects((name, token))[0]

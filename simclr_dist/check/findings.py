@@ -6,6 +6,7 @@ from typing import Literal
 
 Level = Literal["ok", "warning", "failure"]
 NAMES = ("versions", "network", "clock", "gradient", "shards", "folder", "slurm")  # the checks, in their order
+OF_A_CONFIG = ("shards", "folder")  # those that look at what a config names
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr_dist.distributed import World, together, world
+from simclr_dist.distributed import World, on_rank_0, together, world
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.augmented import training_views
 from simclr_dist.evaluate.board import board_folder, show_curve, show_projector
@@ -24,7 +24,7 @@ from simclr_dist.evaluate.feature_store import FeatureStore, features_folder
 from simclr_dist.evaluate.features import EncoderError, Features
 from simclr_dist.evaluate.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.options import Foreign, Settings, check_arguments, foreign
-from simclr_dist.evaluate.page import write_page
+from simclr_dist.evaluate.page import claim_page, write_page
 from simclr_dist.evaluate.protocols import told
 from simclr_dist.evaluate.report import (
     FORMAT,
@@ -95,8 +95,7 @@ def measure(
     card: dict[str, Any] = trained.card  # type: ignore[assignment]
     file = encoder.weights if isinstance(encoder, Foreign) else encoder
     path = result_path(file, out, settings.layer)
-    if here.is_main:
-        claim(path, named=out is not None)
+    on_rank_0(lambda: _claim(path, named=out is not None))
     described = _describe_encoder(file, card)
     if known and known.shape != shape(described):
         known = None
@@ -191,6 +190,12 @@ def _run(result: Path) -> Path | None:
     """The run whose folder of results this is in."""
     run = result.absolute().parent.parent
     return run if result.absolute().parent.name == "eval" and (run / "encoders").is_dir() else None
+
+
+def _claim(path: Path, *, named: bool) -> None:
+    claim(path, named=named)
+    if named:  # else the name is made of the encoder's
+        claim_page(path.with_suffix(".html"))
 
 
 def _load(encoder: str | Path | Foreign, layer: str, here: World) -> nn.Module:

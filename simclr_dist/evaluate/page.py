@@ -43,6 +43,12 @@ pre { background: rgba(128, 128, 128, .12); padding: .7rem; overflow-x: auto; fo
 """
 
 
+_BEGIN = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    '<meta name="generator" content="simclr_dist">'
+)
+
+
 def write_page(path: Path, result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> None:
     """Write the page of `result`; with `run`, the training's curves and those of its other results; `neighbours` is a PNG.
 
@@ -52,6 +58,17 @@ def write_page(path: Path, result: Result, *, run: Path | None = None, neighbour
         write_atomically(path, page(result, run=run, neighbours=neighbours).encode())
     except OSError as error:
         raise DataError(f"{path}: cannot write the page: {error.strerror or error}") from None
+
+
+def claim_page(path: Path) -> None:
+    """Raises DataError where `path` is there and is no page of ours, which `write_page` would replace."""
+    try:
+        with path.open("rb") as file:
+            ours = file.read(len(_BEGIN)).decode(errors="replace") in ("", _BEGIN)
+    except OSError:  # nothing there; or nothing that can be replaced, which write_page says
+        return
+    if not ours:
+        raise DataError(f"{path}: the page goes there, and it is no page of an evaluation; name another file with --out")
 
 
 def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
@@ -75,8 +92,7 @@ def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = 
     parts += _confusions(result)
     parts += ["<h2>How to repeat it</h2>", *_origin(result)]
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    return f"{_BEGIN}<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
 
 
 def _accuracies(result: Result) -> str:

@@ -33,7 +33,7 @@ _GPUS: dict[str, tuple[int, float, float, float]] = {
 _WITHOUT_BF16 = ("t4", "v100-16", "v100-32")
 _COLUMN = {"bf16": 1, "fp16": 1, "fp32": 2, "fp64": 3}
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-_RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8, "mb/s": 1e6, "gb/s": 1e9}
+_RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "tbit": 1e12 / 8, "MB/s": 1e6, "GB/s": 1e9}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -71,7 +71,8 @@ def gpu(text: str) -> Gpu:
 
 def bandwidth(text: str) -> float:
     """Bytes a second of `25Gbit`, `200Mbit`, `300GB/s`; raises ConfigError."""
-    rate = _number(text.lower(), _RATES)
+    # A small b is a bit: Gb/s and GB/s are not one rate, and gb/s is neither.
+    rate = _number(text if text.strip().endswith("/s") else text.lower(), _RATES)
     if not rate:
         raise ConfigError(f"--bandwidth: {text!r} is not a rate like 25Gbit, 200Mbit or 300GB/s")
     return rate

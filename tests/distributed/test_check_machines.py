@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 import ranks
 import training_runs
@@ -53,6 +54,12 @@ def test_two_sound_ranks(folder: Path) -> None:
     ]  # fmt: skip
     assert "plan --bandwidth" in first[3][2]
     assert sorted(str(path) for path in folder.rglob("*")) == before, "nothing is left behind"
+
+
+def test_a_file_in_the_way_of_the_run_folder(folder: Path) -> None:
+    (folder / "runs").write_text("no folder")
+    [[finding], _] = disks.folder(_config(folder), World(0, 1, 0, torch.device("cpu")), 1000.0)
+    assert (finding.level, finding.found) == ("failure", f"rank 0: {folder}/runs: Not a directory")
 
 
 def _another_version(here: World) -> list[list[str]]:

@@ -184,6 +184,10 @@ def test_two_processes_write_one_result_like_one_process(make_encoder: Make, set
         assert both["hardware"]["world_size"] == 2
         assert len(both["features_reused"]) == reused
         assert summary(both) == summary(alone)
+    command[-1] = str(tmp_path / "two.txt")  # refused on rank 0: the other has to hear of it
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stderr.count("a result is a .json file") == 1
+    assert "[rank1]" not in done.stderr
 
 
 def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -210,6 +214,10 @@ def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tupl
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="is a folder"):
         evaluate(encoder, *sets, workers=0, device="cpu", out=tmp_path)
+    (tmp_path / "mine.html").write_text("my own page")
+    with pytest.raises(DataError, match=r"mine\.html: the page goes there, and it is no page of an evaluation"):
+        evaluate(encoder, *sets, workers=0, device="cpu", out=tmp_path / "mine.json")
+    assert (tmp_path / "mine.html").read_text() == "my own page"
 
 
 @pytest.mark.parametrize(

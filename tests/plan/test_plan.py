@@ -168,6 +168,7 @@ def test_names_and_units() -> None:
     assert gpu("H100").peak["bf16"] == 989e12
     assert gpu("24GiB").memory == 24 * 2**30
     assert bandwidth("25Gbit") == 25e9 / 8
+    assert bandwidth("25GB/s") == 25e9
     assert seconds("0.3ms") == pytest.approx(3e-4)
     for parse, wrong in (
         (gpu, "h1000"),
@@ -175,6 +176,8 @@ def test_names_and_units() -> None:
         (gpu, "1GiB"),
         (bandwidth, "25"),
         (bandwidth, "0Gbit"),
+        (bandwidth, "25Gb/s"),  # bits: not 25 GB/s
+        (bandwidth, "25gb/s"),
         (seconds, "fast"),
     ):
         with pytest.raises(ConfigError, match=f"--.*{wrong}"):
