@@ -37,11 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # what is left to write may meet a closed pipe: here, and not on the way out
+        _flush()  # what is left to write may meet a closed pipe: here, and not on the way out
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
     return code
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # which a shell can close: `>&-`
+        sys.stdout.flush()
 
 
 def _run(arguments: list[str]) -> int:
@@ -49,7 +54,7 @@ def _run(arguments: list[str]) -> int:
     try:
         known, rest = parser.parse_known_args(arguments)
     except SystemExit:  # help and version, written or not
-        sys.stdout.flush()
+        _flush()
         raise
     if rest and not hasattr(known, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

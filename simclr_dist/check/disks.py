@@ -31,7 +31,7 @@ def shards(config: Config, here: World) -> list[Finding]:
         return [
             Finding("shards", "warning", "a stream has no manifest to compare with", "`simclr-dist shard --index` writes one")
         ]
-    problem, digest, rate = None, "", 0.0
+    problem, digest, rate, read = None, "", 0.0, 0
     try:
         images = ShardDataset(config.data.shards, open_shards=4, cache=cache_settings(config.data.cache, config.data.cache_gib))
         check_fits(config, len(images), here.size)
@@ -41,6 +41,7 @@ def shards(config: Config, here: World) -> list[Finding]:
         if isinstance(images.manifest.folder, str):  # a URL: one shard comes through the cache, not all of them
             choice = np.flatnonzero(images.manifest.shard == random.integers(len(images.manifest.shards)))
         rows = random.choice(choice, min(_SAMPLES, len(choice)), replace=False)
+        read = len(rows)
         begin = time.perf_counter()
         size = sum(len(images.read(int(row))) for row in rows)
         rate = size / (time.perf_counter() - begin) / 2**20
@@ -55,7 +56,7 @@ def shards(config: Config, here: World) -> list[Finding]:
     if len({digest for _, digest, _ in seen}) > 1:
         return [Finding("shards", "failure", f"{config.data.shards}: not the same images on every rank", "copy them anew")]
     slowest = min(rate for _, _, rate in seen)
-    return [Finding("shards", "ok", f"{_SAMPLES} images a rank are whole; the slowest rank reads {slowest:.0f} MiB/s")]
+    return [Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {slowest:.0f} MiB/s")]
 
 
 def folder(config: Config, here: World, checkpoint_bytes: float) -> tuple[list[Finding], float]:

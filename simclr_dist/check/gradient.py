@@ -29,6 +29,8 @@ def gradient_report(config: Config, here: World) -> tuple[str, bool]:
     whole batch, without any of them. The other rows are losses that peers use, to show what a wrong one looks like.
     """
     size = config.views.image_size or (32 if config.views.preset == "small" else 64)
+    # Two pieces are cut as many are; one process has to hold the whole graph of the batch that they make.
+    config = dataclasses.replace(config, micro_batches=min(config.micro_batches, 2))
     pieces = config.micro_batches * here.size
     batch = pieces * max(2, min(config.global_batch_size, 96) // pieces)
     config = dataclasses.replace(config, precision="fp64", compile=False, global_batch_size=batch, steps=1, epochs=None)

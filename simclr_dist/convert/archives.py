@@ -19,6 +19,7 @@ from simclr_dist.convert.originals import (
     MAX_IMAGE_BYTES,
     Original,
     Problem,
+    ReadError,
     Source,
     file_stamp,
     first_line,
@@ -71,7 +72,7 @@ class ArchiveChunk:
                     path = self.path if place[4] < 0 else None  # a tar's bytes can be read again where they are
                     yield Original(index, f"{self.name}/{name}", label, content, path, place[0], problem)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
+            raise ReadError(f"{self.path}: cannot be read: {error.strerror}") from None
 
 
 def _content(descriptor: int, start: int, size: int, packed: int, method: int, crc: int) -> tuple[bytes, str | None]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from simclr_dist.errors import DataError
+
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 )
@@ -15,6 +17,10 @@ IMAGES_A_CHUNK = 128
 _SPLITS = r"(train|test|dev|val|valid|validation)(?![a-z])"
 _SPLIT_FOLDER = re.compile(_SPLITS, re.IGNORECASE)
 _SPLIT_FILE = re.compile(rf"(?:^|[-_.]){_SPLITS}", re.IGNORECASE)
+
+
+class ReadError(DataError):
+    """The source could not be read just now, by a disk's fault perhaps; what has been converted is kept."""
 
 
 class Problem(NamedTuple):

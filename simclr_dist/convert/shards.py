@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from simclr_dist.convert.dealing import deal
 from simclr_dist.convert.decoding import Decoder, gather, unit_path
-from simclr_dist.convert.originals import Problem, Source
+from simclr_dist.convert.originals import Problem, ReadError, Source
 from simclr_dist.convert.partial import Partial, StaleError, check, hold, sync
 from simclr_dist.convert.sources import find_source
 from simclr_dist.convert.workers import Map, processes_for, workers
@@ -124,7 +124,7 @@ def write_shards(
     with _disk_errors(conversion.destination), hold(conversion.destination, conversion.about) as partial:
         try:
             return conversion.finish(partial, strict=strict)
-        except StaleError:
+        except (StaleError, ReadError):
             raise
         except DataError:
             partial.remove()  # nothing to go on with

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_dist.convert.originals import IMAGES_A_CHUNK, Original, Source, file_stamp, first_line
+from simclr_dist.convert.originals import IMAGES_A_CHUNK, Original, ReadError, Source, file_stamp, first_line
 from simclr_dist.errors import DataError, printable
 
 NO_LABEL = "none"
@@ -70,7 +70,9 @@ class TableChunk:
                 for cell, number in zip(images, labels, strict=True):
                     yield self._original(offset, cell, -1 if number is None else number)
                     offset += 1
-        except (pa.ArrowException, OSError) as error:
+        except OSError as error:
+            raise ReadError(f"{self.path}: rows from {self.first_row} cannot be read ({first_line(error)})") from None
+        except pa.ArrowException as error:
             raise DataError(f"{self.path}: rows from {self.first_row} cannot be read ({first_line(error)})") from None
         if offset != self.rows:
             raise DataError(f"{self.path}: has changed while it was being read; shard again when nothing writes to it")

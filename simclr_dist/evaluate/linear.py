@@ -145,7 +145,10 @@ def stratified_split(labels: Tensor, *, share: float, seed: int) -> tuple[Tensor
 
 
 class _Problem(NamedTuple):
-    """Standardised rows x [n, d] float32 with labels y, and the Hessian of one class's weights at zero without penalty."""
+    """Standardised rows x [n, d] float32 with labels y, and the Hessian of one class's weights at zero without penalty.
+
+    With few rows x is [n, n], in the `basis` [d, n] of the space that they span: whatever minimises the penalty lies in it.
+    """
 
     x: Tensor
     y: Tensor
@@ -153,10 +156,12 @@ class _Problem(NamedTuple):
     mean: Tensor
     scale: Tensor
     hessian: Tensor
+    basis: Tensor | None
 
     def like(self, h: Tensor) -> Tensor:
-        """Other rows, standardised by these rows' mean and deviation; a copy."""
-        return h.to(torch.float32, copy=True).sub_(self.mean).mul_(self.scale)
+        """Other rows, standardised by these rows' mean and deviation, in their basis; a copy."""
+        x = h.to(torch.float32, copy=True).sub_(self.mean).mul_(self.scale)
+        return x if self.basis is None else x @ self.basis
 
 
 def _standardised(h: Tensor, y: Tensor, classes: int) -> _Problem:
@@ -175,9 +180,13 @@ def _standardised(h: Tensor, y: Tensor, classes: int) -> _Problem:
     varies = deviation > 1e-6 * mean.abs()  # a column that is constant to rounding becomes 0
     scale = torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0).float()
     x.mul_(scale)
+    basis = None
+    if 2 * len(x) <= x.shape[1]:  # raw pixels of some hundred images: the Hessian of all columns would take minutes
+        basis = torch.linalg.qr(x.T.double())[0].float()
+        x = x @ basis
     some = x[:: -(-len(x) // _ROWS_OF_HESSIAN)]
     hessian = (some.T @ some).double() / (len(some) * classes)
-    return _Problem(x, y.to(h.device), classes, mean, scale, hessian)
+    return _Problem(x, y.to(h.device), classes, mean, scale, hessian, basis)
 
 
 class _Fit(NamedTuple):
@@ -221,7 +230,8 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
         loss, weight_gradient, bias_gradient = _objective(problem, weight, bias, l2)
         u.grad = bias_gradient * root
         v.grad = torch.linalg.solve_triangular(upper.T, weight_gradient, upper=False).contiguous()
-        gradient_max = max(float(weight_gradient.abs().max()), float(bias_gradient.abs().max()))
+        of_columns = weight_gradient if problem.basis is None else problem.basis.double() @ weight_gradient
+        gradient_max = max(float(of_columns.abs().max()), float(bias_gradient.abs().max()))
         evaluations += 1
         return loss
 

@@ -67,6 +67,8 @@ class Settings:
             raise ConfigError(f"precision: {self.precision!r}: must be one of {', '.join(PRECISIONS)}")
         if self.features is not None and not self.keep_features:
             raise ConfigError(f"features: {self.features!r}: has no effect with --no-features")
+        if self.features is not None and (not self.features or Path(self.features).is_file()):
+            raise ConfigError(f"features: {self.features!r}: is not a folder; name one, it is made if it is not there")
         for name in ("sgd", "mlp"):
             if getattr(self, f"{name}_epochs") != getattr(Settings, f"{name}_epochs") and name not in self.protocols:
                 raise ConfigError(f"{name}_epochs: has no effect without the protocol {name}")

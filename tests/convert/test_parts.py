@@ -1,5 +1,7 @@
 """Conversions that stop and go on, and conversions in parts: the bytes of one straight run, or one line that says why not."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from pictures import contents, encoded
-from simclr_dist.convert import decoding, writing
+from simclr_dist.convert import archives, decoding, writing
 from simclr_dist.convert.dealing import deal
 from simclr_dist.convert.shards import ShardSettings, finish_shards, write_part, write_shards
 from simclr_dist.errors import ConfigError, DataError
@@ -311,3 +313,31 @@ def test_dealing_is_its_definition() -> None:
                 key=lambda i: np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(total)[index[i]],
             )
         )
+
+
+def test_a_disk_that_fails_for_a_moment_costs_nothing_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "images.tar"
+    with tarfile.open(archive, "w") as tar:
+        for number in range(200):
+            content = encoded(number)
+            about = tarfile.TarInfo(f"{number:03d}.png")
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    write_shards(archive, tmp_path / "whole", processes=1)
+    real, reads = archives._content, 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        if reads == 190:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "_content", failing)
+        with pytest.raises(DataError, match=r"images\.tar: cannot be read: Input/output error"):
+            write_shards(archive, tmp_path / "out", processes=1)
+    kept = [path.name for path in (tmp_path / "out.partial" / "units").iterdir()]
+    assert kept
+    write_shards(archive, tmp_path / "out", processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

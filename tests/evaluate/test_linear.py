@@ -45,6 +45,19 @@ def test_same_predictions_as_scikit_learn(l2: float) -> None:
     assert info["loss"] == pytest.approx(float(optimum), abs=2e-6)
 
 
+def test_few_rows_of_many_columns_are_scikit_learns_too() -> None:
+    """They are fitted in the space that they span; the rows asked about lie out of it."""
+    train_h, train_y = overlapping(60, 0, d=400, classes=3)
+    test_h, _ = overlapping(500, 1, d=400, classes=3)
+    scaler = StandardScaler().fit(train_h.double().numpy())
+    oracle = LogisticRegression(C=1 / (L2 * 60), solver="lbfgs", tol=1e-9, max_iter=20_000)
+    oracle.fit(scaler.transform(train_h.double().numpy()), train_y.numpy())
+    logits, info = linear_probe(train_h, train_y, test_h, classes=3, l2=L2)
+    assert info["converged"], info
+    expected = torch.from_numpy(oracle.predict_proba(scaler.transform(test_h.double().numpy())))
+    assert (logits.double().softmax(1) - expected).abs().max() < 1e-2
+
+
 def test_the_bias_is_not_penalised_and_the_weights_are() -> None:
     labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
     h = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
