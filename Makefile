@@ -28,14 +28,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	$(BIN)/simclr-dist demo
 
-# In two halves at once: one mostly waits for clusters and networks, the other computes.
+# In two halves at once: one mostly waits for clusters and networks, the other computes. What the first says comes at its end.
 WAITING := tests/slurm tests/submit tests/network tests/image
 
 test: $(VENV)/.installed-dev
-	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=line test-waiting test-computing
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-waiting test-computing
 
 test-waiting: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(WAITING)
+	@$(BIN)/python -m pytest $(WAITING) > $(VENV)/test-waiting.log 2>&1; code=$$?; cat $(VENV)/test-waiting.log; exit $$code
 
 test-computing: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(WAITING))

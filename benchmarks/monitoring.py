@@ -79,7 +79,7 @@ def _watching(learner: Learner, views: torch.Tensor, config: Config, device: tor
         _wait(device)
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in clock.waiting(steps) if watched else steps:
-            outcome = training_step(learner, views[0], views[1], config, 1e-3)
+            outcome = training_step(learner, [(views[0], views[1])], config, 1e-3)
             number += 1
             if watched:
                 monitor.advance()
