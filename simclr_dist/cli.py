@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from simclr_dist import manual, stopping
+from simclr_dist.arguments import at_least
 from simclr_dist.check.findings import NAMES as CHECKS
 from simclr_dist.check.findings import OF_A_CONFIG
 from simclr_dist.completion import SHELLS, complete, script
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="first run: generate a small data set, train on it, show what was learned")
     demo.add_argument("--folder", default="runs/demo", help="where everything goes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of weights, order and views (default: %(default)s)")
-    demo.add_argument("--processes", type=_at_least(1), default=2, help="training processes (default: %(default)s)")
+    demo.add_argument("--processes", type=at_least(1), default=2, help="training processes (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
     shard = verbs.add_parser(
@@ -132,11 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="pre-train an encoder (resumes by itself)", add_help=False)
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("-h", "--help", action="store_true", help="every setting, with its value in CONFIG")
-    train.add_argument("--processes", type=_at_least(1), help="ranks on this machine (default: one a GPU, or 1)")
+    train.add_argument("--processes", type=at_least(1), help="ranks on this machine (default: one a GPU, or 1)")
     train.add_argument("--nnodes", type=_nodes, help="machines, N or MIN:MAX; the same command runs on each of them")
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="with --nnodes: of the machine where they meet")
     train.add_argument(
-        "--max-restarts", type=_at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)"
+        "--max-restarts", type=at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)"
     )
     train.add_argument("--profile", metavar="STEPS", help="trace 3 steps (or 10:13: 10 to 12) into RUN/profile, with a table")
     train.add_argument("--profile-rank", default=None, metavar="R", help="with --profile: the rank, or all (default: 0)")
@@ -166,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verbs.add_parser("plan", help="what a config will need, before it runs")
     plan.add_argument("config", help="YAML file")
-    plan.add_argument("--processes", type=_at_least(1), default=1, help="ranks in all (default: %(default)s)")
-    plan.add_argument("--samples", type=_at_least(1), help="images in the data set, when its shards are not here")
+    plan.add_argument("--processes", type=at_least(1), default=1, help="ranks in all (default: %(default)s)")
+    plan.add_argument("--samples", type=at_least(1), help="images in the data set, when its shards are not here")
     plan.add_argument("--gpu", metavar="NAME", help="h100, a100-40, v100-16, ...; or its memory alone, like 24GiB")
     plan.add_argument("--bandwidth", metavar="RATE", help="of the slowest link between the ranks, like 25Gbit")
     plan.add_argument("--latency", metavar="TIME", default="20us", help="of a collective, a doubling of ranks (default: 20us)")
@@ -181,23 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         "config", nargs="?", help="YAML file whose model, shards and folder are checked (default: a small model)"
     )
     check.add_argument("--only", choices=CHECKS, help="one check instead of all")
-    check.add_argument("--processes", type=_at_least(1), help="ranks on this machine (default: one a GPU, or 2)")
+    check.add_argument("--processes", type=at_least(1), help="ranks on this machine (default: one a GPU, or 2)")
     check.set_defaults(run=_check)
     manual.fill_in(parser, verbs.choices)
     if "_ARGCOMPLETE" in os.environ:
         complete(parser, verbs.choices)
     return parser
-
-
-def _at_least(least: int) -> "type[int]":
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: the least is {least}")
-        return value
-
-    parse.__name__ = "int"  # argparse names it in its message
-    return parse  # type: ignore[return-value]
 
 
 def _above_zero(text: str) -> float:

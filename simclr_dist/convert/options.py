@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simclr_dist.arguments import at_least
 from simclr_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -42,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", nargs="?", metavar="SRC", help="where the images are")
     add("destination", nargs="?", metavar="DST", help="folder to write; must not exist")
-    add("--shard-size", type=_integer(1), default=1000, metavar="N", help="images a shard (default: %(default)s)")
-    add("--seed", type=_integer(0), default=0, metavar="N", help="of the shuffle and the split (default: %(default)s)")
-    add("--short-side", type=_integer(8), metavar="PIXELS", help="shrink images to this short side")
-    add("--quality", type=_integer(1), default=95, metavar="N", help="JPEG quality of re-encoded images (default: %(default)s)")
+    add("--shard-size", type=at_least(1), default=1000, metavar="N", help="images a shard (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of the shuffle and the split (default: %(default)s)")
+    add("--short-side", type=at_least(8), metavar="PIXELS", help="shrink images to this short side")
+    add("--quality", type=at_least(1), default=95, metavar="N", help="JPEG quality of re-encoded images (default: %(default)s)")
     add("--split", metavar="SHARES", help="like 0.8/0.2: write DST/train and DST/test, stratified by label")
     add(
         "--image-column", metavar="NAME", help="of a table: image bytes (default: image, img, or the only one); of a list: path"
     )
     add("--label-column", metavar="NAME", help="of a table or list (default: label); 'none': take no labels")
-    add("--processes", type=_integer(1), default=os.cpu_count(), metavar="N", help="(default: all cores)")
+    add("--processes", type=at_least(1), default=os.cpu_count(), metavar="N", help="(default: all cores)")
     add("--strict", action="store_true", help="refuse when a file is not an image, instead of leaving it out")
     add("--part", metavar="I/N", help="only the I-th of N parts of the decoding, into DST.partial")
     add("--finish", action="store_true", help="write the shards of a conversion whose parts are all done")
@@ -59,17 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verify", metavar="DST", help="read all shards of DST again and compare them with the manifest")
     add("--decode", action="store_true", help="with --verify: decode every image, too")
     parser.set_defaults(defaults=vars(parser.parse_args([])))
-
-
-def _integer(least: int) -> "type[int]":
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: the least is {least}")
-        return value
-
-    parse.__name__ = "int"  # argparse names it in its message
-    return parse  # type: ignore[return-value]
 
 
 def run(arguments: argparse.Namespace) -> int:
