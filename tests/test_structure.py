@@ -17,7 +17,8 @@ FILES = {
 
 # A module imports from lower floors only, or from its own folder. The first name that fits decides.
 FLOORS = {
-    "errors": 0, "atomic": 0, "arguments": 0, "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
+    "errors": 0, "atomic": 0, "arguments": 0,
+    "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
     "rendezvous": 0.5,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "convert": 1.5,
@@ -31,7 +32,8 @@ FLOORS = {
 
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
-    "config", "config_reader", "errors", "atomic", "arguments", "stopping", "supervisor", "ledger", "provenance", "run", "launcher",
+    "config", "config_reader", "errors", "atomic", "arguments", "stopping", "supervisor", "ledger", "provenance", "run",
+    "launcher",
     "rendezvous", "profiling", "version", "manual", "completion",
     "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "check.findings",
     "evaluate.options", "evaluate.command",
