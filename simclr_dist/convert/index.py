@@ -148,11 +148,26 @@ class _Reader(NamedTuple):
         return os.pread(self.descriptor, min(member.size, most), member.offset)
 
 
+def _joined(samples: list[_Sample]) -> list[_Sample]:
+    """An image and its label that lie apart, as in a tar of all images and then all labels, are one sample."""
+    first: dict[str, _Sample] = {}
+    whole = []
+    for sample in samples:
+        other = first.setdefault(sample.key, sample)
+        if other is not sample and not sample.images and other.label is None:
+            other.label = sample.label
+        elif other is not sample and not other.images and sample.label is None:
+            other.images = sample.images
+        else:
+            whole.append(sample)
+    return whole
+
+
 def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
     """Rows and problems of one tar; each image is decoded."""
     with path.open("rb") as file:
         reader = _Reader(path, file.fileno(), [], [], set())
-        sample: _Sample | None = None
+        samples: list[_Sample] = []
         for member in tar_members(path):
             name = member.name.removeprefix("./")
             if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
@@ -162,14 +177,12 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
                 reader.rejected.append(Problem(printable(f"{path.name}/{name}"), reason))
                 continue
             key = webdataset_key(name)
-            if sample is None or key != sample.key:
-                if sample is not None:
-                    reader.take(sample)
-                sample = _Sample(key)
+            if not samples or key != samples[-1].key:
+                samples.append(_Sample(key))
             if is_label(name):
-                sample.label = member
+                samples[-1].label = member
             elif is_image_name(name):
-                sample.images.append(member._replace(name=name))
-        if sample is not None:
+                samples[-1].images.append(member._replace(name=name))
+        for sample in _joined(samples):
             reader.take(sample)
     return row_table(reader.rows), reader.rejected

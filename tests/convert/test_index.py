@@ -83,6 +83,17 @@ def test_keys_that_two_tars_share(tmp_path: Path) -> None:
     assert verify_shards(tmp_path, processes=1).lines == 0
 
 
+@pytest.mark.parametrize("labels_first", [False, True])
+def test_labels_may_lie_apart_from_their_images(tmp_path: Path, labels_first: bool) -> None:
+    both = [sample(str(number), number, number + 3) for number in range(5)]
+    apart = [[member for one in both for member in one if member[0].endswith(".cls") is last] for last in (False, True)]
+    write_tar(tmp_path / "a.tar", apart[1] + apart[0] if labels_first else apart[0] + apart[1])
+    summary = index_shards(tmp_path, processes=1)
+    assert (summary.images, summary.rejected) == (5, ())
+    assert load_manifest(tmp_path).label.tolist() == [3, 4, 5, 6, 7]
+    assert verify_shards(tmp_path, processes=1).lines == 0
+
+
 def test_what_cannot_be_used_is_left_out_and_listed(tmp_path: Path) -> None:
     turned = encoded(0, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
     write_tar(
