@@ -139,7 +139,8 @@ print(time.monotonic() - start)
 def test_nothing_is_left_when_the_holder_dies(network: Network, tmp_path: Path, signum: signal.Signals) -> None:
     """`network` only skips this test where there can be none."""
     code = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a script starts in the background ignores
 sys.path.insert(0, {str(TESTS)!r})
 from network.namespaces import Network
 with Network() as nodes:
