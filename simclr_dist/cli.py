@@ -283,9 +283,7 @@ def _gpus(config: Config) -> int:
 def _tell_start(processes: int) -> None:
     """To somebody who waits: nothing else is said for as long as torch takes."""
     if sys.stderr.isatty():
-        print(
-            f"simclr-dist: starting {processes} process{'es' * (processes > 1)}; loading torch takes a while", file=sys.stderr
-        )
+        print(f"starting {processes} process{'es' * (processes > 1)}; loading torch takes a while", file=sys.stderr)
 
 
 def _train_help(config: str | None, options: argparse.ArgumentParser) -> int:
