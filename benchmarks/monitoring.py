@@ -74,7 +74,7 @@ def _watching(learner: Learner, views: torch.Tensor, config: Config, device: tor
     def block(watched: bool) -> tuple[float, float, float]:
         """CPU seconds, wall seconds, and those within the monitoring at the end."""
         nonlocal number
-        learner.own_work = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]
+        learner.own_work = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]  # without: no clock at all
         steps: Any = range(config.log.every)
         _wait(device)
         cpu, wall = time.process_time(), time.perf_counter()

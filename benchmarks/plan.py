@@ -21,23 +21,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[0] = str(TESTS)  # in the place of this folder, where this file has the name of the tests' package
+sys.path.pop(0)  # this folder, where this file has the name of the tests' package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
-import ranks  # noqa: E402
-from network.namespaces import Network, why_not  # noqa: E402
-from plan.measured import config, loss_peak, one_step, step_peak, views, wire  # noqa: E402
-from simclr_dist.agreement import StopAgreement  # noqa: E402
-from simclr_dist.config import Config, ModelConfig, ViewsConfig  # noqa: E402
-from simclr_dist.distributed import World, all_gather, world  # noqa: E402
-from simclr_dist.learner import build_learner  # noqa: E402
-from simclr_dist.plan.memory import loss_bytes, rank_memory  # noqa: E402
-from simclr_dist.plan.trace import footprint  # noqa: E402
-from simclr_dist.plan.traffic import step_traffic  # noqa: E402
+import ranks
+from network.namespaces import Network, why_not
+from plan.measured import config, loss_peak, one_step, step_peak, views, wire
+from simclr_dist.agreement import StopAgreement
+from simclr_dist.config import Config, ModelConfig, ViewsConfig
+from simclr_dist.distributed import World, all_gather, world
+from simclr_dist.learner import build_learner
+from simclr_dist.plan.memory import loss_bytes, rank_memory
+from simclr_dist.plan.trace import footprint
+from simclr_dist.plan.traffic import step_traffic
 
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 MIB = 2**20
 RATES = {"1gbit": 1e9 / 8, "200mbit": 200e6 / 8}
 SMALL = ModelConfig(encoder="resnet10", stem="small_stride2", projector_hidden=64, projector_dim=32)

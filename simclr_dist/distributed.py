@@ -24,6 +24,9 @@ from simclr_dist.errors import RankError, SaveError, StoppedError, UserError
 
 T = TypeVar("T")
 
+# Larger ones gloo sends in one direction after the other: steps on 1 Gbit/s took 1.4 times as long.
+GLOO_MESSAGE_BYTES = 2**19
+
 
 @dataclass(frozen=True)
 class World:
@@ -184,15 +187,17 @@ def _sum_in_rank_order(_: object, bucket: GradBucket) -> torch.futures.Future[Te
 
     gloo's and NCCL's all-reduce sum in an order that depends on an element's position in the bucket, and DDP rebuilds its
     buckets after the first backward: a resumed run would differ from an uninterrupted one in the last bit. Each rank sums
-    one chunk of everybody's bucket and then shares it, so the bytes on the wire are those of a ring all-reduce.
+    its share of everybody's elements and then gives it to all, so the bytes on the wire are those of a ring all-reduce.
     """
     flat, size = bucket.buffer(), world_size()
+    at_once = len(flat) if flat.is_cuda else size * GLOO_MESSAGE_BYTES // flat.element_size()
     with record_function("all-reduce"):
-        chunks = torch.nn.functional.pad(flat, (0, -len(flat) % size))
-        received = torch.empty_like(chunks)
-        dist.all_to_all_single(received, chunks)
-        total = _sum_in_order(received.view(size, -1)).div_(size)
-        flat.copy_(all_gather(total).flatten()[: len(flat)])
+        for part in flat.split(at_once):
+            chunks = torch.nn.functional.pad(part, (0, -len(part) % size))
+            received = torch.empty_like(chunks)
+            dist.all_to_all_single(received, chunks)
+            total = _sum_in_order(received.view(size, -1)).div_(size)
+            part.copy_(all_gather(total).flatten()[: len(part)])
     future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
     future.set_result(flat)
     return future

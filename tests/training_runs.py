@@ -85,8 +85,15 @@ class Ranks:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait while all ranks run; AssertionError, with what they have printed, when one ends before."""
-        until(lambda: condition() or self.wait(0) != [None] * len(self._processes))
-        assert condition(), f"exit codes {self.wait(0)}\n{self.output}"
+        met = False
+
+        def ended() -> bool:
+            nonlocal met
+            met = condition()  # asked once: what it has seen, a temporary file say, may be gone the next moment
+            return met or self.wait(0) != [None] * len(self._processes)
+
+        until(ended)
+        assert met, f"exit codes {self.wait(0)}\n{self.output}"
 
     def pid(self, rank: int) -> int:
         """Process id of a rank."""

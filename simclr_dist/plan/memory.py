@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from simclr_dist.config import Config
+from simclr_dist.distributed import GLOO_MESSAGE_BYTES
 from simclr_dist.plan.trace import Footprint
 from simclr_dist.plan.traffic import embedding_size
 
@@ -58,7 +59,8 @@ def rank_memory(config: Config, found: Footprint, side: int, ranks: int, *, on_c
     buffers = OPTIMIZER_BUFFERS.get(config.optim.name)
     optimizer = None if buffers is None else gradient * buffers
     buckets = gradient if ranks > 1 else 0
-    exchange = 4 * min(_BUCKET_BYTES, gradient) if ranks > 1 and (not on_cuda or config.deterministic) else 0
+    at_once = min(gradient, _BUCKET_BYTES if on_cuda else ranks * GLOO_MESSAGE_BYTES)
+    exchange = 4 * at_once if ranks > 1 and (not on_cuda or config.deterministic) else 0
     copies = found.decayed_parameters * number if config.optim.name == "lars" and on_cuda and config.optim.weight_decay else 0
 
     view = local * 3 * side * side * 4

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from simclr_dist.config import Config
+from simclr_dist.distributed import GLOO_MESSAGE_BYTES
 from simclr_dist.plan.trace import Footprint
 
 _BUCKET_BYTES, _FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # DDP's
@@ -46,16 +47,24 @@ def step_traffic(config: Config, found: Footprint, ranks: int, *, on_cuda: bool)
     pieces = config.micro_batches
     in_rank_order = not on_cuda or config.deterministic
     gradient = found.parameters * number
-    buckets = 1 + math.ceil(max(gradient - _FIRST_BUCKET_BYTES, 0) / _BUCKET_BYTES)
+    buckets = [min(gradient, _FIRST_BUCKET_BYTES), *_parts(gradient - _FIRST_BUCKET_BYTES, _BUCKET_BYTES)]
+    calls = len(buckets)
+    if in_rank_order:
+        calls = 2 * (calls if on_cuda else sum(len(_parts(size, ranks * GLOO_MESSAGE_BYTES)) for size in buckets))
     return [
         _norm_forward(config, found, ranks, pieces, on_cuda=on_cuda),
         _norm_backward(found, ranks, pieces, on_cuda=on_cuda),
         Traffic("embeddings", 1, gathered(2 * local * dim * number, ranks)),
         Traffic("log-sum-exps", 1, gathered(4 * local * number, ranks)),
         *([] if on_cuda else [Traffic("shapes", 1, gathered(3 * 8, ranks))]),
-        Traffic("gradients", buckets * (2 if in_rank_order else 1), summed(gradient, ranks), hidden=not in_rank_order),
+        Traffic("gradients", calls, summed(gradient, ranks), hidden=not in_rank_order),
         Traffic("stop flag", 1, summed(4, ranks)),
     ]
+
+
+def _parts(size: int, most: int) -> list[int]:
+    """`size` bytes, `most` at a time."""
+    return [min(most, size - begin) for begin in range(0, size, most)]
 
 
 def log_traffic(config: Config, found: Footprint, ranks: int) -> Traffic:

@@ -46,13 +46,11 @@ def test_what_passes_is_waited_for(server: Server, faults: list[str | int], size
 def test_a_connection_that_is_refused_is_tried_until_it_is_taken(tmp_path: Path) -> None:
     with serve(tmp_path) as gone:
         url = gone.url
-    began = time.monotonic()
     with pytest.raises(
-        UnreachableError, match=r"^http://127.0.0.1:\d+/x: cannot be fetched: Connection refused \(\d+ tries in"
+        UnreachableError, match=r"^http://127.0.0.1:\d+/x: cannot be fetched: Connection refused \((\d+) tries in [^\n]*$"
     ) as caught:
         fetched(f"{url}/x", Patience(seconds=0.5, first_wait=0.01))
-    assert 0.2 < time.monotonic() - began < 5
-    assert "\n" not in str(caught.value)
+    assert int(str(caught.value).rpartition("(")[2].split()[0]) > 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ranks
+from simclr_dist import distributed
 from simclr_dist.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
 from simclr_dist.errors import DataError
 
@@ -41,6 +42,31 @@ def test_a_sum_has_the_same_bits_wherever_its_elements_stand() -> None:
     in_order = sum(torch.randn(1003, generator=torch.Generator().manual_seed(rank)) for rank in range(5))
     assert torch.equal(alone, in_order)
     assert torch.equal(moved, in_order)
+
+
+class _Bucket:
+    """What DDP gives a hook."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self._flat = flat
+
+    def buffer(self) -> torch.Tensor:
+        return self._flat
+
+
+def _averaged(here: World, message_bytes: int) -> torch.Tensor:
+    distributed.GLOO_MESSAGE_BYTES = message_bytes
+    flat = torch.randn(1003, generator=torch.Generator().manual_seed(here.rank))
+    averaged: torch.Tensor = distributed._sum_in_rank_order(None, _Bucket(flat)).wait()  # type: ignore[arg-type]
+    return averaged
+
+
+@pytest.mark.parametrize("message_bytes", [4, 100, 2**19])
+def test_gradients_have_the_same_bits_in_messages_of_any_size(message_bytes: int) -> None:
+    of_ranks = [torch.randn(1003, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
+    expected = (of_ranks[0] + of_ranks[1] + of_ranks[2]) / 3
+    for averaged in ranks.run(_averaged, 3, message_bytes):
+        assert torch.equal(averaged, expected)
 
 
 def test_collectives_in_rank_order() -> None:
