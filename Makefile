@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-waiting test-computing test-fast lint bench bench-faults bench-image clean
+.PHONY: help install demo test test-waiting test-computing test-fast lint api bench bench-faults bench-image clean
 
 help:
 	@echo "make demo       the first run: small built-in data set, training, result"
 	@echo "make test       all tests          make test-fast   those of a few seconds"
 	@echo "make lint       ruff and mypy      make bench       measurements of what a run learns"
+	@echo "make api        the API reference from the docstrings, in build/api"
 	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (half an hour, root, SLURM)"
 	@echo "make bench-image    builds docker/Dockerfile on a fresh Debian, and trains in it (10 minutes, root, 25 GB of disk)"
 
@@ -29,7 +30,7 @@ demo: install
 	$(BIN)/simclr-dist demo
 
 # In two halves at once: one mostly waits for clusters and networks, the other computes. What the first says comes at its end.
-WAITING := tests/slurm tests/submit tests/network tests/image
+WAITING := tests/slurm tests/submit tests/network tests/image tests/faults
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-waiting test-computing
@@ -47,6 +48,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+api: $(VENV)/.installed-dev
+	$(BIN)/python docs/api.py build/api
+	@echo "open build/api/index.html"
 
 bench: $(VENV)/.installed-dev demo
 	$(BIN)/python benchmarks/demo_seeds.py

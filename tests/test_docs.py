@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import simclr_dist
 from simclr_dist.cli import _parser
 from simclr_dist.demo_images import CLASSES, render
 
@@ -113,3 +114,16 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
         for quoted in re.findall(r"`([^`]+)`", cell):
             assert quoted in said, quoted
     assert len(first_cells) > 20
+
+
+@pytest.mark.slow
+def test_the_api_reference(tmp_path: Path) -> None:
+    """Every public name has a text there, and every room a page."""
+    command = [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    front = (tmp_path / "simclr_dist.html").read_text(encoding="utf-8")
+    for name in simclr_dist.__all__:
+        assert re.search(rf'id="{name}"(?:(?!<section).)*?class="docstring"', front, re.DOTALL), name
+    for room in ("loss", "optim", "data/reader", "evaluate/linear", "export"):
+        assert (tmp_path / "simclr_dist" / f"{room}.html").exists()

@@ -35,7 +35,7 @@ def is_alive(process: int) -> bool:
 @pytest.mark.parametrize(("child", "code"), [("pass", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9)])
 def test_the_exit_code_is_the_childs(child: str, code: int) -> None:
     run = parent(f"print(supervisor.supervise([sys.executable, '-c', 'import os, sys; {child}']))")
-    assert run.communicate(timeout=20) == (f"{code}\n", "")
+    assert run.communicate(timeout=60) == (f"{code}\n", "")
 
 
 LISTENER = """
@@ -57,7 +57,7 @@ def test_a_signal_is_handed_on(tmp_path: Path, number: signal.Signals) -> None:
     )
     wait_for(tmp_path / "pid")
     run.send_signal(number)
-    assert run.communicate(timeout=20)[0] == f"{int(number)}\n"
+    assert run.communicate(timeout=60)[0] == f"{int(number)}\n"
 
 
 def test_the_grandchildren_are_told_and_the_child_hears_nothing(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_grandchildren_are_told_and_the_child_hears_nothing(tmp_path: Path) 
     time.sleep(0.2)
     assert is_alive(agent[0])
     run.send_signal(signal.SIGTERM)
-    assert run.communicate(timeout=20)[0] == "15\n"
+    assert run.communicate(timeout=60)[0] == "15\n"
 
 
 def test_a_killed_parent_takes_its_child_along(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_killed_parent_takes_its_child_along(tmp_path: Path) -> None:
     child = int(wait_for(tmp_path / "pid"))
     assert is_alive(child)
     run.kill()
-    run.communicate(timeout=20)
+    run.communicate(timeout=60)
     for _ in range(500):
         if not is_alive(child):
             return
@@ -99,5 +99,5 @@ def test_giving_up_kills_the_child() -> None:
     began = time.monotonic()
     sleeper = "[sys.executable, '-c', 'import time; time.sleep(30)']"
     run = parent(f"print(supervisor.supervise({sleeper}, give_up=lambda child: child > 0))")
-    assert run.communicate(timeout=20)[0] == "-9\n"
-    assert time.monotonic() - began < 15
+    assert run.communicate(timeout=60)[0] == "-9\n"
+    assert time.monotonic() - began < 25

@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_ends_the_others_in_time(shards: Path, tmp_path: Path)
         ranks.signal(signal.SIGSTOP, 1)
         began = time.monotonic()
         until(lambda: ranks.wait(0)[0] is not None, 60)
-        assert time.monotonic() - began < timeout + 5
+        assert time.monotonic() - began < timeout + 20
         assert ranks.wait(0) == [1, None]
         assert TIMED_OUT.search(ranks.output), ranks.output
     status = runs.status(tmp_path / "run")

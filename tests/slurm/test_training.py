@@ -150,7 +150,7 @@ def test_a_controller_that_restarts_and_accounting_that_hangs(run: Run, tmp_path
     run.cluster.stop_controller()
     began = time.monotonic()
     said = run.command("submit", "status", str(run.run))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert "running" in said
     step = run.step
     run.cluster.start_controller()

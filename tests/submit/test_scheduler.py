@@ -50,7 +50,7 @@ def test_then_scontrol(no_slurm: StandIns) -> None:
     no_slurm.write("scontrol", shown("PENDING", reason="Dependency", nodes="(null)"))
     began = time.monotonic()
     assert scheduler.state("7") == JobState("PENDING", "Dependency", "", "00:01:05", "scontrol")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

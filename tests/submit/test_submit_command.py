@@ -182,7 +182,7 @@ def test_status_when_the_controller_is_away(here: Path, slurm: StandIns, command
     began = time.monotonic()
     code, out, _ = command("status", "run")
     assert code == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25
     assert "  job         100: UNKNOWN (squeue: no answer in 1.5 s; scontrol: no answer in 0.8 s; sacct:" in out
 
 

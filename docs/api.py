@@ -1,0 +1,24 @@
+"""The API reference from the docstrings, as HTML: `make api`, then open build/api/index.html."""
+
+import pkgutil
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+import simclr_dist
+
+
+def main(into: Path) -> None:
+    """Write the pages into the folder `into`."""
+    for name in simclr_dist.__all__:  # they come when they are asked for, and pdoc does not ask
+        setattr(simclr_dist, name, getattr(simclr_dist, name))
+    warnings.filterwarnings("ignore", "Error parsing type annotation")  # it needs what only a type checker imports
+    rooms = [f"simclr_dist.{module.name}" for module in pkgutil.iter_modules(simclr_dist.__path__)]
+    # Kernels are in a language of their own, which needs Triton.
+    pdoc.pdoc("simclr_dist", *rooms, r"!simclr_dist\.loss\.fused", output_directory=into)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
