@@ -7,6 +7,7 @@ hosts the store. Ours start a fresh agent on every machine, and count only start
 
 import math
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -17,9 +18,10 @@ from pathlib import Path
 from simclr_dist import ledger, stopping
 from simclr_dist.errors import LAST_WORD, PREEMPTED
 from simclr_dist.rendezvous import Nodes, torchrun_options
-from simclr_dist.run import newest_step, note_death, read_status
+from simclr_dist.run import newest_step, note_death, read_status, write_status
 from simclr_dist.supervisor import children, supervise
 
+_LOST = re.compile("gloo|nccl|connection|timed out|without a word", re.IGNORECASE)  # what is said of a rank that was lost
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk
 
 
@@ -48,6 +50,8 @@ def torchrun(
         code, final = ranks.run(watch.is_over)
         _wait_for_ranks(run)
         note_death(run)
+        if (why := ranks.why_first(watch.first_gone)) is not None:
+            _name_the_lost(run, start, why)
         status = read_status(run)
         ended = status if status.get("start", 0) > start else {}
         if ended.get("state") in ("done", "preempted", "failed", "diverged"):
@@ -61,10 +65,11 @@ def torchrun(
         if nodes is None or watch.began:
             early, since = 0, time.monotonic()
             fruitless = 0 if newest_step(run) > saved else fruitless + 1
-            why = ended.get("reason", f"the ranks ended with {code}")
+            why = ended.get("reason") or f"the ranks ended with {code}"
             if fruitless > max_restarts or max_restarts == 0:
                 if run.is_dir():
                     ledger.record(run, "gave_up", why=why)
+                _say(f"{why}; given up (--max-restarts {max_restarts})")
                 return 1
             ledger.record(run, "restart", why=why, host=socket.gethostname(), fruitless=fruitless)
             _say(f"{why}; starting again from step {newest_step(run)}")
@@ -100,6 +105,7 @@ class _Ranks:
             # Else an agent that joins a rendezvous anew waits for an address that nobody publishes again.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
+        self._crashes: dict[int, str] = {}  # of the last start
 
     def run(self, is_over: Callable[[int], bool] = lambda _: False) -> tuple[int, int | None]:
         """One start; returns its exit code, and the ranks' last word if there was one. torchrun is killed when `is_over`."""
@@ -112,7 +118,28 @@ class _Ranks:
                 # Without a folder for its logs torchrun makes one, and leaves it behind.
                 agent = ["-m", "torch.distributed.run", f"--log-dir={folder}", *self._agent]
                 code = supervise([sys.executable, *agent, *self._command], env=env, tell=children, give_up=is_over)
+            self._crashes = {
+                int(note.suffix[1:]): note.read_text(encoding="utf-8", errors="replace") for note in word.parent.glob("word.*")
+            }
             return code, int(word.read_text()) if word.exists() else None
+
+    def why_first(self, gone: Sequence[int]) -> str | None:
+        """What ended the ranks that went first, which the others only notice as a connection that is lost; None if unknown."""
+        killed = [rank for rank in gone if rank not in self._crashes]
+        if killed:
+            return (
+                f"rank {killed[0]} on {socket.gethostname()} was killed, or crashed outside Python;"
+                " was memory short? the system's log (dmesg) says so"
+            )
+        said = (f"rank {rank}: {self._crashes[rank]}" for rank in gone if not _LOST.search(self._crashes[rank]))
+        return next(said, None)
+
+
+def _name_the_lost(run: Path, start: int, why: str) -> None:
+    """Put `why` into status.json where a start after `start` says no more than that it has lost a rank."""
+    status = read_status(run)
+    if status.get("start", 0) > start and status["state"] == "crashed" and _LOST.search(str(status.get("reason"))):
+        write_status(run, "crashed", 1, reason=why)
 
 
 def _wait_for_ranks(run: Path) -> None:
@@ -134,6 +161,8 @@ class _Watch:
         self._ended_badly: float | None = None
         self._empty: float | None = None
         self.began = False  # whether there were ranks
+        self._ranks: dict[int, int] = {}  # by process
+        self.first_gone: list[int] = []  # while others of this machine were still there
 
     def is_over(self, agent: int) -> bool:
         """Whether there is nothing to wait for.
@@ -143,10 +172,14 @@ class _Watch:
         would wait for a time-out to notice; when our ranks are gone and torchrun hangs in a connection that is dead.
         """
         now = time.monotonic()
+        here = {process: rank for process in children(agent) if (rank := _rank(process)) is not None}
+        if here and not self.first_gone:
+            self.first_gone = sorted(self._ranks[process] for process in self._ranks.keys() - here.keys())
+        self._ranks |= here
         if now < self._look_at:
             return False
         self._look_at = now + 0.3
-        if any(map(_is_rank, children(agent))):
+        if here:
             self.began, self._empty = True, None
         elif stopping.asked():
             return True
@@ -170,15 +203,16 @@ class _Watch:
         return self._empty is not None and (status["state"] == "done" or not self._elastic)
 
 
-def _is_rank(process: int) -> bool:
-    """Not of what an import in torchrun starts for a moment, nor of one that has ended, and whose parent takes no notice.
+def _rank(process: int) -> int | None:
+    """None for what an import in torchrun starts for a moment, and for one that has ended, and whose parent takes no notice.
 
     The environment of one that has ended is forbidden to all but root.
     """
     try:
-        return b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
+        found = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{process}/environ").read_bytes())
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return False
+        return None
+    return int(found[1]) if found else None
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,7 @@
 """The parent of torchrun: what it makes of an end, when it starts again, and what it refuses before anything starts."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +108,8 @@ def test_crashes_without_a_new_checkpoint_count(launched: Launched, clock: Clock
     entries = [(entry["event"], entry.get("fruitless")) for entry in ledger.entries(Path("run"))]
     assert entries == [("restart", 1), ("restart", 2), ("gave_up", None)]
     assert clock.now == pytest.approx(2 + 4, abs=0.5), "a pause that grows"
-    assert capsys.readouterr().err == "simclr-dist: RuntimeError: x; starting again from step 0\n" * 2
+    again = "simclr-dist: RuntimeError: x; starting again from step 0\n"
+    assert capsys.readouterr().err == again * 2 + "simclr-dist: RuntimeError: x; given up (--max-restarts 2)\n"
     found, agent = launched(crash, max_restarts=0)
     assert (found, len(agent.commands)) == (1, 1)
 
@@ -135,6 +137,41 @@ def test_one_that_dies_without_a_word_is_a_crash(launched: Launched) -> None:
     assert (first["why"], second["why"]) == ("ended without a word: killed, or cut off", "the ranks ended with 1")
 
 
+RESET = "RuntimeError: gloo: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("said", "notes", "gone", "expected"),
+    [
+        (RESET, {0: RESET}, [1], "rank 1 on .* was killed"),
+        (RESET, {0: RESET, 1: "OutOfMemoryError: CUDA"}, [1], "rank 1: OutOfMemoryError: CUDA"),
+        (RESET, {0: RESET, 1: RESET}, [1], "RuntimeError: gloo"),
+        (RESET, {0: RESET}, [], "RuntimeError: gloo"),
+        ("ended without a word: killed, or cut off", {}, [0], "rank 0 on .* was killed"),
+        ("ValueError: x", {0: "ValueError: x"}, [0, 1], "ValueError: x"),
+    ],
+    ids=["killed", "out of memory", "on another machine", "all at once", "rank 0", "its own fault"],
+)
+def test_the_reason_is_that_of_the_rank_that_went_first(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, said: str, notes: dict[int, str], gone: list[int], expected: str
+) -> None:
+    """And not that of the others, which have lost a connection."""
+
+    def supervise(command: Sequence[str], *, env: Mapping[str, str], tell: object, give_up: Callable[[int], bool]) -> int:
+        for there in ([0, 1], sorted({0, 1} - set(gone)), []):
+            monkeypatch.setattr(launcher, "children", lambda _, there=there: [100 + rank for rank in there])
+            give_up(0)
+        for rank, note in notes.items():
+            Path(f"{env[LAST_WORD]}.{rank}").write_text(note)
+        return ends("crashed", 1, reason=said)()
+
+    monkeypatch.setattr(launcher, "supervise", supervise)
+    monkeypatch.setattr(launcher, "_rank", lambda process: process - 100)
+    assert torchrun(2, COMMAND, Path("run")) == 1
+    assert re.match(expected, read_status(Path("run"))["reason"])
+    assert re.match(expected, ledger.entries(Path("run"))[-1]["why"])
+
+
 def test_what_an_earlier_start_said_is_not_this_ones(launched: Launched) -> None:
     for state, code in (("done", 0), ("failed", 2)):
         ends(state, code)()
@@ -145,7 +182,7 @@ def test_what_an_earlier_start_said_is_not_this_ones(launched: Launched) -> None
 def test_an_earlier_start_may_be_heard_of_late(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere, when our ranks wait for theirs already: no reason to give up. What becomes of this start is one."""
     monkeypatch.setattr(launcher, "children", lambda agent: [1])
-    monkeypatch.setattr(launcher, "_is_rank", lambda process: True)
+    monkeypatch.setattr(launcher, "_rank", lambda process: 0)
     ends("running", None)()
 
     def supervise(command: Sequence[str], *, env: object, tell: object, give_up: Callable[[int], bool]) -> int:
@@ -353,4 +390,4 @@ def test_a_process_whose_environment_is_forbidden_is_no_rank(monkeypatch: pytest
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
-    assert not launcher._is_rank(1)
+    assert launcher._rank(1) is None

@@ -59,13 +59,18 @@ def main(argv: Sequence[str]) -> int:
         # Any other code makes torchrun start the ranks again, or report a failure; status.json has the truth.
         return 0 if under_torchrun else PREEMPTED
     except SaveError as error:
+        _note_crash(error)
         say(f"{error}; the checkpoints before are whole, and once it can be written the same command goes on")
         return 1
     except OSError as error:
+        _note_crash(error)
         if error.errno not in _DISK or error.filename is None:
             raise
         print(f"simclr-dist: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 1
+    except Exception as error:
+        _note_crash(error)
+        raise
     return 0
 
 
@@ -74,6 +79,13 @@ def _final(code: int) -> int:
     if path := os.environ.get(LAST_WORD):
         Path(path).write_text(str(code))
     return code
+
+
+def _note_crash(error: Exception) -> None:
+    """For the launcher: what this rank died of, beside what others will say of the connection that they lose with it."""
+    if path := os.environ.get(LAST_WORD):
+        note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(note, encoding="utf-8")
 
 
 def _leave_with(code: int) -> int:

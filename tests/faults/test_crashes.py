@@ -53,6 +53,7 @@ def test_the_command_goes_on_by_itself_and_leaves_nobody_behind(shards: Path, st
         got_to(command, 1, EVERY + 2)
         os.kill(command.ranks()[1], signal.SIGKILL)
         got_to(command, 2, 2 * EVERY + 2)
+        assert "simclr-dist: rank 1 on " in command.output, "and not only the lost connection that rank 0 speaks of"
         (agent,) = command.agents()
         os.kill(agent, signal.SIGKILL)
         got_to(command, 3, 3 * EVERY + 2)
