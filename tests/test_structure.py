@@ -1,6 +1,7 @@
 """The house rules that can be read off the code: imports run one way, what is quick stays quick, what is unsafe is absent."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,15 @@ def test_public_names_are_there() -> None:
         assert callable(getattr(simclr_dist, name))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         simclr_dist.nonsense  # noqa: B018
+
+
+def test_a_folder_of_the_clones_name_beside_a_script_does_not_hide_the_package(tmp_path: Path) -> None:
+    (tmp_path / "simclr_dist").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("import sys; import simclr_dist; sys.exit(simclr_dist.__version__)")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == simclr_dist.__version__
 
 
 def test_every_room_has_a_name() -> None:
