@@ -61,9 +61,15 @@ class Submission:
 
 def dry_run(submission: Submission) -> str:
     """The batch scripts as sbatch would get them, and the config as the job would read it; needs no SLURM, writes nothing."""
-    parts = [("training", script(submission, "train"))]
-    if submission.evaluation is not None:
-        parts.append(("evaluation", script(submission, "eval", after="TRAINING_JOB")))
+    kinds: list[Kind] = ["train"] if submission.evaluation is None else ["train", "eval"]
+    titles: dict[Kind, str] = {"train": "training", "eval": "evaluation"}
+    parts = [
+        (
+            f"{titles[kind]}; each rank runs: python -m {shlex.join(submission.job(kind).command)}",
+            script(submission, kind, after="TRAINING_JOB" if kind == "eval" else None),
+        )
+        for kind in kinds
+    ]
     parts.append((str(submission.folder / "config.yaml"), write_yaml(submission.config.to_dict())))
     return "\n".join(f"# ---- {title}\n{text.rstrip()}\n" for title, text in parts)
 

@@ -50,11 +50,20 @@ def prepare(
         raise ConfigError(f"run_folder: {str(run)!r}: SLURM would fill in what follows the %; name another")
     if profile.container is not None and re.search("[,:]", f"{run}{here}"):
         raise ConfigError(f"run_folder: {str(run)!r}, or the working directory: a container mounts none with a comma or colon")
+    for device, idle in (("cpu", profile.gpus_per_node > 0), ("cuda", profile.gpus_per_node == 0)):
+        if config.device == device and idle:
+            raise ConfigError(
+                f"device: {device!r} contradicts the profile's gpus_per_node: {profile.gpus_per_node}; change one of the two,"
+                " or set device: auto"
+            )
     check_run_folder(config)
     samples = config.data.samples or len(load_collection(config.data.shards, beside=here))
     check_fits(config, samples, profile.world_size)
-    if (done := newest_step(run)) > config.total_steps(samples):
-        raise ConfigError(f"steps: {run} has done {done} already, more than the {config.total_steps(samples)} asked for")
+    done, total = newest_step(run), config.total_steps(samples)
+    if done > total:
+        raise ConfigError(f"steps: {run} has done {done} already, more than the {total} asked for")
+    if done == total and evaluation is None and any((run / "encoders").glob(f"step-{total:08d}.*")):
+        raise ConfigError(f"steps: {run} has done all of its {total}; nothing is left for a job (--eval would evaluate it)")
     if evaluation is not None:
         for shards in (evaluation.train, evaluation.test):
             load_collection(shards, beside=here)

@@ -158,3 +158,11 @@ def test_shipped_profiles(path: Path) -> None:
     keys = "|".join(key.name for key in dataclasses.fields(Profile))
     everything = re.sub(rf"^# ((?:{keys}):|  - )", r"\1", path.read_text(), flags=re.MULTILINE)
     assert profile_from_dict(read_yaml(everything, str(path)), str(path), allow_setup=True)
+
+
+def test_every_key_is_in_the_documents_with_its_default() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    for key in dataclasses.fields(Profile):
+        assert (row := re.search(rf"^\| `{key.name}` \| .+ \| (.+) \|$", table, re.MULTILINE)), key.name
+        if key.default not in (None, ()) and key.default is not dataclasses.MISSING:
+            assert row[1] == str(key.default)

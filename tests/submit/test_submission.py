@@ -17,10 +17,11 @@ from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.slurm.batch import Evaluation, Submission, dry_run, script
 from simclr_dist.slurm.job import Job
 from simclr_dist.slurm.profile import Profile, load_profile
-from simclr_dist.slurm.submission import prepare, read_record, submit
+from simclr_dist.slurm.submission import prepare, read_record, store_config, submit
 from submit.stand_ins import StandIns
 
 ONE = Profile(gpus_per_node=0)
+BIGGER = ["--global_batch_size", "16", "--device", "auto"]  # for GPUs
 
 
 def prepared(here: Path, *overrides: str, evaluation: bool = False, **changes: object) -> Submission:
@@ -92,7 +93,7 @@ def test_the_dry_run_shows_what_is_submitted(here: Path, slurm: StandIns, monkey
 
 
 def test_gpus(here: Path) -> None:
-    text = script(prepared(here, "--global_batch_size", "16", gpus_per_node=4, tasks_per_node=None), "train")
+    text = script(prepared(here, *BIGGER, gpus_per_node=4, tasks_per_node=None), "train")
     assert "#SBATCH --gpus-per-node=4\n#SBATCH" in text
     assert "#SBATCH --ntasks-per-node=4\n" in text
 
@@ -203,7 +204,7 @@ def test_apptainer(here: Path) -> None:
             f"{here}/run/slurm",
         ),
     ]
-    on_gpus = prepared(here, "--global_batch_size", "16", gpus_per_node=2, container_python="/opt/py", **changes)
+    on_gpus = prepared(here, *BIGGER, gpus_per_node=2, container_python="/opt/py", **changes)
     assert " apptainer exec --nv " in script(on_gpus, "train")
     assert " /opt/py -u -m submitit" in script(on_gpus, "train")
 
@@ -361,3 +362,26 @@ def test_a_damaged_record_is_one_line(here: Path) -> None:
     (here / "run/submission.json").write_text("{")
     with pytest.raises(ConfigError, match=r"submission.json: is damaged"):
         read_record(here / "run")
+
+
+@pytest.mark.parametrize(("device", "gpus", "batch"), [("cpu", 2, "16"), ("cuda", 0, "8")])
+def test_gpus_that_would_stand_idle_or_be_missed(here: Path, device: str, gpus: int, batch: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^device: '{device}' contradicts the profile's gpus_per_node: {gpus}; change one"):
+        prepared(here, "--global_batch_size", batch, "--device", device, gpus_per_node=gpus)
+
+
+def test_a_run_that_is_done_needs_no_job(here: Path, no_slurm: StandIns) -> None:
+    def made(*names: str) -> None:
+        for name in names:
+            path = here / "run" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+
+    store_config(prepared(here))
+    (here / "run/config.yaml").write_text((here / "run/slurm/config.yaml").read_text())
+    made("checkpoints/step-00000003.json")
+    prepared(here)  # its encoder is missing
+    made("encoders/step-00000003.safetensors")
+    with pytest.raises(ConfigError, match=r"^steps: .*run has done all of its 3; nothing is left for a job"):
+        prepared(here)
+    prepared(here, evaluation=True)

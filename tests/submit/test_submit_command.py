@@ -75,6 +75,12 @@ def test_dry_run_shows_script_and_config_and_leaves_nothing(here: Path, no_slurm
     assert (code, err) == (0, "")
     assert out.count("#!/bin/bash\n") == 2
     assert "#SBATCH --dependency=afterok:TRAINING_JOB\n" in out
+    training, evaluation = (
+        shlex.quote(f"{here}/run/slurm/config.yaml"),
+        f"{shlex.quote(f'{here}/run')} --train shards --test shards",
+    )
+    assert f"# ---- training; each rank runs: python -m simclr_dist.train {training}\n" in out
+    assert f"# ---- evaluation; each rank runs: python -m simclr_dist.evaluate --watch {evaluation}\n" in out
     title, _, config = out.rpartition("# ---- ")[2].partition("\n")
     assert title == f"{here}/run/slurm/config.yaml"
     assert read_yaml(config, "shown").items() >= {"run_folder": f"{here}/run", "steps": 2}.items()
