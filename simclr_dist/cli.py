@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simclr_dist import manual, stopping
+from simclr_dist import manual, output, stopping
 from simclr_dist.arguments import at_least
 from simclr_dist.check.findings import NAMES as CHECKS
 from simclr_dist.check.findings import OF_A_CONFIG
 from simclr_dist.completion import SHELLS, complete, script
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.convert import options as shard_options
-from simclr_dist.errors import ConfigError, UserError
+from simclr_dist.errors import ConfigError, OutputError, UserError
 from simclr_dist.evaluate import command as evaluate_command
 from simclr_dist.evaluate import embed_options
 from simclr_dist.evaluate import finetune_options as finetune_command
@@ -37,26 +37,17 @@ _INTERRUPTED, _READER_GONE = 130, 141  # as a shell has it: 128 and SIGINT, 128 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        _flush()  # what is left to write may meet a closed pipe: here, and not on the way out
+        with output.checked():
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
-    return code
-
-
-def _flush() -> None:
-    if sys.stdout is not None:  # which a shell can close: `>&-`
-        sys.stdout.flush()
+    except OutputError as error:
+        return _refused(error)
 
 
 def _run(arguments: list[str]) -> int:
     parser = _parser()
-    try:
-        known, rest = parser.parse_known_args(arguments)
-    except SystemExit:  # help and version, written or not
-        _flush()
-        raise
+    known, rest = parser.parse_known_args(arguments)
     if rest and not hasattr(known, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.verb is None:
@@ -65,12 +56,16 @@ def _run(arguments: list[str]) -> int:
     try:
         code: int = known.run(known, rest)
     except UserError as error:
-        print(f"simclr-dist: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     except KeyboardInterrupt:
         print(f"simclr-dist: {manual.interrupted(known.verb)}", file=sys.stderr)
         return _INTERRUPTED
     return code
+
+
+def _refused(error: UserError) -> int:
+    print(f"simclr-dist: {error}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):

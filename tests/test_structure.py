@@ -17,7 +17,7 @@ FILES = {
 
 # A module imports from lower floors only, or from its own folder. The first name that fits decides.
 FLOORS = {
-    "errors": 0, "atomic": 0, "arguments": 0,
+    "errors": 0, "atomic": 0, "arguments": 0, "output": 0.3,
     "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
     "rendezvous": 0.5,
     "config_schema": 0.7, "config_checks": 0.8,
@@ -35,7 +35,7 @@ FLOORS = {
 WITHOUT_TORCH = [
     "config", "config_schema", "config_checks", "config_reader",
     "errors", "atomic", "arguments", "stopping", "supervisor", "ledger", "provenance", "run",
-    "launcher",
+    "launcher", "output",
     "rendezvous", "profiling", "version", "manual", "completion",
     "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "plan.options",
     "check.findings",
