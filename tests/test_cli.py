@@ -222,6 +222,11 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
             ["plan", "config.yaml", "--device", "auto", "--gpu", "h100", "--utilisation", "0.3", "--images-per-second", "9"],
             "--utilisation: has no effect with --images-per-second",
         ),
+        (
+            ["plan", "config.yaml", "--latency", "5us"],
+            "--latency: '5us' has no effect without --bandwidth; give both, or leave it out",
+        ),
+        (["plan", "config.yaml", "--bandwidth", "1Gbit", "--latency", "5"], "--latency: '5' is not a time like 20us or 0.3ms"),
         (["check", "--seed=3"], "unrecognized arguments: --seed=3"),
     ],
 )

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=at_least(1), help="images in the data set, when its shards are not here")
     add("--gpu", metavar="NAME", help="h100, a100-40, v100-16, ...; or its memory alone, like 24GiB")
     add("--bandwidth", metavar="RATE", help="of the slowest link between the ranks, like 25Gbit")
-    add("--latency", metavar="TIME", default="20us", help="of a collective, a doubling of ranks (default: 20us)")
+    add("--latency", metavar="TIME", help="with --bandwidth: of a collective, a doubling of ranks (20us)")
     add("--utilisation", type=_share, metavar="SHARE", help="of the GPU's peak that is reached, like 0.3")
     add("--images-per-second", type=_above_zero, metavar="N", help="measured on one rank, instead of a share")
     add("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--gpu: {arguments.gpu!r} has no effect with device: cpu; leave it out, or set device to auto")
     gpu = None if arguments.gpu is None else hardware.gpu(arguments.gpu)
     bandwidth = None if arguments.bandwidth is None else hardware.bandwidth(arguments.bandwidth)
-    latency = hardware.seconds(arguments.latency)
+    if arguments.latency is not None and bandwidth is None:
+        raise ConfigError(f"--latency: {arguments.latency!r} has no effect without --bandwidth; give both, or leave it out")
+    latency = hardware.seconds("20us" if arguments.latency is None else arguments.latency)
     if arguments.utilisation is not None and (gpu is None or not gpu.peak):
         raise ConfigError("--utilisation: is a share of a GPU's peak; name the GPU by --gpu, like h100")
     if arguments.utilisation is not None and arguments.images_per_second is not None:
