@@ -7,26 +7,26 @@ checked.
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simclr_dist import manual, stopping
+from simclr_dist import manual, output, stopping
 from simclr_dist.arguments import at_least
 from simclr_dist.check.findings import NAMES as CHECKS
 from simclr_dist.check.findings import OF_A_CONFIG
 from simclr_dist.completion import SHELLS, complete, script
 from simclr_dist.config import Config, check_fits, load_config
 from simclr_dist.convert import options as shard_options
-from simclr_dist.errors import ConfigError, UserError
+from simclr_dist.errors import ConfigError, OutputError, UserError
 from simclr_dist.evaluate import command as evaluate_command
 from simclr_dist.evaluate import embed_options
 from simclr_dist.evaluate import finetune_options as finetune_command
 from simclr_dist.evaluate.options import add_arguments as add_evaluate_arguments
 from simclr_dist.launcher import torchrun
+from simclr_dist.plan import options as plan_options
 from simclr_dist.profiling import take_profile
 from simclr_dist.rendezvous import Nodes
 from simclr_dist.slurm import command as submit_command
@@ -37,26 +37,17 @@ _INTERRUPTED, _READER_GONE = 130, 141  # as a shell has it: 128 and SIGINT, 128 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        _flush()  # what is left to write may meet a closed pipe: here, and not on the way out
+        with output.checked():
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
-    return code
-
-
-def _flush() -> None:
-    if sys.stdout is not None:  # which a shell can close: `>&-`
-        sys.stdout.flush()
+    except OutputError as error:
+        return _refused(error)
 
 
 def _run(arguments: list[str]) -> int:
     parser = _parser()
-    try:
-        known, rest = parser.parse_known_args(arguments)
-    except SystemExit:  # help and version, written or not
-        _flush()
-        raise
+    known, rest = parser.parse_known_args(arguments)
     if rest and not hasattr(known, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.verb is None:
@@ -65,12 +56,16 @@ def _run(arguments: list[str]) -> int:
     try:
         code: int = known.run(known, rest)
     except UserError as error:
-        print(f"simclr-dist: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     except KeyboardInterrupt:
         print(f"simclr-dist: {manual.interrupted(known.verb)}", file=sys.stderr)
         return _INTERRUPTED
     return code
+
+
+def _refused(error: UserError) -> int:
+    print(f"simclr-dist: {error}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,16 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.set_defaults(run=submit_command.run)
 
     plan = verbs.add_parser("plan", help="what a config will need, before it runs")
-    plan.add_argument("config", help="YAML file")
-    plan.add_argument("--processes", type=at_least(1), default=1, help="ranks in all (default: %(default)s)")
-    plan.add_argument("--samples", type=at_least(1), help="images in the data set, when its shards are not here")
-    plan.add_argument("--gpu", metavar="NAME", help="h100, a100-40, v100-16, ...; or its memory alone, like 24GiB")
-    plan.add_argument("--bandwidth", metavar="RATE", help="of the slowest link between the ranks, like 25Gbit")
-    plan.add_argument("--latency", metavar="TIME", default="20us", help="of a collective, a doubling of ranks (default: 20us)")
-    plan.add_argument("--utilisation", type=_share, metavar="SHARE", help="of the GPU's peak that is reached, like 0.3")
-    plan.add_argument("--images-per-second", type=_above_zero, metavar="N", help="measured on one rank, instead of a share")
-    plan.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
-    plan.set_defaults(run=_plan)
+    plan_options.add_arguments(plan)
+    plan.set_defaults(run=plan_options.run)
 
     check = verbs.add_parser("check", help="try what training needs on these machines (also under torchrun or srun)")
     check.add_argument(
@@ -188,20 +175,6 @@ def _parser() -> argparse.ArgumentParser:
     if "_ARGCOMPLETE" in os.environ:
         complete(parser, verbs.choices)
     return parser
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _above_zero(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text}: is a share, from above 0 to 1")
-    return value
 
 
 def _nodes(text: str) -> tuple[int, int]:
@@ -310,30 +283,6 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int:
 
     difference = export_onnx(arguments.encoder, arguments.out, arguments.layer)
     print(f"written: {arguments.out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")
-    return 0
-
-
-def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from simclr_dist.plan import hardware
-
-    config = load_config(arguments.config, overrides)
-    if arguments.gpu is not None and config.device == "cpu":
-        raise ConfigError(f"--gpu: {arguments.gpu!r} has no effect with device: cpu; leave it out, or set device to auto")
-    gpu = None if arguments.gpu is None else hardware.gpu(arguments.gpu)
-    bandwidth = None if arguments.bandwidth is None else hardware.bandwidth(arguments.bandwidth)
-    latency = hardware.seconds(arguments.latency)
-    if arguments.utilisation is not None and (gpu is None or not gpu.peak):
-        raise ConfigError("--utilisation: is a share of a GPU's peak; name the GPU by --gpu, like h100")
-    if arguments.utilisation is not None and arguments.images_per_second is not None:
-        raise ConfigError("--utilisation: has no effect with --images-per-second, which was measured; leave one of them out")
-    from simclr_dist.plan.report import make_plan, text
-    from simclr_dist.plan.scaling import Machines
-
-    machines = Machines(
-        gpu, bandwidth, latency, arguments.utilisation, arguments.images_per_second, on_cuda=config.device != "cpu"
-    )
-    made = make_plan(config, world_size=arguments.processes, samples=arguments.samples, machines=machines)
-    print(json.dumps(made.values(), indent=2) if arguments.json else text(made))
     return 0
 
 

@@ -33,6 +33,10 @@ class TakenOverError(UserError):
     """A later start has taken the run folder over: this one, cut off or left behind, must write nothing more."""
 
 
+class OutputError(UserError):
+    """Standard output that cannot be written, on a full disk for one."""
+
+
 class SaveError(Exception):
     """A checkpoint, or the run folder, cannot be written; the checkpoints before are whole. One line with path and reason."""
 

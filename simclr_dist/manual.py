@@ -6,7 +6,7 @@ from collections.abc import Mapping
 EXIT_CODES = """exit codes:
   0    done
   1    crash, or a check that failed
-  2    usage, config or data error: one line says what to change
+  2    usage, config or data error, or no room for what is written: one line says what to change
   3    training diverged: its numbers stopped being finite
   75   stopped by Ctrl-C or a scheduler's signal with all saved: the same command goes on
   130  interrupted by Ctrl-C in a verb other than train, eval, finetune, embed, submit, or by a second Ctrl-C

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_dist import __version__, cli, manual, version
+from simclr_dist import __version__, cli, manual, output, version
 from simclr_dist.cli import main
 from simclr_dist.config import Config, load_config
 from simclr_dist.config_reader import read_yaml
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.errors import PREEMPTED
+from simclr_dist.errors import PREEMPTED, UserError
 from simclr_dist.run import open_run
 from terminal import terminal
 
@@ -222,6 +222,11 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
             ["plan", "config.yaml", "--device", "auto", "--gpu", "h100", "--utilisation", "0.3", "--images-per-second", "9"],
             "--utilisation: has no effect with --images-per-second",
         ),
+        (
+            ["plan", "config.yaml", "--latency", "5us"],
+            "--latency: '5us' has no effect without --bandwidth; give both, or leave it out",
+        ),
+        (["plan", "config.yaml", "--bandwidth", "1Gbit", "--latency", "5"], "--latency: '5' is not a time like 20us or 0.3ms"),
         (["check", "--seed=3"], "unrecognized arguments: --seed=3"),
     ],
 )
@@ -323,6 +328,56 @@ def test_a_closed_pipe_ends_it_quietly(here: Path, unbuffered: str) -> None:
             assert done.stderr == "", line
             code = int(done.stdout.splitlines()[-1].split()[0])
             assert code == 141 if reader == "true" else code in (0, 2, 141), line
+
+
+NO_ROOM = "simclr-dist: standard output: cannot be written: No space left on device\n"
+
+
+def to_a_full_disk(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    with Path("/dev/full").open("w") as full:
+        return subprocess.run(
+            [Path(sys.executable).with_name("simclr-dist"), *line.split()],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | environment, check=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_a_full_disk_does_not_take_is_said_once(here: Path, unbuffered: str) -> None:
+    """Whether the print meets it, or the flush behind the last one."""
+    for line in (
+        "--help",
+        "train --help",
+        "train config.yaml --help",
+        "--version",
+        "--print-completion bash",
+        "plan config.yaml",
+        "",
+    ):
+        done = to_a_full_disk(line, PYTHONUNBUFFERED=unbuffered)
+        assert (done.returncode, done.stderr) == (2, NO_ROOM), line
+    done = to_a_full_disk("shard images new --processes 1", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 2
+    assert done.stderr.endswith(NO_ROOM)
+    assert "Traceback" not in done.stderr
+    assert Path("new/manifest.parquet").exists(), "what was done stays"
+
+
+@pytest.mark.slow
+def test_ranks_whose_output_a_full_disk_does_not_take(here: Path) -> None:
+    done = to_a_full_disk("check config.yaml --only shards --processes 2")
+    assert (done.returncode, done.stderr) == (2, NO_ROOM)
+
+
+def test_a_file_on_a_full_disk_is_not_taken_for_the_output(capfd: pytest.CaptureFixture[str]) -> None:
+    with Path("/dev/full").open("w") as file:
+        with output.checked(), pytest.raises(OSError, match="No space left") as caught:
+            print("lost", file=file, flush=True)
+        assert not isinstance(caught.value, UserError)
+        with pytest.raises(OSError, match="No space left"):
+            file.close()
+    with output.checked():
+        print("taken")
+    assert capfd.readouterr().out == "taken\n"
 
 
 @pytest.mark.parametrize("setting", [{}, {"NO_COLOR": "1"}])

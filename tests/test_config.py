@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simclr_dist import config as config_module
+from simclr_dist import config_schema
 from simclr_dist.config import (
     CONTIGUOUS_OPTIMIZERS,
     MAY_CHANGE_ON_RESUME,
@@ -97,12 +97,15 @@ def test_every_option_is_known_here() -> None:
 
 
 def test_every_option_says_what_it_is() -> None:
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    found = 0
+    for node in ast.parse(inspect.getsource(config_schema)).body:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
             for setting, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(setting, ast.AnnAssign) and "default_factory" not in ast.unparse(setting):
+                    found += 1
                     documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                     assert documented, f"{node.name}.{ast.unparse(setting.target)} has no docstring"
+    assert found == len(OPTIONS)
 
 
 # YAML

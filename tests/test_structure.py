@@ -18,9 +18,10 @@ FILES = {
 
 # A module imports from lower floors only, or from its own folder. The first name that fits decides.
 FLOORS = {
-    "errors": 0, "atomic": 0, "arguments": 0,
+    "errors": 0, "atomic": 0, "arguments": 0, "output": 0.3,
     "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
     "rendezvous": 0.5,
+    "config_schema": 0.7, "config_checks": 0.8,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "convert": 1.5,
     "run": 2, "model": 2, "loss": 2, "profiling": 2, "monitor": 2.5, "agreement": 2,
@@ -33,10 +34,12 @@ FLOORS = {
 
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
-    "config", "config_reader", "errors", "atomic", "arguments", "stopping", "supervisor", "ledger", "provenance", "run",
-    "launcher",
+    "config", "config_schema", "config_checks", "config_reader",
+    "errors", "atomic", "arguments", "stopping", "supervisor", "ledger", "provenance", "run",
+    "launcher", "output",
     "rendezvous", "profiling", "version", "manual", "completion",
-    "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "check.findings",
+    "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "plan.options",
+    "check.findings",
     "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
     "data.manifest", "data.collection", "data.remote", "data.cache", "data.ahead",
@@ -108,7 +111,12 @@ def test_the_two_shells_and_the_low_floors() -> None:
             assert rooms <= {"errors", "arguments", "convert", "data", "stopping"}
         if (room := name.split(".")[0]) in ("loss", "optim", "microbatch", "model"):
             assert rooms <= {"distributed", room}, f"{name}: the core takes plain arguments, never the Config"
-    assert graph["config"] == {"config_reader", "errors"}
+    assert graph["config_schema"] == set()
+    assert graph["config_checks"] == {"config_schema", "config_reader", "errors"}
+    assert graph["config"] == {"config_schema", "config_checks", "config_reader", "errors"}
+    for name in ("config_schema", "config_checks", "config"):
+        others = {imported.split(".")[0] for imported, _ in imports(name)} - {"simclr_dist"}
+        assert others <= sys.stdlib_module_names, f"{name}: a typo answers at once"
 
 
 def test_what_must_be_quick_imports_no_torch() -> None:

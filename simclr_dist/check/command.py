@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from simclr_dist import output
 from simclr_dist.check import disks, machines
 from simclr_dist.check.findings import NAMES, OF_A_CONFIG, Finding, failed, table
 from simclr_dist.check.gradient import SMALL, gradient_report
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         device = asked.device
         if device == "auto" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             device = "cpu"  # more ranks than GPUs prove the same
-        with world(device, asked.timeout_minutes) as here:
+        with output.checked(), world(device, asked.timeout_minutes) as here:
             findings, details = run_checks(config, here, [known.only] if known.only else NAMES)
             if here.is_main:
                 print(f"{details}\n\n{table(findings)}" if details else table(findings), flush=True)

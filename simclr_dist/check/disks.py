@@ -31,11 +31,10 @@ def shards(config: Config, here: World) -> list[Finding]:
         return [
             Finding("shards", "warning", "a stream has no manifest to compare with", "`simclr-dist shard --index` writes one")
         ]
-    problem, digest, rate, read = None, "", 0.0, 0
+    problem, misfit, digest, rate, read = None, None, "", 0.0, 0
     try:
         images = ShardDataset(config.data.shards, open_shards=4, cache=cache_settings(config.data.cache, config.data.cache_gib))
-        check_fits(config, len(images), here.size)
-        digest = images.manifest.digest
+        digest, misfit = images.manifest.digest, _misfit(config, len(images), here)
         random = np.random.default_rng([config.seed, here.rank])
         choice = np.arange(len(images))
         if isinstance(images.manifest.folder, str):  # a URL: one shard comes through the cache, not all of them
@@ -55,8 +54,22 @@ def shards(config: Config, here: World) -> list[Finding]:
         return [Finding("shards", "failure", line, cure) for line in problems]
     if len({digest for _, digest, _ in seen}) > 1:
         return [Finding("shards", "failure", f"{config.data.shards}: not the same images on every rank", "copy them anew")]
+    if misfit is not None:  # of one manifest: on every rank
+        return [Finding("shards", "failure", *misfit)]
     slowest = min(rate for _, _, rate in seen)
     return [Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {slowest:.0f} MiB/s")]
+
+
+def _misfit(config: Config, images: int, here: World) -> tuple[str, str] | None:
+    """Why the run does not fit these images and ranks, with the cure."""
+    try:
+        check_fits(config, images, here.size)
+    except ConfigError as error:
+        whole = "nothing is wrong with the shards: "
+        if config.global_batch_size > images:
+            return str(error), f"{whole}lower global_batch_size, or shard more images"
+        return str(error), f"{whole}change that setting"
+    return None
 
 
 def folder(config: Config, here: World, checkpoint_bytes: float) -> tuple[list[Finding], float]:

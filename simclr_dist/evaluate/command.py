@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from simclr_dist import stopping
+from simclr_dist import output, stopping
 from simclr_dist.errors import PREEMPTED, RankError, UserError
 from simclr_dist.evaluate.options import check_arguments
 
@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
 def told_once(run: Callable[[], int]) -> int:
     """The exit code of a command that torchrun may have started; a mistake of the user's is one line, on rank 0, and 2."""
     try:
-        return run()
+        with output.checked():
+            return run()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"simclr-dist: {error}", file=sys.stderr, flush=True)

@@ -41,6 +41,25 @@ def encoder_card(config: Config, learner: Learner, settings: ViewSettings, step:
     }
 
 
+def views_line(settings: ViewSettings) -> str:
+    """All that the views are drawn from, in one line; a probability of 0 is said as `no ...`."""
+    side, (least, most), (narrow, wide) = settings.image_size, settings.crop_scale, settings.crop_ratio
+    strengths = ", ".join(f"{name} {getattr(settings, name):g}" for name in ("brightness", "contrast", "saturation", "hue"))
+    sigmas = "-".join(f"{sigma:g}" for sigma in settings.blur_sigma)
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (settings.mean, settings.std))
+    return "; ".join(
+        [
+            f"{side}x{side} crops of {100 * least:g}-{100 * most:g} % of the area, width/height {narrow:.3g}-{wide:.3g},"
+            f" {settings.interpolation}",
+            f"flip {settings.flip:g}" if settings.flip else "no flip",
+            f"jitter {settings.jitter:g} ({strengths})" if settings.jitter else "no jitter",
+            f"gray {settings.gray:g}" if settings.gray else "no gray",
+            f"blur {settings.blur:g} (sigma {sigmas} pixels)" if settings.blur else "no blur",
+            f"mean {mean}, std {std}",
+        ]
+    )
+
+
 def describe(
     config: Config,
     plan: Plan,
@@ -63,7 +82,7 @@ def describe(
         f" {2 * (batch - 1)} negatives an anchor; BatchNorm over {piece} images (both views)\n"
         f"  model      {config.model.encoder} width {config.model.width}, {parameters / 1e6:.2f} M parameters,"
         f" started from: {learner.init}; {config.precision} on {here.device.type}\n"
-        f"  views      {settings}\n"
+        f"  views      {views_line(settings)}\n"
         f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
         f" {config.peak_lr:.4g} ({config.optim.name}, rule {config.optim.lr_rule})"
     )

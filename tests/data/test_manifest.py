@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +187,14 @@ def test_a_label_without_a_class(folder: Path) -> None:
 @pytest.mark.parametrize("rows", [[ROWS[2], ROWS[0], ROWS[1]], [ROWS[0], ROWS[2], ROWS[1]]])
 def test_rows_out_of_shard_order(tmp_path: Path, rows: list[ManifestRow]) -> None:
     assert "do not follow" in refused(make(tmp_path / "s", rows))
+
+
+def test_reading_starts_no_thread(folder: Path) -> None:
+    """One that still runs when the interpreter ends may abort it."""
+    code = (
+        "import os, sys\nfrom simclr_dist.data.manifest import load_manifest\n"
+        "before = len(os.listdir('/proc/self/task'))\nload_manifest(sys.argv[1])\n"
+        "assert len(os.listdir('/proc/self/task')) == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

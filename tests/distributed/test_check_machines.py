@@ -150,6 +150,26 @@ def test_shards_that_are_not_whole_everywhere(folder: Path, tmp_path_factory: py
         assert tars[0].name in rows[0][2]
 
 
+def test_a_batch_that_the_shards_cannot_fill_is_not_blamed_on_them(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Said once for all ranks; shards that are not whole are said first."""
+    config, images = _config(folder), len(load_manifest(folder / "shards").key)
+    there = tmp_path_factory.mktemp("node2") / "shards"
+    for batch, found, cure in (
+        (2 * images, f"global_batch_size: {2 * images} is larger than the {images} images of", "lower global_batch_size"),
+        (7, "global_batch_size: 7 is not divided by 2 processes x 1 micro_batches; 6 would be", "change that setting"),
+    ):
+        for rows in ranks.run(_shards, 2, dataclasses.replace(config, global_batch_size=batch), ""):
+            [[_, level, said, cured]] = rows
+            assert level == "failure"
+            assert said.startswith(found)
+            assert cured.startswith("nothing is wrong with the shards: ")
+            assert cure in cured
+    for rows in ranks.run(_shards, 2, dataclasses.replace(config, global_batch_size=2 * images), str(there)):
+        assert "copy them anew" in rows[0][3]
+
+
 def _folder(here: World, config: Config, other: str) -> list[list[str]]:
     if here.rank and other:
         config = dataclasses.replace(config, run_folder=other)
