@@ -34,7 +34,8 @@ from simclr_dist.evaluate import workers as processes
 from simclr_dist.evaluate.crops import crop, crop_and_flip
 from simclr_dist.evaluate.features import extract
 from simclr_dist.evaluate.finetune_options import FinetuneSettings, check_alone
-from simclr_dist.evaluate.report import Result, Say, claim, hardware, result_path, versions, write_result
+from simclr_dist.evaluate.kept import write_result
+from simclr_dist.evaluate.report import Result, Say, claim, hardware, result_path, versions
 from simclr_dist.evaluate.scores import Scores, score, spread
 from simclr_dist.evaluate.sets import Sets, describe_set
 from simclr_dist.evaluate.subsets import Rows, balanced_subset, describe_subsets
@@ -137,7 +138,8 @@ def finetune(
             "versions": versions(),
             "seconds": time.perf_counter() - begin,
         }
-        write_result(path, result)
+        if line := write_result(path, result):
+            say(line)
     return result
 
 

@@ -15,7 +15,7 @@ from simclr_dist.errors import DataError
 from simclr_dist.evaluate.charts import line_chart
 from simclr_dist.evaluate.earlier import comparable
 from simclr_dist.evaluate.features import RAW_PIXELS
-from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result
+from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result, UnwrittenError
 from simclr_dist.evaluate.scores import confusions
 
 _LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
@@ -49,15 +49,13 @@ _BEGIN = (
 )
 
 
-def write_page(path: Path, result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> None:
-    """Write the page of `result`; with `run`, the training's curves and those of its other results; `neighbours` is a PNG.
-
-    Raises DataError when it cannot be written.
-    """
+def write_page(path: Path, text: str, result: Result) -> None:
+    """Write the page's `text` beside `result`, which is there already; raises UnwrittenError when the disk does not take it."""
     try:
-        write_atomically(path, page(result, run=run, neighbours=neighbours).encode())
+        write_atomically(path, text.encode())
     except OSError as error:
-        raise DataError(f"{path}: cannot write the page: {error.strerror or error}") from None
+        told = f"{path}: cannot write the page: {error.strerror or error}; the result itself is in {path.with_suffix('.json')}"
+        raise UnwrittenError(told, result, stored=True) from None
 
 
 def claim_page(path: Path) -> None:
@@ -72,7 +70,10 @@ def claim_page(path: Path) -> None:
 
 
 def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
-    """The page's text; see `write_page`."""
+    """The text of the page of `result`.
+
+    With `run`, the training's curves and those of its other results; `neighbours` is a PNG.
+    """
     encoder = result["encoder"]
     title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
     parts = [

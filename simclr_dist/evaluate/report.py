@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torchvision
 
-from simclr_dist.atomic import write_atomically
 from simclr_dist.distributed import World
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.features import RAW_PIXELS
@@ -23,6 +22,15 @@ Say = Callable[[str], None]
 FORMAT = "simclr_dist evaluation 3"
 UNTRAINED, TRAINED = "untrained", "trained"
 NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
+
+
+class UnwrittenError(DataError):
+    """The disk does not take a file of an evaluation, whose numbers `result` has; `stored` is whether its JSON is there."""
+
+    def __init__(self, line: str, result: Result, *, stored: bool) -> None:
+        super().__init__(line)
+        self.result = result
+        self.stored = stored
 
 
 def result_path(encoder: str | Path, out: str | Path | None = None, layer: str = "h") -> Path:
@@ -68,14 +76,6 @@ def _is_result(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not head or bool(re.match(r'\s*{\s*"format": "simclr_dist (evaluation|finetuning)', head))
-
-
-def write_result(path: Path, result: Result) -> None:
-    """Write JSON atomically; raises DataError when that cannot be."""
-    try:
-        write_atomically(path, as_json(result).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the result: {error.strerror or error}") from None
 
 
 def as_json(value: Any, indent: str = "") -> str:
