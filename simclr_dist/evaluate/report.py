@@ -16,6 +16,7 @@ from simclr_dist.distributed import World
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.features import RAW_PIXELS
 from simclr_dist.evaluate.scores import ClassScores, Scores, class_report
+from simclr_dist.evaluate.signals import flat, meanings
 
 Result = dict[str, Any]
 Say = Callable[[str], None]
@@ -117,7 +118,9 @@ def table(result: Result) -> str:
     lines = [f"{encoder['name']}, width {encoder['width']}{layer}, {encoder['file']}"]
     if not parts:
         lines.append(f"{train['images']} training and {test['images']} test images, none with a label")
-        lines += [f"{name}: {_plain(value)}" for name, value in result["signals"].items()]
+        good = meanings(result["signals"])
+        for name, value in flat(result["signals"]).items():
+            lines.append(f"{name}: {_plain(value)}" + (f" ({good[name]})" if name in good else ""))
         return "\n".join(lines)
     names = [name for name in labels if any(name in part["results"] for part in parts.values())]
     width = max(len(labels[name]) for name in [*names, TRAINED])
@@ -178,8 +181,6 @@ def _first_seed(row: dict[str, Any]) -> Scores:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items() if not isinstance(part, list))
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
