@@ -91,7 +91,7 @@ def meanings(found: Mapping[str, Any]) -> dict[str, str]:
         "effective_rank": f"higher is better, from 1 (all on one line) to {min(n, d)}",
         "mean_cosine": "nearer 0 is better: 1 where all are alike, 0 for random directions",
         "uniformity": f"{uniformity}, above which most features without negative numbers (h) stay",
-        "near_duplicates: pairs": f"of {n * (n - 1) // 2}; as many as there are copies; of no use where the mean cosine is near 1",
+        "near_duplicates: pairs": f"of {n * (n - 1) // 2}; as many as there are copies; of no use if the mean cosine is near 1",
         "views: alignment": "lower is better, beside a low uniformity: 0 where views are alike, 2 for random directions",
         "views: uniformity": uniformity,
         "false_negatives: share": "lower is better: of a batch's negatives, those of the anchor's own class",
