@@ -43,6 +43,11 @@ class Profile:
         steps = f"{self.count}" if self.first is None else f"{self.first}:{self.first + self.count}"
         return ["--profile", steps, "--profile-rank", "all" if self.rank is None else str(self.rank)]
 
+    def check(self, world_size: int) -> None:
+        """Raises ConfigError for a rank that there is not."""
+        if self.rank is not None and self.rank >= world_size:
+            raise ConfigError(f"--profile-rank: there is no rank {self.rank} of {world_size}; they count from 0")
+
     def steps(self, done: int, total: int) -> range:
         """Numbers of the steps (the first of a run is 1) to profile in a start that has `done` of `total` behind it."""
         if self.first is None:
@@ -51,12 +56,12 @@ class Profile:
         return range(max(self.first, done + 1), min(self.first + self.count, total + 1))
 
 
-def parse_profile(steps: str, rank: str = "0") -> Profile:
-    """From `3` or `10:13` (steps 10, 11 and 12), and a rank's number or `all`; raises ConfigError."""
+def parse_profile(steps: str, rank: str = "0", *, option: str = "--profile") -> Profile:
+    """From `3` or `10:13` (steps 10, 11 and 12), and a rank's number or `all`; raises ConfigError, for steps of `option`."""
     begin, colon, end = steps.partition(":")
     numbers = [begin, end] if colon else [begin]
     if not all(number.isdecimal() and int(number) > 0 for number in numbers) or (colon and int(begin) >= int(end)):
-        raise ConfigError(f"--profile: {steps!r} is neither a number of steps, like 3, nor steps from and to, like 10:13")
+        raise ConfigError(f"{option}: {steps!r} is neither a number of steps, like 3, nor steps from and to, like 10:13")
     if rank != "all" and not rank.isdecimal():
         raise ConfigError(f"--profile-rank: {rank!r} is neither the number of a rank nor `all`")
     who = None if rank == "all" else int(rank)
@@ -93,8 +98,7 @@ def profiled(items: Iterable[T], wanted: Profile | None, folder: Path, here: Wor
     """
     if wanted is None:
         return iter(items)
-    if wanted.rank is not None and wanted.rank >= here.size:
-        raise ConfigError(f"--profile-rank: there is no rank {wanted.rank} of {here.size}; they count from 0")
+    wanted.check(here.size)
     steps = wanted.steps(done, total)
     mine = wanted.rank in (None, here.rank)
     if not steps and mine:

@@ -15,7 +15,7 @@ from simclr_dist.evaluate.report import TRAINED, Result
 
 
 class Curve:
-    """The trained encoders' top-1 accuracy in percent as `eval/knn_top1` and `eval/linear_top1`.
+    """The trained encoders' top-1 accuracy in percent, for each protocol as `eval/PROTOCOL_top1`.
 
     The folder is not the training's: TensorBoard without its fast loader leaves a file for good when its folder has a newer
     one. A file holds ascending steps; a point that is not beyond the last, and the first after a start, opens a new file with

@@ -2,6 +2,7 @@
 
 import json
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,13 +79,20 @@ def comparable(folder: Path, result: Result) -> dict[int, tuple[dict[str, Any], 
     """By step, the protocols of results like `result` (itself among them) and when they were written (seconds since 1970).
 
     Out of a run's `folder` of results, those of the same layer, precision and images; of them the protocols of the same
-    settings.
+    settings. A step's kept results (`kept.write_result`) count too, as far as they are of the newest one's weights.
     """
-    found = {}
-    for path in sorted(folder.glob("step-*.json")):
+    by_step: dict[int, list[tuple[float, Result]]] = {}
+    for path in folder.glob("step-*.json"):
         one = read_result(path)
         if one and _images(one) == _images(result):
-            found[int(one["encoder"]["step"])] = _alike(one, result), path.stat().st_mtime
+            by_step.setdefault(int(one["encoder"]["step"]), []).append((path.stat().st_mtime, one))
+    found = {}
+    for step, several in by_step.items():
+        several.sort(key=itemgetter(0))
+        when, newest = several[-1]
+        weights = newest["encoder"]["sha256"]
+        same = [_alike(one, result) for _, one in several if one["encoder"]["sha256"] == weights]
+        found[step] = {name: part for protocols in same for name, part in protocols.items()}, when
     found[int(result["encoder"]["step"])] = dict(result["protocols"]), time.time()
     return {step: part for step, part in found.items() if part[0]}
 

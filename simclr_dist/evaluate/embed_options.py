@@ -5,7 +5,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,11 @@ class EmbedSettings:
     `layer` is one that `export.load_encoder` knows, which refuses others.
     """
 
-    batch_size: int = field(default=BATCH_SIZE)
-    workers: int = field(default=WORKERS)
-    precision: str = field(default="fp32")
-    skip_bad: bool = field(default=False)
-    layer: str = field(default="h")
+    batch_size: int = BATCH_SIZE
+    workers: int = WORKERS
+    precision: str = "fp32"
+    skip_bad: bool = False
+    layer: str = "h"
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("workers", 0)):

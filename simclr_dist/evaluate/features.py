@@ -144,21 +144,6 @@ def extract_features(
     return found["encoder"]
 
 
-def pixel_features(images: Images, image_size: int, *, batch_size: int = 256, workers: int = 0) -> Features:
-    """The images themselves as features, on the CPU: h uint8 [n, 3 * s * s] with s = min(image_size, 32)."""
-    found = extract(
-        images,
-        {},
-        image_size=image_size,
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-        pixels=True,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    return found[RAW_PIXELS]
-
-
 def in_precision(encoder: nn.Module, precision: str, device: torch.device) -> nn.Module:
     """The encoder as it is ("fp32"), or computed in bf16 where autocast does so ("bf16")."""
     assert precision in ("fp32", "bf16"), precision

@@ -34,7 +34,8 @@ from simclr_dist.evaluate import workers as processes
 from simclr_dist.evaluate.crops import crop, crop_and_flip
 from simclr_dist.evaluate.features import extract
 from simclr_dist.evaluate.finetune_options import FinetuneSettings, check_alone
-from simclr_dist.evaluate.report import Result, Say, claim, hardware, result_path, versions, write_result
+from simclr_dist.evaluate.kept import write_result
+from simclr_dist.evaluate.report import Result, Say, UnwrittenError, claim, hardware, result_path, versions
 from simclr_dist.evaluate.scores import Scores, score, spread
 from simclr_dist.evaluate.sets import Sets, describe_set
 from simclr_dist.evaluate.subsets import Rows, balanced_subset, describe_subsets
@@ -89,8 +90,8 @@ def finetune(
     without a label are counted and left out. `say` gets a line a seed.
 
     Raises ConfigError under torchrun and where the loss is no longer finite; DataError for an encoder or a layer that is not
-    there, sets that do not fit each other, a class with too few images, an image that cannot be read, and a result that cannot
-    be written.
+    there, sets that do not fit each other, a class with too few images, and an image that cannot be read; UnwrittenError, which
+    has the numbers, for a result that cannot be written.
     """
     check_alone()
     begin = time.perf_counter()
@@ -137,7 +138,8 @@ def finetune(
             "versions": versions(),
             "seconds": time.perf_counter() - begin,
         }
-        write_result(path, result)
+        if line := write_result(path, result):
+            say(line)
     return result
 
 
@@ -150,16 +152,23 @@ def finetune_path(encoder: str | Path, settings: FinetuneSettings, out: str | Pa
 
 
 def run_from_arguments(arguments: argparse.Namespace, settings: FinetuneSettings) -> int:
-    """`finetune` as `finetune_options.add_arguments` were told, then the table and the file's name; 0."""
-    result = finetune(
-        arguments.encoder,
-        arguments.train,
-        arguments.test,
-        settings,
-        out=arguments.out,
-        device=arguments.device,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    """`finetune` as `finetune_options.add_arguments` were told, then the table and the file's name; 0.
+
+    A result that the disk does not take raises UnwrittenError, once the table is printed.
+    """
+    try:
+        result = finetune(
+            arguments.encoder,
+            arguments.train,
+            arguments.test,
+            settings,
+            out=arguments.out,
+            device=arguments.device,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except UnwrittenError as error:
+        print(_table(error.result))
+        raise
     print(_table(result))
     print(f"written: {finetune_path(arguments.encoder, settings, arguments.out)}")
     return 0

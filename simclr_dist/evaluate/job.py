@@ -22,21 +22,22 @@ from simclr_dist.evaluate.collect import Collector
 from simclr_dist.evaluate.earlier import Baselines, shape
 from simclr_dist.evaluate.feature_store import FeatureStore, features_folder
 from simclr_dist.evaluate.features import EncoderError, Features
+from simclr_dist.evaluate.kept import write_result
 from simclr_dist.evaluate.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.options import Foreign, Settings, check_arguments, foreign
-from simclr_dist.evaluate.page import claim_page, write_page
+from simclr_dist.evaluate.page import claim_page, page, write_page
 from simclr_dist.evaluate.protocols import told
 from simclr_dist.evaluate.report import (
     FORMAT,
     TRAINED,
     Result,
     Say,
+    UnwrittenError,
     claim,
     hardware,
     result_path,
     table,
     versions,
-    write_result,
 )
 from simclr_dist.evaluate.sets import Sets, describe_set
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
@@ -58,10 +59,12 @@ def evaluate(
 
     `settings` are the fields of `options.Settings`. Under torchrun the ranks share the extraction, rank 0 classifies and
     writes, and the others return {}. Images without a label are counted and left out; where neither set has any, only the
-    signals that need none are measured. `say` gets a line after each part of the work, on rank 0.
+    signals that need none are measured. `say` gets a line after each part of the work, and where an older result of something
+    else is kept (see `kept`), on rank 0.
 
     Raises ConfigError for a setting out of range, DataError for an encoder file that is not one, a set that is empty, one
-    that alone has no labels, sets whose classes differ, and a result that cannot be written.
+    that alone has no labels, and sets whose classes differ; UnwrittenError, which has the numbers, for a result or a page
+    that cannot be written.
     """
     checked = Settings(**settings)
     folder = None
@@ -69,7 +72,7 @@ def evaluate(
         weights = encoder.weights if isinstance(encoder, Foreign) else encoder
         folder = Path(checked.features) if checked.features else features_folder(result_path(weights, out, checked.layer))
     with world(device) as here:
-        result = measure(here, encoder, Sets(train, test), checked, out=out, features=folder, say=say)
+        result = measure(here, encoder, Sets(train, test), checked, out=out, features=folder, say=say, warn=say)
     if result and (run := _run(result_path(result["encoder"]["file"], out, checked.layer))):
         show_curve(run, result, say)
     return result
@@ -85,10 +88,12 @@ def measure(
     out: str | Path | None = None,
     features: Path | None = None,
     say: Say = lambda _: None,
+    warn: Say = lambda _: None,
 ) -> Result:
     """`evaluate` within a world; `known` baselines are taken over, which the result says. `features` is the store's folder.
 
-    Raises EncoderError, on all ranks, where another encoder could do better.
+    `say` gets the progress, `warn` what became of an older result. Raises EncoderError, on all ranks, where another encoder
+    could do better.
     """
     begin = time.perf_counter()
     trained = together(lambda: _load(encoder, settings.layer, here))
@@ -153,28 +158,37 @@ def measure(
         "seconds": {"features": extracted - begin, "total": time.perf_counter() - begin},
     }
     run = _run(path)
+    text = page(result, run=run, neighbours=_neighbours(test_features, sets))
+    if line := write_result(path, result):  # first: what else a full disk does not take can be made again from it
+        warn(line)
+    write_page(path.with_suffix(".html"), text, result)
     if run is not None:
         title = f"{settings.layer} of {len(sets.test)} test images, step {card['step']}"
         show_projector(board_folder(run, settings.layer), title, sets.images["test"], sets.test, test_features.h, say)
-    write_page(path.with_suffix(".html"), result, run=run, neighbours=_neighbours(test_features, sets))
-    write_result(path, result)  # last: with it, the encoder is evaluated
     return result
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> int:
-    """`evaluate` as `options.add_arguments` were told, then the table and the file's name; 0."""
+    """`evaluate` as `options.add_arguments` were told, then the table and the file's name; 0.
+
+    What the disk does not take raises UnwrittenError, once the table is printed.
+    """
     encoder = arguments.encoder
     if arguments.weights is not None:
         encoder = foreign(arguments)
-    result = evaluate(
-        encoder,
-        arguments.train,
-        arguments.test,
-        out=arguments.out,
-        device=arguments.device,
-        say=_to_stderr,
-        **{field.name: getattr(check_arguments(arguments), field.name) for field in dataclasses.fields(Settings)},
-    )
+    try:
+        result = evaluate(
+            encoder,
+            arguments.train,
+            arguments.test,
+            out=arguments.out,
+            device=arguments.device,
+            say=_to_stderr,
+            **{field.name: getattr(check_arguments(arguments), field.name) for field in dataclasses.fields(Settings)},
+        )
+    except UnwrittenError as error:
+        print(table(error.result))
+        raise
     if result:
         path = result_path(arguments.weights or arguments.encoder, arguments.out, arguments.layer)
         print(table(result))

@@ -127,7 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of feature files: those that fit are used, others added (default: RUN/eval/features)",
     )
     add("--no-features", dest="keep_features", action="store_false", help="neither use feature files nor write any")
-    add("--out", metavar="JSON", help="the result's file (default: RUN/eval/step-XXXXXXXX.json); an older one is replaced")
+    add(
+        "--out",
+        metavar="JSON",
+        help="the result's file (default: RUN/eval/step-XXXXXXXX.json); an older one of other settings is kept",
+    )
     add(
         "--no-baselines",
         dest="baselines",

@@ -15,8 +15,9 @@ from simclr_dist.errors import DataError
 from simclr_dist.evaluate.charts import line_chart
 from simclr_dist.evaluate.earlier import comparable
 from simclr_dist.evaluate.features import RAW_PIXELS
-from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result
+from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result, UnwrittenError
 from simclr_dist.evaluate.scores import confusions
+from simclr_dist.evaluate.signals import flat, meanings
 
 _LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
 _MOST_CLASSES = 40  # of a confusion matrix that can still be read
@@ -33,6 +34,7 @@ p.sub, .tick, caption, th { color: var(--soft); fill: var(--soft); font-weight: 
 table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 td:first-child, th:first-child { text-align: left; } .best { font-weight: 600; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { width: 460px; max-width: 100%; }
+.signals td:last-child, .signals th:last-child { text-align: left; color: var(--soft); }
 .facts td { text-align: left; overflow-wrap: anywhere; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
 svg .tick { fill: var(--soft); } svg .title { font-size: 13px; }
@@ -49,15 +51,13 @@ _BEGIN = (
 )
 
 
-def write_page(path: Path, result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> None:
-    """Write the page of `result`; with `run`, the training's curves and those of its other results; `neighbours` is a PNG.
-
-    Raises DataError when it cannot be written.
-    """
+def write_page(path: Path, text: str, result: Result) -> None:
+    """Write the page's `text` beside `result`, which is there already; raises UnwrittenError when the disk does not take it."""
     try:
-        write_atomically(path, page(result, run=run, neighbours=neighbours).encode())
+        write_atomically(path, text.encode())
     except OSError as error:
-        raise DataError(f"{path}: cannot write the page: {error.strerror or error}") from None
+        told = f"{path}: cannot write the page: {error.strerror or error}; the result itself is in {path.with_suffix('.json')}"
+        raise UnwrittenError(told, result, stored=True) from None
 
 
 def claim_page(path: Path) -> None:
@@ -72,7 +72,10 @@ def claim_page(path: Path) -> None:
 
 
 def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
-    """The page's text; see `write_page`."""
+    """The text of the page of `result`.
+
+    With `run`, the training's curves and those of its other results; `neighbours` is a PNG.
+    """
     encoder = result["encoder"]
     title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
     parts = [
@@ -87,8 +90,10 @@ def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = 
         picture = base64.b64encode(neighbours).decode()
         parts += ["<h2>Nearest neighbours</h2>", f'<img alt="nearest neighbours" src="data:image/png;base64,{picture}">']
     if signals := result.get("signals"):
-        rows = [[name.replace("_", " "), _number(value)] for name, value in _flat(signals).items()]
-        parts += ["<h2>Of the features themselves</h2>", _table(["signal of the test images", "value"], rows)]
+        good = meanings(signals)
+        rows = [[name.replace("_", " "), _number(value), good.get(name, "")] for name, value in flat(signals).items()]
+        table = _table(["signal of the test images", "value", "what is good"], rows)
+        parts += ["<h2>Of the features themselves</h2>", f'<div class="signals">{table}</div>']
     parts += _confusions(result)
     parts += ["<h2>How to repeat it</h2>", *_origin(result)]
     body = "\n".join(parts)
@@ -198,17 +203,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str =
         kind = ' class="best"' if strong and row[0].endswith(f": {strong}") else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
-
-
-def _flat(signals: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Numbers in numbers as one level; lists are for the JSON file."""
-    found: dict[str, Any] = {}
-    for name, value in signals.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{name}: ")
-        elif not isinstance(value, list):
-            found[before + name] = value
-    return found
 
 
 def _number(value: Any) -> str:

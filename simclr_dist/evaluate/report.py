@@ -12,17 +12,26 @@ from typing import Any
 import torch
 import torchvision
 
-from simclr_dist.atomic import write_atomically
 from simclr_dist.distributed import World
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.features import RAW_PIXELS
 from simclr_dist.evaluate.scores import ClassScores, Scores, class_report
+from simclr_dist.evaluate.signals import flat, meanings
 
 Result = dict[str, Any]
 Say = Callable[[str], None]
 FORMAT = "simclr_dist evaluation 3"
 UNTRAINED, TRAINED = "untrained", "trained"
 NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
+
+
+class UnwrittenError(DataError):
+    """The disk does not take a file of an evaluation, whose numbers `result` has; `stored` is whether its JSON is there."""
+
+    def __init__(self, line: str, result: Result, *, stored: bool) -> None:
+        super().__init__(line)
+        self.result = result
+        self.stored = stored
 
 
 def result_path(encoder: str | Path, out: str | Path | None = None, layer: str = "h") -> Path:
@@ -70,14 +79,6 @@ def _is_result(path: Path) -> bool:
     return not head or bool(re.match(r'\s*{\s*"format": "simclr_dist (evaluation|finetuning)', head))
 
 
-def write_result(path: Path, result: Result) -> None:
-    """Write JSON atomically; raises DataError when that cannot be."""
-    try:
-        write_atomically(path, as_json(result).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the result: {error.strerror or error}") from None
-
-
 def as_json(value: Any, indent: str = "") -> str:
     """JSON text with a line for each key, but a row of a table (a list of plain values, or one dict in a list) in one line.
 
@@ -117,7 +118,9 @@ def table(result: Result) -> str:
     lines = [f"{encoder['name']}, width {encoder['width']}{layer}, {encoder['file']}"]
     if not parts:
         lines.append(f"{train['images']} training and {test['images']} test images, none with a label")
-        lines += [f"{name}: {_plain(value)}" for name, value in result["signals"].items()]
+        good = meanings(result["signals"])
+        for name, value in flat(result["signals"]).items():
+            lines.append(f"{name}: {_plain(value)}" + (f" ({good[name]})" if name in good else ""))
         return "\n".join(lines)
     names = [name for name in labels if any(name in part["results"] for part in parts.values())]
     width = max(len(labels[name]) for name in [*names, TRAINED])
@@ -178,8 +181,6 @@ def _first_seed(row: dict[str, Any]) -> Scores:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items() if not isinstance(part, list))
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

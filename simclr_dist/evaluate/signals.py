@@ -4,7 +4,7 @@ On one process: whoever calls it has all features. A similarity matrix of all pa
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,51 @@ def signals(h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSI
             "listed": [{"keys": [keys[a], keys[b]], "cosine": cosine} for a, b, cosine in found.nearest],
         },
     }
+
+
+def flat(found: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Numbers in numbers as one level, like "views: alignment"; lists are for the JSON file."""
+    level: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            level |= flat(value, f"{before}{name}: ")
+        elif not isinstance(value, list):
+            level[before + name] = value
+    return level
+
+
+def meanings(found: Mapping[str, Any]) -> dict[str, str]:
+    """What is good, for the `flat` names of what `signals` and `view_signals` found, as far as there is a good.
+
+    Alignment and uniformity: Wang and Isola 2020, whose minimum is what random directions have; effective rank: RankMe,
+    Garrido et al. 2023, who compare encoders of one kind and size by it.
+    """
+    n, d = found["images"], found["feature_size"]
+    uniformity = f"lower is better, from 0 (all alike); random directions {random_uniformity(d):.2f}"
+    return {
+        "zero_features": "0 is good: of such an image the features say nothing",
+        "effective_rank": f"higher is better, from 1 (all on one line) to {min(n, d)}",
+        "mean_cosine": "nearer 0 is better: 1 where all are alike, 0 for random directions",
+        "uniformity": f"{uniformity}, above which most features without negative numbers (h) stay",
+        "near_duplicates: pairs": f"of {n * (n - 1) // 2}; as many as there are copies; of no use if the mean cosine is near 1",
+        "views: alignment": "lower is better, beside a low uniformity: 0 where views are alike, 2 for random directions",
+        "views: uniformity": uniformity,
+        "false_negatives: share": "lower is better: of a batch's negatives, those of the anchor's own class",
+        "false_negatives: anchors": "lower is better: of a batch's anchors, those with such a negative, up to 1",
+    }
+
+
+def random_uniformity(d: int) -> float:
+    """Uniformity of independent random directions in d dimensions: about -4 + 8 / d.
+
+    The mean of exp(4 t) over the sphere, t the cosine, is 0F1(; d / 2; 4), as in the norm of the von Mises-Fisher density; here
+    by its series.
+    """
+    term = total = 1.0
+    for k in range(1, 60):
+        term *= 4 / (k * (d / 2 + k - 1))
+        total += term
+    return math.log(total) - 4
 
 
 def view_signals(h_a: Tensor, h_b: Tensor) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from simclr_dist.evaluate.earlier import Baselines, baselines, difference, read_
 from simclr_dist.evaluate.features import EncoderError
 from simclr_dist.evaluate.job import measure
 from simclr_dist.evaluate.options import POLL, Settings, check_arguments, check_watch
-from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, Say, result_path
+from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, Say, UnwrittenError, result_path
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.export import file_digest
 from simclr_dist.run import read_status
@@ -44,7 +44,7 @@ def watch(
 
     The oldest first; new ones are looked for every `poll` seconds. Each result is written as by `job.evaluate`, but raw
     pixels and the untrained encoder are measured for one encoder and taken over for the others. `say` gets a line an
-    encoder, on rank 0. Returns the exit code: 0, or 2 where an encoder could not be evaluated.
+    encoder, on rank 0. Returns the exit code: 0, or 2 where an encoder could not be evaluated, or its page not be written.
 
     Raises ConfigError for a folder that is no run's, DataError as `job.evaluate` does.
     """
@@ -131,9 +131,15 @@ def _lead(here: World, run: Path, sets: Sets, settings: Settings, orders: Orders
         if path := encoders.next():
             orders.give({"encoder": str(path), "known": encoders.known})
             try:
-                encoders.evaluated(path, measure(here, path, sets, settings, known=encoders.known, features=_folder(settings)))
+                result = measure(here, path, sets, settings, known=encoders.known, features=_folder(settings), warn=say)
             except EncoderError as error:
                 encoders.failed(path, error)
+            except UnwrittenError as error:
+                if not error.stored:
+                    raise
+                encoders.evaluated(path, error.result, unwritten=str(error))
+            else:
+                encoders.evaluated(path, result)
         elif state in _ENDED or ended:
             break
         else:
@@ -144,8 +150,9 @@ def _lead(here: World, run: Path, sets: Sets, settings: Settings, orders: Orders
     why = ended or status.get("reason")
     reason = f" ({why})" if why else ""
     failed = f", {encoders.failures} could not be" if encoders.failures else ""
-    say(f"{run}: {state}{reason}; {encoders.successes} encoders evaluated{failed}")
-    return 2 if encoders.failures else 0
+    pages = f", {encoders.unwritten} pages could not be written" if encoders.unwritten else ""
+    say(f"{run}: {state}{reason}; {encoders.successes} encoders evaluated{failed}{pages}")
+    return 2 if encoders.failures or encoders.unwritten else 0
 
 
 class _Encoders:
@@ -158,6 +165,7 @@ class _Encoders:
         self._files: dict[Path, tuple[int, ...]] = {}  # as they were when they were last looked at
         self._good: dict[Path, bool] = {}
         self.known: Baselines | None = None
+        self.unwritten = 0  # pages
 
     @property
     def successes(self) -> int:
@@ -186,8 +194,11 @@ class _Encoders:
             self._take_in(path, result, "evaluated before")
         return None
 
-    def evaluated(self, path: Path, result: Result) -> None:
-        """The result of what was `next`."""
+    def evaluated(self, path: Path, result: Result, *, unwritten: str = "") -> None:
+        """The result of what was `next`; `unwritten` says why it has no page."""
+        if unwritten:
+            self.unwritten += 1
+            self._say(unwritten)
         self._take_in(path, result, f"{result['seconds']['total']:.0f} s")
 
     def failed(self, path: Path, error: EncoderError) -> None:

@@ -67,8 +67,8 @@ class Alarms:
     done. divergence: for three readings the gradient's norm ten times its median over the twenty before while the loss is a
     tenth of its chance level above theirs, or more skipped steps at each. above_chance: the loss above chance after the
     warm-up. starving_loader: some rank waits for data for more than 30 % of the time. slow_rank: what one rank does by itself
-    takes 1.5 times the median of the others, and a fiftieth of a step longer. Each as long as PATIENCE says; an alarm is raised
-    once, and over when its rule has failed as long.
+    takes 1.5 times the median of the others, and a fiftieth of a step longer, and it is the same rank all the time: of many
+    ranks one is always late. Each as long as PATIENCE says; an alarm is raised once, and over when its rule has failed as long.
     """
 
     def __init__(self, *, warmup_steps: int = 0, hosts: Sequence[str] = ()) -> None:
@@ -79,6 +79,7 @@ class Alarms:
         self._norms: deque[float] = deque(maxlen=20)
         self._losses: deque[float] = deque(maxlen=20)
         self._skipped: float | None = None
+        self._slow = -1  # the rank that the rule of slow_rank has named last, or has an alarm for
 
     @property
     def active(self) -> list[Alarm]:
@@ -165,11 +166,15 @@ class Alarms:
         own, others = timing.get("ranks/own_ms", 0.0), timing.get("ranks/own_ms_others", 0.0)
         if own <= OWN_WORK_RATIO * others or own - others <= OWN_WORK_SHARE * timing.get("speed/step_ms", math.inf):
             return None
-        rank = timing["ranks/slowest"]
+        rank = int(timing["ranks/slowest"])
+        if rank != self._slow:
+            if "slow_rank" in self._active:
+                return None
+            self._slow, self._turning["slow_rank"] = rank, []
         return (
             f"{self._name(rank)} needs {own:.1f} ms a step for its own work, the others {others:.1f}, and all wait for it",
             "look there for another process, a throttled device or a slow disk; `simclr-dist train CONFIG --profile 3"
-            f" --profile-rank {rank:.0f}` shows where its time goes",
+            f" --profile-rank {rank}` shows where its time goes",
         )
 
     def _name(self, rank: float) -> str:

@@ -10,6 +10,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from simclr_dist.config import Config
 from simclr_dist.config_reader import write_yaml
+from simclr_dist.profiling import Profile as StepProfile
 from simclr_dist.slurm.job import Job
 from simclr_dist.slurm.profile import Profile
 from simclr_dist.slurm.requeue import Kind
@@ -34,6 +35,7 @@ class Submission:
     evaluation: Evaluation | None
     source: str
     overrides: tuple[str, ...]
+    profiled: StepProfile | None = None  # steps of each of its starts
 
     @property
     def run(self) -> Path:
@@ -48,7 +50,7 @@ class Submission:
     def job(self, kind: Kind) -> Job:
         """The object that every task runs."""
         if self.evaluation is None or kind == "train":
-            command = ["simclr_dist.train", str(self.folder / "config.yaml")]
+            command = ["simclr_dist.train", str(self.folder / "config.yaml"), *(self.profiled.options if self.profiled else [])]
         else:
             shards = ["--train", self.evaluation.train, "--test", self.evaluation.test]
             command = ["simclr_dist.evaluate", "--watch", str(self.run), *shards]
@@ -70,6 +72,8 @@ def dry_run(submission: Submission) -> str:
         )
         for kind in kinds
     ]
+    if submission.profiled is not None:
+        parts.insert(1, (f"profiled, into {submission.run / 'profile'}", " ".join(submission.profiled.options)))
     parts.append((str(submission.folder / "config.yaml"), write_yaml(submission.config.to_dict())))
     return "\n".join(f"# ---- {title}\n{text.rstrip()}\n" for title, text in parts)
 

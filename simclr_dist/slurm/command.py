@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import re
 import shlex
 import sys
 import time
@@ -14,6 +15,8 @@ from simclr_dist import ledger
 from simclr_dist.atomic import write_atomically
 from simclr_dist.config_reader import pairs
 from simclr_dist.errors import ConfigError
+from simclr_dist.profiling import Profile as StepProfile
+from simclr_dist.profiling import parse_profile
 from simclr_dist.slurm import scheduler
 from simclr_dist.slurm.logs import tails
 from simclr_dist.slurm.profile import Profile, load_profile, profile_from_dict
@@ -23,9 +26,10 @@ if TYPE_CHECKING:  # pyarrow and submitit, which --help need not wait for
 
 _ACTIONS = ("status", "logs", "cancel", "resume")
 _EVALUATION = {"eval", "train", "test", "eval_profile"}
+_PROFILING = {"profile_steps", "profile_rank"}
 _OPTIONS = {  # what each form takes
-    "submit": {"profile", "dry_run", "local", "allow_setup", *_EVALUATION},
-    "resume": {"profile", "dry_run", "allow_setup", *_EVALUATION},
+    "submit": {"profile", "dry_run", "local", "allow_setup", *_EVALUATION, *_PROFILING},
+    "resume": {"profile", "dry_run", "allow_setup", *_EVALUATION, *_PROFILING},
     "logs": {"follow", "eval"},
     "status": set[str](),
     "cancel": set[str](),
@@ -33,7 +37,7 @@ _OPTIONS = {  # what each form takes
 _FOLLOW_SECONDS = 5.0  # between two questions whether a job has ended
 
 USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eval --train SHARDS --test SHARDS]
-                          [--key value ...]
+                          [--profile-steps STEPS] [--key value ...]
        simclr-dist submit status | logs [-f] | cancel | resume RUN"""
 
 
@@ -50,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test", metavar="SHARDS", help="with --eval: labelled shards that the accuracy is measured on")
     add("--eval-profile", metavar="FILE", help="with --eval: its own profile (default: one rank of the training's)")
     add("--allow-setup", action="store_true", help="accept a profile's set-up lines: shell commands that the job runs")
+    add("--profile-steps", metavar="STEPS", help="train's --profile: trace 3 steps of each start (or 10:13) into RUN/profile")
+    add("--profile-rank", metavar="R", help="with --profile-steps: the rank, or all (default: 0)")
     add("-f", "--follow", action="store_true", help="with logs: go on until the job has ended")
 
 
@@ -90,6 +96,8 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.dry_run and arguments.local:
         raise ConfigError("--dry-run: contradicts --local; take one of the two")
     if arguments.profile is not None:
+        if re.fullmatch(r"\d+(:\d+)?", arguments.profile) and not Path(arguments.profile).exists():
+            raise ConfigError(f"--profile: {arguments.profile!r}: names what is asked of SLURM; steps go to --profile-steps")
         profile = load_profile(arguments.profile, allow_setup=arguments.allow_setup or arguments.local)
     elif arguments.local:
         profile = Profile(gpus_per_node=0)
@@ -97,7 +105,13 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ConfigError("--profile: is missing; it names a file like those in launch/profiles")
     if arguments.local:
         profile = _here(profile)
-    submission = prepare(arguments.config, overrides, profile, evaluation=_evaluation(arguments, profile, None))
+    submission = prepare(
+        arguments.config,
+        overrides,
+        profile,
+        evaluation=_evaluation(arguments, profile, None),
+        profiled=_profiled(arguments),
+    )
     if arguments.local:
         from simclr_dist.slurm.local import run_here
 
@@ -123,6 +137,7 @@ def _resume(arguments: argparse.Namespace, folder: Path, overrides: Sequence[str
         overrides,
         profile,
         evaluation=_evaluation(arguments, profile, record["evaluation"], f"{folder / 'submission.json'}: evaluation"),
+        profiled=_profiled(arguments),
         run=folder,
         working_directory=Path(record["working_directory"]),
     )
@@ -154,6 +169,16 @@ def _evaluation(
     else:
         own = dataclasses.replace(profile, nodes=1, gpus_per_node=min(profile.gpus_per_node, 1), tasks_per_node=1)
     return Evaluation(shards["train"], shards["test"], own)
+
+
+def _profiled(arguments: argparse.Namespace) -> StepProfile | None:
+    """The steps that are to be profiled: `--profile` itself names what is asked of SLURM."""
+    if arguments.profile_steps is None:
+        if arguments.profile_rank is not None:
+            raise ConfigError("--profile-rank goes with --profile-steps STEPS: say how many steps")
+        return None
+    rank = "0" if arguments.profile_rank is None else arguments.profile_rank
+    return parse_profile(arguments.profile_steps, rank, option="--profile-steps")
 
 
 def _here(profile: Profile) -> Profile:

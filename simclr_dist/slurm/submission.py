@@ -20,6 +20,7 @@ from simclr_dist.config import check_fits, load_config
 from simclr_dist.config_reader import write_yaml
 from simclr_dist.data.collection import load_collection
 from simclr_dist.errors import ConfigError
+from simclr_dist.profiling import Profile as StepProfile
 from simclr_dist.run import check_run_folder, newest_step
 from simclr_dist.slurm import batch, scheduler
 from simclr_dist.slurm.batch import Evaluation, Submission
@@ -35,11 +36,12 @@ def prepare(
     profile: Profile,
     *,
     evaluation: Evaluation | None = None,
+    profiled: StepProfile | None = None,
     run: Path | None = None,
     working_directory: Path | None = None,
 ) -> Submission:
-    """Check all that can be refused before a job waits in a queue; `run` and `working_directory` are those of a run that is
-    resumed. Raises UserError."""
+    """Check all that can be refused before a job waits in a queue; `profiled` are steps of the training, `run` and
+    `working_directory` those of a run that is resumed. Raises UserError."""
     config = load_config(source, overrides)
     here = working_directory or Path.cwd()
     run = run or here / config.run_folder
@@ -64,10 +66,16 @@ def prepare(
         raise ConfigError(f"steps: {run} has done {done} already, more than the {total} asked for")
     if done == total and evaluation is None and any((run / "encoders").glob(f"step-{total:08d}.*")):
         raise ConfigError(f"steps: {run} has done all of its {total}; nothing is left for a job (--eval would evaluate it)")
+    if profiled is not None:
+        profiled.check(profile.world_size)
+        if not profiled.steps(done, total):
+            raise ConfigError(
+                f"--profile-steps: {profiled.options[1]!r}: the job has steps {done + 1} to {total}: none to profile"
+            )
     if evaluation is not None:
         for shards in (evaluation.train, evaluation.test):
             load_collection(shards, beside=here)
-    return Submission(config, profile, here, evaluation, source, tuple(overrides))
+    return Submission(config, profile, here, evaluation, source, tuple(overrides), profiled)
 
 
 def submit(submission: Submission) -> list[str]:

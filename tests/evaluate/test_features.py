@@ -14,7 +14,7 @@ from evaluated import CARD, draw_images
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.views import eval_view, normalise
 from simclr_dist.errors import DataError, RankError
-from simclr_dist.evaluate.features import RAW_PIXELS, Features, extract, extract_features, pixel_features
+from simclr_dist.evaluate.features import RAW_PIXELS, Features, extract, extract_features
 from simclr_dist.export import load_encoder
 
 VIEW: dict[str, Any] = {"image_size": CARD["image_size"], "mean": CARD["mean"], "std": CARD["std"]}
@@ -65,8 +65,12 @@ def test_one_decode_serves_all(make_encoder: Callable[..., Path]) -> None:
         check(found[name], images, encoder)
     expected = torch.stack([eval_view(image, 16).flatten() for image in images.images])
     assert torch.equal(found[RAW_PIXELS].h, expected)
-    assert torch.equal(pixel_features(images, 16).h, expected)
-    assert pixel_features(images, 64).h.shape == (7, 3 * 32 * 32)
+    assert torch.equal(pixels(images, 16).h, expected)
+    assert pixels(images, 64).h.shape == (7, 3 * 32 * 32), "32 pixels at most"
+
+
+def pixels(images: CountingImages, image_size: int) -> Features:
+    return extract(images, {}, image_size=image_size, mean=(0, 0, 0), std=(1, 1, 1), pixels=True)[RAW_PIXELS]
 
 
 def test_the_encoder_is_read_in_eval_mode_and_left_as_it_was(make_encoder: Callable[..., Path]) -> None:
@@ -98,7 +102,7 @@ def test_real_processes_give_what_one_gives(make_encoder: Callable[..., Path], t
     mp.spawn(extract_on_a_rank, (world_size, counts, path, tmp_path), nprocs=world_size)
     encoder = load_encoder(path)
     for n in counts:
-        images, alone = CountingImages(n), pixel_features(CountingImages(n), 16)
+        images, alone = CountingImages(n), pixels(CountingImages(n), 16)
         ranks = [torch.load(tmp_path / f"{n}-{rank}.pt", weights_only=True) for rank in range(world_size)]
         assert torch.tensor([rank["decoded"] for rank in ranks]).sum(0).tolist() == [1] * n
         for rank in ranks:

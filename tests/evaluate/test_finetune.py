@@ -23,6 +23,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views import crop_view
 from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.evaluate import kept
 from simclr_dist.evaluate.finetune import Recipe, classifier, finetune, finetune_path, fit, make_recipe
 from simclr_dist.evaluate.finetune_options import FinetuneSettings
 from simclr_dist.export import export_encoder, load_encoder, untrained_encoder
@@ -315,6 +316,32 @@ def test_images_without_a_label_are_left_out_and_counted(
     assert "20 test images are among the training images, byte for byte" in out
     assert out.splitlines()[-1].endswith("run/eval/step-00001200.finetune-encoder-1.json")
     assert progress.startswith("seed 0: top-1 ")
+
+
+def test_no_result_is_lost(
+    make_encoder: Make,
+    make_shards: Make,
+    sets: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not to one of other images under its name, nor to a full disk."""
+    arguments = ["finetune", str(make_encoder()), "--train", str(sets[0]), "--labels", "1", "--epochs", "1", "--seeds", "1"]
+    arguments += ["--workers", "0", "--device", "cpu", "--test"]
+    assert cli.main([*arguments, str(sets[1])]) == 0
+    assert "kept as" not in capsys.readouterr().err
+    assert cli.main([*arguments, str(make_shards("other", *draw_images(31, seed=7)))]) == 0
+    out, progress = capsys.readouterr()
+    assert "step-00001200.finetune-encoder-1.kept-" in progress.splitlines()[-1]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept, "write_atomically", full)
+    assert cli.main([*arguments, str(sets[0].parent / "other")]) == 2
+    table, told = capsys.readouterr()
+    assert table == out.rpartition("written: ")[0]
+    assert "finetune-encoder-1.json: cannot write the result: No space left on device" in told.splitlines()[-1]
 
 
 # Mistakes

@@ -150,6 +150,11 @@ def test_without_any_labels(make_encoder: Make, make_shards: Make, capsys: pytes
     out = capsys.readouterr().out
     assert "30 training and 20 test images, none with a label" in out
     assert "effective_rank: " in out
+    assert " (higher is better, from 1 (all on one line) to 20)\n" in out
+    page = (make_encoder().parent.parent / "eval" / "step-00001200.html").read_text()
+    assert "<th>what is good</th>" in page
+    assert "<td>views: alignment</td>" in page
+    assert "<td>lower is better, beside a low uniformity: 0 where views are alike, 2 for random directions</td>" in page
 
 
 def test_a_published_checkpoint(sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

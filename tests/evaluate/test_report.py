@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.report import FORMAT, as_json, claim, result_path, summary, table, write_result
+from simclr_dist.evaluate.kept import write_result
+from simclr_dist.evaluate.report import FORMAT, as_json, claim, result_path, summary, table
 from simclr_dist.evaluate.scores import confusions, score
 
 

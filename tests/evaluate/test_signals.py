@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.special import hyp0f1
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluate import signals as module
-from simclr_dist.evaluate.signals import alignment, effective_rank, false_negatives, pairs, signals, view_signals
+from simclr_dist.evaluate.signals import (
+    alignment,
+    effective_rank,
+    false_negatives,
+    flat,
+    meanings,
+    pairs,
+    random_uniformity,
+    signals,
+    view_signals,
+)
 from simclr_dist.loss.statistics import embedding_statistics
 
 
@@ -170,3 +181,32 @@ def test_what_is_refused() -> None:
     for batch in (1, 4):
         with pytest.raises(ConfigError, match="from 2 to the number of labelled images, 3"):
             false_negatives(torch.tensor([0, 1, 0, -1]), batch)
+
+
+@pytest.mark.parametrize("d", [1, 2, 16, 128, 512, 2048])
+def test_uniformity_of_random_directions(d: int) -> None:
+    """By scipy's 0F1, and by random directions."""
+    assert random_uniformity(d) == pytest.approx(math.log(hyp0f1(d / 2, 4)) - 4, abs=1e-12)
+    drawn = torch.randn(2000, d, generator=torch.Generator().manual_seed(0))
+    assert pairs(drawn, listed=0).uniformity == pytest.approx(random_uniformity(d), abs=0.01)
+
+
+def test_what_is_good_is_said_of_each_signal() -> None:
+    """Of each that can be good, under its own name; and the bounds that it names are the real ones."""
+    n, d = 40, 6
+    found = signals(features(n, d), [str(k) for k in range(n)])
+    found["views"] = view_signals(features(n, d), features(n, d, seed=1))
+    found["false_negatives"] = {"batch": 8, **false_negatives(torch.arange(n) % 3, 8)._asdict()}
+    good, names = meanings(found), set(flat(found))
+    assert set(good) <= names
+    assert {name.rpartition(": ")[2] for name in names - set(good)} == {"images", "feature_size", "threshold", "batch"}
+    assert good["effective_rank"].endswith("to 6")
+    assert meanings({"images": 5, "feature_size": 30})["effective_rank"].endswith("to 5")
+    assert f"random directions {random_uniformity(d):.2f}" in good["uniformity"]
+    assert good["near_duplicates: pairs"].startswith("of 780;")
+    one = torch.ones(n, d)
+    assert (pairs(one).mean_cosine, pairs(one).uniformity, alignment(one, one)) == pytest.approx((1, 0, 0), abs=1e-6)
+    drawn = torch.randn(2, 2000, 64, generator=torch.Generator().manual_seed(0))
+    assert alignment(drawn[0], drawn[1]) == pytest.approx(2, abs=0.02)
+    assert pairs(drawn[0], listed=0).mean_cosine == pytest.approx(0, abs=1e-3)
+    assert pairs(drawn[0].relu(), listed=0).uniformity > random_uniformity(64) + 1

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from simclr_dist.config import Config
+from simclr_dist.data.steps import Portion, StepDataset
 from simclr_dist.learner import Learner, Piece
 from simclr_dist.train import loop
 
@@ -26,6 +28,24 @@ def signalled_in_step(step: int, number: signal.Signals, rank: int | None = None
 def late_in_step(step: int, seconds: float, rank: int) -> None:
     """A rank that takes longer, once."""
     _before_step(step, rank, lambda: time.sleep(seconds))
+
+
+def slow_optimizer(seconds: float, rank: int) -> None:
+    """A rank whose own work takes longer in every step, as that of a throttled device."""
+    if is_rank(rank):
+        register_optimizer_step_post_hook(lambda *_: time.sleep(seconds))
+
+
+def slow_reader(seconds: float, rank: int) -> None:
+    """A rank whose images come late in every step."""
+    portion = StepDataset.portion
+
+    def patched(dataset: StepDataset, step: int, number: int) -> Portion:
+        time.sleep(seconds)
+        return portion(dataset, step, number)
+
+    if is_rank(rank):
+        StepDataset.portion = patched  # type: ignore[method-assign]
 
 
 def signalled_during_export(number: signal.Signals) -> None:

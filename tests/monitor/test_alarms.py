@@ -1,6 +1,9 @@
 """Alarms: the rules on made-up numbers, and each of them on a run that really goes wrong."""
 
+import socket
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import training_runs as runs
+from faults import hooks
 from simclr_dist import learner
 from simclr_dist.data.steps import StepDataset
 from simclr_dist.monitor.alarms import PATIENCE, Alarms, Change
@@ -109,6 +113,18 @@ def test_a_slow_rank_must_matter() -> None:
     """Twice as slow in what is a hundredth of a step holds nobody up."""
     alarms = Alarms()
     assert told(alarms, range(300), timing={"ranks/own_ms": 2.0, "ranks/own_ms_others": 1.0}) == []
+
+
+def test_a_slow_rank_is_the_same_one_all_the_time() -> None:
+    """Of many ranks on busy machines some other one is late at each reading."""
+    alarms = Alarms()
+    late = {"ranks/own_ms": 60.0}
+    for step in range(0, 300, 2):
+        assert told(alarms, range(step, step + 2), timing={**late, "ranks/slowest": float(step % 7)}) == []
+    (raised,) = told(alarms, range(300, 340), timing={**late, "ranks/slowest": 3.0})
+    assert raised.alarm.why.startswith("rank 3 needs")
+    changes = told(alarms, range(340, 440), timing={**late, "ranks/slowest": 5.0})
+    assert [(change.over, change.alarm.why.split(" needs")[0]) for change in changes] == [(True, "rank 3"), (False, "rank 5")]
 
 
 def test_a_rank_that_was_held() -> None:
@@ -230,3 +246,42 @@ def test_a_slow_reader(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kinds(status) == ["starving_loader"]
     assert "more data.workers" in status["alarms"][0]["cure"]
     assert status["alarms"][0]["step"] == 21
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hook", "kind", "why", "cure"),
+    [
+        (
+            partial(hooks.slow_optimizer, 0.1, rank=1),
+            "slow_rank",
+            "ms a step for its own work, the others",
+            "--profile-rank 1`",
+        ),
+        (
+            partial(hooks.slow_reader, 0.3, rank=1),
+            "starving_loader",
+            "% of the time is spent waiting for images on rank 1",
+            "workers",
+        ),
+        (None, None, "", ""),
+    ],
+    ids=["own work", "images", "healthy"],
+)
+def test_one_of_two_ranks(
+    shards: Path, tmp_path: Path, hook: Callable[[], None] | None, kind: str | None, why: str, cure: str
+) -> None:
+    """In their real clocks: who waits for the slow one does not look slow."""
+    runs.write_config(tmp_path, shards, steps=24, checkpoint={"every": 24})
+    with runs.started(tmp_path, 2, hook=hook) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output
+        lines = [line for line in ranks.output.splitlines() if "ALARM" in line]
+    alarms = runs.status(tmp_path / "run").get("alarms", [])
+    assert [alarm["kind"] for alarm in alarms] == ([kind] if kind else [])
+    assert len(lines) == len(alarms)
+    for alarm, line in zip(alarms, lines, strict=True):
+        assert f"rank 1 ({socket.gethostname()})" in alarm["why"]
+        assert why in alarm["why"]
+        assert cure in alarm["cure"]
+        assert line == f"ALARM step {alarm['step']}: {kind}: {alarm['why']}; likely cure: {alarm['cure']}"
+        assert line in (tmp_path / "run" / "train.log").read_text()

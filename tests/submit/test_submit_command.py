@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
 from simclr_dist import ledger
 from simclr_dist.config import load_config
@@ -21,6 +22,7 @@ from simclr_dist.slurm import command as submit_command
 from submit.stand_ins import Command, StandIns, refused
 
 EVAL = ("--eval", "--train", "shards", "--test", "shards")
+PROFILED = ("config.yaml", "--profile", "profile.yaml", "--profile-steps")
 CLI = [sys.executable, "-m", "simclr_dist.cli", "submit"]
 
 
@@ -87,6 +89,29 @@ def test_dry_run_shows_script_and_config_and_leaves_nothing(here: Path, no_slurm
     assert sorted(path.name for path in here.iterdir()) == ["config.yaml", "profile.yaml", "shards"]
 
 
+def test_steps_are_profiled(here: Path, slurm: StandIns, command: Command) -> None:
+    """In the job, in that of a resumed run where it is asked for again, and in the dry run."""
+    options = ["--profile", "2:4", "--profile-rank", "all"]
+    code, out, err = command(*PROFILED, "2:4", "--profile-rank", "all", "--dry-run", *EVAL)
+    assert (code, err) == (0, "")
+    assert f"\n# ---- profiled, into {here}/run/profile\n{' '.join(options)}\n" in out
+    submitted(command, "--profile-steps", "2:4", "--profile-rank", "all", *EVAL)
+    assert asked(here, 100) == ["simclr_dist.train", str(here / "run/slurm/config.yaml"), *options]
+    assert "--profile" not in asked(here, 101)
+    assert command("cancel", "run")[0] == 0
+    assert command("resume", "run", "--profile-steps", "1")[0] == 0
+    assert asked(here, 102)[2:] == ["--profile", "1", "--profile-rank", "0"]
+    assert command("cancel", "run")[0] == 0
+    assert command("resume", "run")[0] == 0
+    assert len(asked(here, 104)) == 2, "it is no setting of the run"
+
+
+def asked(here: Path, job: int) -> list[str]:
+    """What the tasks of a job start."""
+    command: list[str] = DelayedSubmission.load(here / f"run/slurm/{job}_submitted.pkl").function.command
+    return command
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +127,14 @@ def test_dry_run_shows_script_and_config_and_leaves_nothing(here: Path, no_slurm
         (["config.yaml", "--profile", "profile.yaml", "-f"], "--follow: has no effect on submit"),
         (["config.yaml", "--profile", "profile.yaml"], "SLURM is not here: no sbatch on PATH"),
         (["config.yaml", "--profile", "setup.yaml"], "setup.yaml: setup: 'touch x' is a shell command; if you trust it, add"),
+        (["config.yaml", "--profile", "3"], "--profile: '3': names what is asked of SLURM; steps go to --profile-steps"),
+        (["config.yaml", "--local", "--profile", "2:3"], "--profile: '2:3': names what is asked of SLURM"),
+        ([*PROFILED, "0"], "--profile-steps: '0' is neither a number of steps"),
+        ([*PROFILED, "9:12"], "--profile-steps: '9:12': the job has steps 1 to 3: none to profile"),
+        ([*PROFILED, "2", "--profile-rank", "4"], "--profile-rank: there is no rank 4 of 4"),
+        ([*PROFILED, "2", "--profile-rank", "x"], "--profile-rank: 'x' is neither the number of a rank nor `all`"),
+        (["config.yaml", "--profile", "profile.yaml", "--profile-rank", "1"], "--profile-rank goes with --profile-steps"),
+        (["cancel", "run", "--profile-steps", "2"], "--profile-steps: has no effect on cancel"),
         (["status"], "submit status: which run?"),
         (["resume", "--steps", "2", "run"], "submit resume: which run?"),
         (["status", "run"], "no job was submitted for this folder"),
@@ -378,6 +411,18 @@ def test_local_runs_the_same_job_here(here: Path) -> None:
 
 
 @pytest.mark.slow
+def test_steps_of_a_local_job_are_profiled(here: Path) -> None:
+    process = local(here, "--profile", "profile.yaml", "--profile-steps", "2:4", "--profile-rank", "1")
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "done: 3 steps" in out
+    found = sorted(path.name for path in (here / "run/profile").iterdir())
+    assert found == ["step-00000002-rank-1.trace.json.gz", "step-00000002-rank-1.txt"]
+    assert "steps 2 to 3: milliseconds a step" in (here / "run/profile" / found[1]).read_text()
+    assert nobody_left(process.pid)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["the command", "everybody"])
 def test_a_stop_of_a_local_job_saves_and_exits_75(here: Path, whom: str) -> None:
     """SIGTERM to the command alone, and Ctrl-C, which a terminal sends to all."""
@@ -425,6 +470,8 @@ def test_help_names_every_option(here: Path, no_slurm: StandIns, command: Comman
         "--test",
         "--eval-profile",
         "--allow-setup",
+        "--profile-steps",
+        "--profile-rank",
         "--follow",
     }
     assert expected <= options
