@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
-from simclr_dist.errors import DataError, UnreachableError, printable
+from simclr_dist.errors import DataError, UnreachableError, printable, redact
 
 _CHUNK = 1 << 20
 _FEW = 3  # tries at what is probably as the server says: not there, or of another size
@@ -49,12 +49,6 @@ class _FailedError(Exception):
 def is_url(where: object) -> bool:
     """Whether a text names a place by protocol, like https://host/folder."""
     return isinstance(where, str) and _URL.match(where) is not None
-
-
-def redact(url: str) -> str:
-    """The URL without what may be a secret in it: user, password, query."""
-    url = re.sub(r"(://)[^/?#]*@", r"\1***@", url)
-    return re.sub(r"\?.*", "?***", url, flags=re.DOTALL)
 
 
 def has_secret(url: str) -> bool:
@@ -245,7 +239,7 @@ def check_url(url: str) -> None:
     if has_secret(url):
         # It would stand in config.yaml, in checkpoints and in the card of every encoder.
         raise DataError(
-            f"{redact(url)}: a URL must hold no user, password or query, as it is written into the run's files; "
+            f"{redact(url)}: a URL must hold no user, password, query or fragment, as it is written into the run's files; "
             "put a login into ~/.netrc, or where the protocol's package looks for it"
         )
     if "::" in url:

@@ -33,8 +33,8 @@ from simclr_dist.data.images import MAX_PIXELS, prepare_image
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.png import PNG_SIGNATURE
 from simclr_dist.data.reader import Sample
-from simclr_dist.data.remote import fetch, is_url, redact
-from simclr_dist.errors import ConfigError, DataError, UnreachableError, printable
+from simclr_dist.data.remote import fetch, is_url
+from simclr_dist.errors import ConfigError, DataError, UnreachableError, printable, redact
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")

@@ -14,8 +14,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from simclr_dist.data.remote import Patience, check_url, fetch, is_url, join, redact
-from simclr_dist.errors import DataError, UnreachableError
+from simclr_dist.data.remote import Patience, check_url, fetch, has_secret, is_url, join
+from simclr_dist.errors import DataError, UnreachableError, redact
 from small_shards import Server, serve
 
 QUICK = Patience(seconds=5, stall=0.3, first_wait=0.01)
@@ -121,16 +121,29 @@ def test_a_login_is_taken_from_netrc_and_not_from_the_url(
     (tmp_path / ".netrc").write_text("default login me password secret\n")
     assert fetched(f"{server.url}/a%20file") == CONTENT
     assert "Authorization" not in server.headers[-1], "a default is for no host in particular"
-    for url in ("https://me:secret@host/x", "https://host/x?token=secret", "s3://key:secret@bucket/x"):
-        with pytest.raises(DataError, match=r"must hold no user, password or query[^\n]*$") as caught:
+    for url in (
+        "https://me:secret@host/x",
+        "https://host/x?token=secret",
+        "https://host/x#token=secret",
+        "s3://key:secret@bucket/x",
+    ):
+        with pytest.raises(DataError, match=r"must hold no user, password, query or fragment[^\n]*$") as caught:
             check_url(url)
         assert "secret" not in str(caught.value)
 
 
 def test_redact() -> None:
     assert redact("https://me:a@b@host/x?sig=1#y") == "https://***@host/x?***"
-    assert redact("https://host/x@y") == "https://host/x@y"
-    assert redact("/local/x") == "/local/x"
+    assert redact("https://host/x#token=1?2") == "https://host/x#***"
+    for password in ("pa/ss", "/pass", "p?ss", "p#ss", "p ss", "p\nss", "a/@b", "123456/ss"):
+        for user in ("me", ""):
+            assert redact(f"http://{user}:{password}x@host/x") == "http://***@host/x"
+            assert redact(f"http://{user}:{password}x@host:80/x@y") in ("http://***@host:80/x@y", "http://***@y")
+            assert has_secret(f"http://{user}:{password}x@host/x")
+    for plain in ("https://host/x@y", "https://host:8080/x@y", "http://host:80", "http://[::1]:80/x@y", "http://[::1]/x@y"):
+        assert redact(plain) == plain
+    assert redact("pipe:curl http://host:80/x | ssh me@there") == "pipe:curl http://host:80/x | ssh me@there"
+    assert redact("/local/x#1") == "/local/x#1"
     assert is_url("s3://b/x")
     assert not is_url("/a/b://c")
     assert not is_url(Path("http://x"))
