@@ -119,6 +119,9 @@ def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
         with urllib.request.build_opener(_Redirects).open(request, timeout=stall) as answer:
+            if answer.status != 200:  # 206, say, is a part of the file, which nobody has asked for
+                said = printable(redact(answer.reason or ""))
+                raise _FailedError(f"the server says {answer.status} {said}".rstrip() + ", which is not the whole file", _FEW)
             told = answer.headers.get("Content-Length")
             if size is not None and told is not None and told.isdecimal() and int(told) != size:
                 raise _FailedError(f"it has {told} bytes there, the manifest says {size}", _FEW)

@@ -80,6 +80,15 @@ def test_another_size_than_the_manifests(server: Server) -> None:
         fetched(f"{server.url}/a%20file", most=100)
 
 
+@pytest.mark.parametrize(("status", "size"), [(206, None), (206, len(CONTENT)), (202, None)])
+def test_a_part_that_nobody_asked_for_is_not_the_file(server: Server, status: int, size: int | None) -> None:
+    server.faults["a file"] = [f"as {status}"] * 2
+    assert fetched(f"{server.url}/a%20file", size=size) == CONTENT, "the third try is answered with 200"
+    server.faults["a file"] = [f"as {status}"] * 100
+    with pytest.raises(UnreachableError, match=rf"the server says {status} [A-Z][^\n]*, which is not the whole file \(3 tries"):
+        fetched(f"{server.url}/a%20file", size=size)
+
+
 @pytest.mark.parametrize(
     ("leads_to", "says"),
     [
