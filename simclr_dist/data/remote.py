@@ -141,6 +141,8 @@ def _in_time(chunks: Generator[bytes], patience: Patience) -> Iterator[bytes]:
             put(b"")
         except Exception as error:
             put(error)
+            if not isinstance(error, _FailedError):
+                raise
 
     def get(most: float) -> bytes:
         try:
