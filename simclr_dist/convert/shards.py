@@ -202,7 +202,8 @@ class _Conversion:
         _check_range("processes", processes, 1)
         self.name, self.settings, self.parts = source, settings, parts
         self.destination = Path(destination).resolve()
-        _check_destination(self.destination, Path(source).resolve())
+        with _disk_errors(self.destination):
+            _check_destination(self.destination, Path(source).resolve())
         self.source: Source = find_source(source, image_column=settings.image_column, label_column=settings.label_column)
         self.processes = processes_for(len(self.source)) if processes is None else processes
         self.bar: Callable[..., tqdm[Any]] = bind(tqdm, unit="image", disable=not (progress and sys.stderr.isatty()))
