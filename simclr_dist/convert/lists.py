@@ -98,9 +98,9 @@ def _labels(path: Path, cells: list[tuple[int, str]]) -> tuple[tuple[str, ...], 
                 raise DataError(f"{path}: line {line}: {shown} is no label; it takes an integer from 0, or -1")
         return (), labels
     if numbers:
-        (line, name), (other, number) = names[0], numbers[0]
+        (line, name), (other, digits) = names[0], numbers[0]
         raise DataError(
-            f"{path}: line {line}: label {printable(name)!r} is a name, and {number[:_LONGEST_LABEL]} in line {other} a number;"
+            f"{path}: line {line}: label {printable(name)!r} is a name, and {digits[:_LONGEST_LABEL]} in line {other} a number;"
             " give numbers to all or names to all (like 'class 7'), and leave the cell empty for no label"
         )
     classes = sorted({text for _, text in cells if text})

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from simclr_dist.config import Config
+from simclr_dist.data import memory
+from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.learner import Learner, Piece
 from simclr_dist.train import loop
 
@@ -26,6 +28,23 @@ def signalled_in_step(step: int, number: signal.Signals, rank: int | None = None
 def late_in_step(step: int, seconds: float, rank: int) -> None:
     """A rank that takes longer, once."""
     _before_step(step, rank, lambda: time.sleep(seconds))
+
+
+def signalled_while_decoding(image: int, number: signal.Signals, rank: int | None = None) -> None:
+    """A signal when the `image`-th image is decoded to be held in memory; each takes 20 ms."""
+    counted = 0
+    read = ShardDataset.__getitem__
+
+    def patched(images: ShardDataset, row: int) -> Sample:
+        nonlocal counted
+        counted += 1
+        time.sleep(0.02)
+        if counted == image and is_rank(rank):
+            os.kill(os.getpid(), number)
+        return read(images, row)
+
+    setattr(ShardDataset, "__getitem__", patched)  # noqa: B010 (mypy knows no method that changes)
+    memory._PAUSE_BYTES = 10 * 18 * 18 * 3
 
 
 def signalled_during_export(number: signal.Signals) -> None:
