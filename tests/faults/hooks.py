@@ -31,14 +31,14 @@ def late_in_step(step: int, seconds: float, rank: int) -> None:
 
 
 def signalled_while_decoding(image: int, number: signal.Signals, rank: int | None = None) -> None:
-    """A signal when the `image`-th image is decoded to be held in memory; each takes 20 ms."""
+    """A signal when the `image`-th image is decoded to be held in memory; those after it take 0.1 s each."""
     counted = 0
     read = ShardDataset.__getitem__
 
     def patched(images: ShardDataset, row: int) -> Sample:
         nonlocal counted
         counted += 1
-        time.sleep(0.02)
+        time.sleep(0.1 if counted > image else 0)
         if counted == image and is_rank(rank):
             os.kill(os.getpid(), number)
         return read(images, row)

@@ -77,17 +77,15 @@ def test_before_the_first_step(shards: Path, tmp_path: Path, rank: int | None) -
 
 @pytest.mark.parametrize(("rank", "world_size"), [(None, 2), (1, 2), (0, 1)])
 def test_while_images_are_decoded_into_memory(shards: Path, tmp_path: Path, rank: int | None, world_size: int) -> None:
-    """205 images of 20 ms: long before they are all there, and all ranks alike."""
+    """Long before they are all there, and all ranks alike."""
     runs.write_config(tmp_path, shards, data={"in_memory": "always"})
-    began = time.time()
     hook = partial(hooks.signalled_while_decoding, 30, signal.SIGUSR1, rank)
     with runs.started(tmp_path, world_size, hook=hook) as ranks:
         assert ranks.wait() == [PREEMPTED] * world_size, ranks.output
         assert "Traceback" not in ranks.output
     assert assert_stopped(tmp_path / "run", "SIGUSR1 before the first step") == 0
     start, stop = (runs.events(tmp_path / "run", kind)[-1]["time"] for kind in ("start", "stop"))
-    assert began < start
-    assert stop - start < 205 * 0.02 - 1
+    assert stop - start < 5, "some 8 s for all images"
     assert not list((tmp_path / "run").glob("metrics*")), "nothing was trained"
 
 
