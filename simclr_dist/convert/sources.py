@@ -4,13 +4,11 @@ import os
 from pathlib import Path
 
 from simclr_dist.convert.archives import archive_source
-from simclr_dist.convert.folders import FileChunk, folder_source, walk
+from simclr_dist.convert.folders import folder_source, walk
 from simclr_dist.convert.lists import list_source
-from simclr_dist.convert.originals import Chunk, Original, Problem, Source, is_image_name, split_names
+from simclr_dist.convert.originals import Problem, Source, is_image_name, split_names
 from simclr_dist.convert.tables import table_source
 from simclr_dist.errors import ConfigError, DataError, printable
-
-__all__ = ["Chunk", "FileChunk", "Original", "Problem", "Source", "find_source", "printable"]
 
 _TABLES = (".parquet", ".arrow")
 _ARCHIVES = (".tar", ".zip")
