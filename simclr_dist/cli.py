@@ -199,7 +199,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     given = {"--profile": arguments.profile, "--profile-rank": arguments.profile_rank}
     profile, _ = take_profile([f"{name}={value}" for name, value in given.items() if value is not None])
     stopping.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
-    config = load_config(arguments.config, overrides)
+    options = [name.removeprefix("--").replace("-", "_") for name in arguments.options._option_string_actions if len(name) > 2]
+    config = load_config(arguments.config, overrides, options=options)
     nodes = _meeting(arguments, config)
     samples = _check_run(config, (arguments.processes or 1) * (nodes.least if nodes else 1), held=nodes is not None)
 

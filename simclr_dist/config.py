@@ -79,8 +79,11 @@ MAY_CHANGE_ON_RESUME = frozenset(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, then `--key value` pairs, and check the whole; raises ConfigError with one line."""
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Config:
+    """Read a config file, then `--key value` pairs, and check the whole; raises ConfigError with one line.
+
+    `options` are what the command itself takes, which somebody may have mistyped.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -96,7 +99,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         nested: Any = value if isinstance(known.get(key), str) else read_yaml(value, f"command line: --{key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        config = merge(config, nested, "command line", known=_KEYS)
+        config = merge(config, nested, "command line", known=(*_KEYS, *options))
     check(config, f"{path} with the command line" if overrides else str(path))
     return config
 

@@ -4,13 +4,12 @@ not fit the data and the processes. Each refusal is one line with key, value and
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from simclr_dist.config_reader import suggest
 from simclr_dist.config_schema import Config, DataConfig, ModelConfig, OptimConfig, ProbeConfig, ViewsConfig
-from simclr_dist.errors import ConfigError
+from simclr_dist.errors import ConfigError, redact
 
 TORCH_OPTIMIZERS = ("sgd", "adamw")
 # torch_optimizer.get's names: those that train on the tested torch (a test does so), and those that do not, with the reason.
@@ -147,13 +146,10 @@ def _check_data(config: Config, source: str, refuse: _Refuse) -> None:
     data, plain = config.data, DataConfig()
     pipe = data.shards.startswith("pipe:")
     remote = "://" in data.shards and not pipe
-    if (
-        remote
-        and (shown := re.sub(r"\?.*", "?***", re.sub(r"(://)[^/?#]*@", r"\1***@", data.shards), flags=re.DOTALL)) != data.shards
-    ):
+    if remote and (shown := redact(data.shards)) != data.shards:
         raise ConfigError(
-            f"{source}: data.shards: {shown!r} holds a user, password or query, which would stand in config.yaml and in"
-            " each encoder's card; put a login into ~/.netrc, or where the protocol's package looks for it"
+            f"{source}: data.shards: {shown!r} holds a user, password, query or fragment, which would stand in config.yaml and"
+            " in each encoder's card; put a login into ~/.netrc, or where the protocol's package looks for it"
         )
     if data.reader == "manifest":
         if pipe:
@@ -221,7 +217,9 @@ def check_fits(config: Config, samples: int, world_size: int) -> None:
     """Refuse a global batch that the data cannot fill or that ranks and micro-batches do not divide."""
     batch = config.global_batch_size
     if batch > samples:
-        raise ConfigError(f"global_batch_size: {batch} is larger than the {samples} images of {config.data.shards}")
+        raise ConfigError(
+            f"global_batch_size: {batch} is larger than the {samples} images of {config.data.shards}; lower it, or add images"
+        )
     pieces = config.micro_batches * world_size
     if batch % pieces:
         raise ConfigError(
@@ -232,4 +230,6 @@ def check_fits(config: Config, samples: int, world_size: int) -> None:
     if total < 1:
         raise ConfigError(f"epochs: {config.epochs} of {samples} images at global_batch_size {batch} is not one step")
     if warmup > total:
-        raise ConfigError(f"optim: a warm-up of {warmup} steps is longer than the run of {total}; shorten it")
+        key = "warmup_epochs" if config.optim.warmup_steps is None else "warmup_steps"
+        given = getattr(config.optim, key)
+        raise ConfigError(f"optim.{key}: {given}: a warm-up of {warmup} steps is longer than the run of {total}; lower it")

@@ -133,9 +133,19 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
+# What others call it.
+_ELSEWHERE = {
+    "arch": "encoder", "backbone": "encoder", "batch_size": "global_batch_size", "learning_rate": "base_lr", "lr": "base_lr",
+    "max_epochs": "epochs", "max_steps": "steps", "num_workers": "workers", "tau": "temperature", "wd": "weight_decay",
+}  # fmt: skip
+
+
 def suggest(word: str, known: Sequence[Any]) -> str:
     """`; did you mean ...?` for the nearest of the known words, or nothing."""
     names = [str(k) for k in known]
+    ours = _ELSEWHERE.get(word.rpartition(".")[2].replace("-", "_"))
+    if same := [name for name in names if name.rpartition(".")[2] == ours]:
+        return f"; did you mean '{same[0]}'?"
     close = difflib.get_close_matches(word, names, n=1)
     if not close:  # the right name in the wrong section
         close = [name for name in names if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]

@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on request with nothing lost (sysexits' EX_TEMPFAIL).
 """
 
+import re
+
 PREEMPTED = 75
 LAST_WORD = (
     "SIMCLR_DIST_LAST_WORD"  # variable with the file in which a rank tells its launcher a final code, which torchrun loses
@@ -56,3 +58,17 @@ class DivergedError(Exception):
 def printable(name: str) -> str:
     """The name in one printable line: file names may hold line ends and bytes that are no text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+# All up to the last @ of the host's part; or to the last of all, where what should be a port is no number: a password with
+# a / ? or # in it.
+_LOGIN = re.compile(r"://(?:[^/?#]*@|[^/?#\[]*:(?!\d{1,5}(?:[/?#]|$)).*@)", re.DOTALL)
+_REST = re.compile(r"(://[^?#]*#|\?).*", re.DOTALL)
+
+
+def redact(url: str) -> str:
+    """The URL without what may be a secret in it: user, password, query, fragment.
+
+    In doubt too much goes; only a password that begins like a port, `80/...`, cannot be told from one.
+    """
+    return _REST.sub(r"\1***", _LOGIN.sub("://***@", url))

@@ -148,7 +148,7 @@ def test_a_config_typo(here: Path, command: Command) -> None:
 
 def test_a_global_batch_larger_than_the_data(here: Path, command: Command) -> None:
     line = refused(command("train", "config.yaml", "--global_batch_size", "26"))
-    assert line == "global_batch_size: 26 is larger than the 24 images of shards"
+    assert line == "global_batch_size: 26 is larger than the 24 images of shards; lower it, or add images"
 
 
 def test_a_global_batch_that_is_not_divided(here: Path, command: Command) -> None:
@@ -212,6 +212,9 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
         (["train", "config.yaml", "--processes", "0"], "--processes: 0: the least is 1"),
         (["train", "config.yaml", "--bogus", "1"], "command line: bogus: unknown key"),
         (["train", "config.yaml", "--proc", "2"], "command line: proc: unknown key"),
+        (["train", "config.yaml", "--proceses", "2"], "command line: proceses: unknown key; did you mean 'processes'?"),
+        (["train", "config.yaml", "--optim.lr", "2"], "command line: optim.lr: unknown key; did you mean 'optim.base_lr'?"),
+        (["train", "config.yaml", "--batch-size", "2"], "unknown key; did you mean 'global_batch_size'?"),
         (["train", "config.yaml", "--seed"], "command line: --seed: its value is missing"),
         (["train", "config.yaml", "seed", "3"], "command line: 'seed': expected --key value"),
         (["plan"], "required: config"),
@@ -504,7 +507,7 @@ def test_under_torchrun_one_rank_says_it(here: Path) -> None:
     done = launch(2, "--global_batch_size", "26")
     assert done.returncode == 1, "torchrun's code for any failure"
     ours = [line for line in done.stderr.splitlines() if "simclr-dist: " in line]
-    assert ours == ["simclr-dist: global_batch_size: 26 is larger than the 24 images of shards"]
+    assert ours == ["simclr-dist: global_batch_size: 26 is larger than the 24 images of shards; lower it, or add images"]
     assert 'simclr_dist/train.py", line' not in done.stderr, "no traceback of ours"
 
 

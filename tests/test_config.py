@@ -498,8 +498,8 @@ def test_to_dict_goes_through_yaml_and_json_and_back(file: Path) -> None:
         ("shards: 's3://b/x', retry_minutes: 5", r"data\.retry_minutes: 5\.0 must be less than timeout_minutes, 5\.0"),
         ("shards: 's3://b/x', retry_minutes: 0", r"data\.retry_minutes: 0\.0 must be above 0"),
         ("shards: 's3://b/x', cache_gib: -1", r"data\.cache_gib: -1\.0 must be above 0"),
-        ("shards: 'https://me:secret@b/x'", r"data\.shards: 'https://\*\*\*@b/x' holds a user, password or query"),
-        ("shards: 'https://b/x?sig=secret'", r"data\.shards: 'https://b/x\?\*\*\*' holds a user, password or query"),
+        ("shards: 'https://me:secret@b/x'", r"data\.shards: 'https://\*\*\*@b/x' holds a user, password, query or fragment"),
+        ("shards: 'https://b/x?sig=secret'", r"data\.shards: 'https://b/x\?\*\*\*' holds a user, password, query or fragment"),
     ],
 )
 def test_data_settings_that_contradict_each_other(tmp_path: Path, values: str, line: str) -> None:

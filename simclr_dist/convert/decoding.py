@@ -139,7 +139,8 @@ def _read_about(path: Path) -> dict[str, Any] | None:
 class Records:
     """What has to be known of all good images at once, in the order of `Partial.records`: arrays over n images.
 
-    `index` and `label` int64, `sha256` as 32 bytes each; `converted` counts those that are stored re-encoded.
+    `index` and `label` int64, `sha256` as 32 bytes each; `converted` counts those that are stored re-encoded. `stamps`: of each
+    unit's chunk, as it was read.
     """
 
     index: NDArray[np.int64]
@@ -147,15 +148,17 @@ class Records:
     sha256: NDArray[np.bytes_]
     converted: int
     rejected: tuple[Problem, ...]
+    stamps: tuple[str, ...]
 
 
 def gather(partial: Partial, units: int) -> Records:
     """The records of all units, in one file and, as far as must be, in memory (48 bytes an image)."""
     index, label, sha256, converted = [], [], [], 0
     rejected: list[Problem] = []
+    stamps: list[str] = []
     temporary = partial.temporary()
     with pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
-        for table in _tables(partial, units, rejected):
+        for table in _tables(partial, units, rejected, stamps):
             writer.write_table(table)
             batch = table.combine_chunks().to_batches()
             for part in batch:
@@ -173,18 +176,21 @@ def gather(partial: Partial, units: int) -> Records:
         np.concatenate([np.zeros(0, "S32"), *sha256]),
         converted,
         tuple(rejected),
+        tuple(stamps),
     )
 
 
-def _tables(partial: Partial, units: int, rejected: list[Problem]) -> Iterator[pa.Table]:
-    """The units' records, some ten thousand together; their rejected images go to `rejected`."""
+def _tables(partial: Partial, units: int, rejected: list[Problem], stamps: list[str]) -> Iterator[pa.Table]:
+    """The units' records, some ten thousand together; their rejected images go to `rejected`, their stamps to `stamps`."""
     waiting: list[pa.Table] = []
     for number in range(units):
         path = unit_path(partial, number)
         try:
             with pa.memory_map(str(path)) as file:
                 table = pa.ipc.open_file(file).read_all()
-                rejected += [Problem(*entry) for entry in json.loads(table.schema.metadata[_ABOUT])["rejected"]]
+                about = json.loads(table.schema.metadata[_ABOUT])
+                rejected += [Problem(*entry) for entry in about["rejected"]]
+                stamps.append(about["stamp"])
                 waiting.append(table.replace_schema_metadata(None))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({first_line(error)}); run the same command again") from None

@@ -52,7 +52,7 @@ def index_shards(
     be used, and, if `strict`, when any sample is left out.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
         raise DataError(f"{folder}: no such folder of tars")
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder / MANIFEST_NAME}: is there already; compare it with --verify {folder}, or remove it first")

@@ -20,9 +20,10 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
     """The images that a CSV file (UTF-8, commas) lists, in its order, with paths relative to its folder.
 
     The first row is a header when one of its cells is in `PATH_COLUMNS`, or when a column is asked for; without a header the
-    columns are path and label, or path alone. Labels are integers from -1 (or empty: none), or else names of classes, numbered
-    as sorted. Paths that are absolute or lead out of the folder, and paths that come again, are rejected. Raises DataError for
-    a file that is no such list, and where it is unclear which column is the label.
+    columns are path and label, or path alone. Labels are integers from -1 (or empty: none), or names of classes, numbered as
+    sorted. Paths that are absolute or lead out of the folder, and paths that come again, are rejected. Raises DataError for
+    a file that is no such list, where it is unclear which column is the label, and for labels that are partly numbers, partly
+    names.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -87,13 +88,21 @@ def _header(path: Path, header: list[str], image_column: str | None, label_colum
 
 def _labels(path: Path, cells: list[tuple[int, str]]) -> tuple[tuple[str, ...], list[int]]:
     """Class names, () for integers, and the labels of (line, text)."""
-    if all(not text or text.removeprefix("-").isdecimal() for _, text in cells):
+    numbers = [(line, text) for line, text in cells if text.removeprefix("-").isdecimal()]
+    names = [(line, text) for line, text in cells if text and not text.removeprefix("-").isdecimal()]
+    if not names:
         labels = [int(text[:_LONGEST_LABEL]) if text else -1 for _, text in cells]
         for (line, text), label in zip(cells, labels, strict=True):
             if not -1 <= label < 2**31 or len(text) > _LONGEST_LABEL:
                 shown = text[:_LONGEST_LABEL]
                 raise DataError(f"{path}: line {line}: {shown} is no label; it takes an integer from 0, or -1")
         return (), labels
+    if numbers:
+        (line, name), (other, digits) = names[0], numbers[0]
+        raise DataError(
+            f"{path}: line {line}: label {printable(name)!r} is a name, and {digits[:_LONGEST_LABEL]} in line {other} a number;"
+            " give numbers to all or names to all (like 'class 7'), and leave the cell empty for no label"
+        )
     classes = sorted({text for _, text in cells if text})
     number = {name: i for i, name in enumerate(classes)} | {"": -1}
     return tuple(map(printable, classes)), [number[text] for _, text in cells]

@@ -9,8 +9,9 @@ from simclr_dist.arguments import at_least
 from simclr_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from simclr_dist.convert.finished import ShardSummary
     from simclr_dist.convert.originals import Problem
-    from simclr_dist.convert.shards import ShardSettings, ShardSummary
+    from simclr_dist.convert.shards import ShardSettings
 
 DESCRIPTION = """Write WebDataset tars and a Parquet manifest. Every image is decoded once; what is not an image is listed with
 its reason and left out. The same input, settings and seed give the same bytes, for any number of processes and parts.
@@ -123,6 +124,8 @@ def _settings(arguments: argparse.Namespace) -> "ShardSettings":
 
 
 def _report(summary: "ShardSummary", destination: Path) -> None:
+    if summary.already:
+        print(f"{destination}: was done already, with the same settings from the same files; nothing is written")
     classes = ", ".join(summary.classes[:_SHOWN]) + (", ..." if len(summary.classes) > _SHOWN else "")
     print(
         f"{summary.written} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, {len(summary.classes)} classes"

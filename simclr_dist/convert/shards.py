@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial as bind
 from pathlib import Path
@@ -20,8 +20,9 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from simclr_dist.convert.dealing import deal
+from simclr_dist.convert.dealing import SPLIT_NAMES, deal
 from simclr_dist.convert.decoding import Decoder, gather, unit_path
+from simclr_dist.convert.finished import ShardSummary, has_record, read_record, stamp_of, write_record
 from simclr_dist.convert.originals import Problem, ReadError, Source
 from simclr_dist.convert.partial import Partial, StaleError, check, hold, sync
 from simclr_dist.convert.sources import find_source
@@ -62,26 +63,6 @@ def _check_range(name: str, value: int | None, low: int, high: int | None = None
 
 
 @dataclass(frozen=True)
-class ShardSummary:
-    """What `write_shards` did, over all destinations.
-
-    `written` images in `shards` tars of `bytes` together; `destinations` are the folders that hold a manifest. `rejected`
-    images are left out for the reason given; `skipped` files were never taken for images. `converted` images are stored
-    re-encoded, `duplicates` have the same bytes as another one and are kept.
-    """
-
-    destinations: tuple[Path, ...]
-    written: int
-    shards: int
-    bytes: int
-    classes: tuple[str, ...]
-    rejected: tuple[Problem, ...]
-    skipped: tuple[Problem, ...]
-    converted: int
-    duplicates: int
-
-
-@dataclass(frozen=True)
 class PartSummary:
     """What `write_part` did: `good` and `bad` images of its share, and how many of all `parts` are done now."""
 
@@ -113,14 +94,17 @@ def write_shards(
     `split`, like (0.8, 0.2), writes `destination`/train and /test, stratified by label, images with equal bytes on one side.
     See `prepare_image` for `short_side` and `quality`. Nothing is at `destination` before all of it is; the work is done in
     `destination`.partial, which for tables, zips and converted images takes as much disk again, and where the same call goes
-    on after a kill, an interruption or a full disk. `destination`/rejected.jsonl lists what was rejected.
+    on after a kill, an interruption or a full disk. `destination`/rejected.jsonl lists what was rejected, conversion.json holds
+    the settings: where they, and the source's files, are the same, nothing is done.
 
     Raises ConfigError for a setting out of range; DataError when no image can be used, when `destination` holds something
-    or cannot be written, when an unfinished conversion beside it had other settings or images, and, if `strict`, when any
+    else or cannot be written, when an unfinished conversion beside it had other settings or images, and, if `strict`, when any
     image is rejected.
     """
     settings = ShardSettings(shard_size, seed, short_side, quality, split, image_column, label_column)
     conversion = _Conversion(source, destination, settings, parts=1, processes=processes, progress=progress)
+    if (done := conversion.finished(strict=strict)) is not None:
+        return done
     with _disk_errors(conversion.destination), hold(conversion.destination, conversion.about) as partial:
         try:
             return conversion.finish(partial, strict=strict)
@@ -149,6 +133,7 @@ def write_part(
     _check_range("parts", parts, 1, 100_000)
     _check_range("part", part, 1, parts)
     conversion = _Conversion(source, destination, settings, parts=parts, processes=processes, progress=progress)
+    conversion.check_unused()
     with _disk_errors(conversion.destination), hold(conversion.destination, conversion.about, part) as partial:
         with conversion.workers(share := range(part - 1, len(conversion.source.chunks), parts)) as run:
             good, bad, first_bad = conversion.decode(partial, share, run)
@@ -168,14 +153,19 @@ def finish_shards(
 ) -> ShardSummary:
     """Write the shards of a conversion whose parts are all done: the bytes that `write_shards` gives with the same settings.
 
+    As there, nothing is done where that has been done already.
+
     Raises DataError that names the parts that are missing; what is in `destination`.partial is left for the next try.
     """
     beside = Partial.of(Path(destination).resolve())
-    try:
+    parts = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):
         parts = int(json.loads(beside.settings.read_text(encoding="ascii"))["parts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{destination}: there are no parts of it; begin with --part 1/N ({beside.folder})") from None
     conversion = _Conversion(source, destination, settings, parts=parts, processes=processes, progress=progress)
+    if (done := conversion.finished(strict=strict)) is not None:
+        return done
+    if not parts:
+        raise DataError(f"{destination}: there are no parts of it; begin with --part 1/N ({beside.folder})")
     check(beside, conversion.about)
     with _disk_errors(conversion.destination), hold(conversion.destination, conversion.about) as partial:
         if missing := conversion.missing_parts(partial):
@@ -202,7 +192,8 @@ class _Conversion:
         _check_range("processes", processes, 1)
         self.name, self.settings, self.parts = source, settings, parts
         self.destination = Path(destination).resolve()
-        _check_destination(self.destination, Path(source).resolve())
+        with _disk_errors(self.destination):
+            _check_destination(self.destination, Path(source).resolve())
         self.source: Source = find_source(source, image_column=settings.image_column, label_column=settings.label_column)
         self.processes = processes_for(len(self.source)) if processes is None else processes
         self.bar: Callable[..., tqdm[Any]] = bind(tqdm, unit="image", disable=not (progress and sys.stderr.isatty()))
@@ -213,6 +204,29 @@ class _Conversion:
             "source": str(Path(source).resolve()), **asdict(settings), "parts": parts, "listing": listing.hexdigest(),
             "format": _FORMAT, "Pillow": PIL.__version__,
         }  # fmt: skip
+
+    def check_unused(self) -> None:
+        """Raises DataError when the destination holds something."""
+        if self.destination.is_dir() and any(self.destination.iterdir()):
+            raise DataError(f"{self.destination}: exists and is not empty; name a new folder, or remove it first")
+
+    def finished(self, *, strict: bool) -> ShardSummary | None:
+        """What an earlier run of this conversion has done; None where there is none. Raises as `check_unused` for others."""
+        done = None
+        if has_record(self.destination):
+            about = self._lasting(stamp_of(chunk.stamp().hex() for chunk in self.source.chunks))
+            done = read_record(self.destination, about, self.source, SPLIT_NAMES if self.settings.split else ("",))
+        if done is None:
+            self.check_unused()
+            return None
+        _check_images(self.name, done.written, done.rejected, strict)
+        Partial.of(self.destination).remove()  # of a run that was killed when all was in place
+        return done
+
+    def _lasting(self, stamp: str) -> dict[str, object]:
+        """What the finished conversion is recognised by: not by paths, parts and versions that change no image."""
+        kept = (*asdict(self.settings), "listing", "format")
+        return {name: self.about[name] for name in kept} | {"stamp": stamp}
 
     def workers(self, units: range) -> Any:
         """Processes for so many units."""
@@ -254,10 +268,8 @@ class _Conversion:
                 for written in run(Writer(partial, self.source.classes), shards):
                     shown.update(written)
         total_bytes = write_manifests(partial, shards, self.source.classes)
-        if rejected:
-            lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in rejected]
-            (partial.out / "rejected.jsonl").write_text("".join(lines), encoding="ascii")
-            sync(partial.out / "rejected.jsonl")
+        for path in write_record(partial.out, self._lasting(stamp_of(records.stamps)), records.converted, rejected):
+            sync(path)
         sync(partial.out)
         partial.out.rename(self.destination)
         sync(self.destination.parent)
@@ -293,11 +305,8 @@ def _check_destination(destination: Path, source: Path) -> None:
         raise DataError(f"{destination}: lies inside the source or holds it; name a folder elsewhere")
     if destination.exists() and not destination.is_dir():
         raise DataError(f"{destination}: is a file; name a new folder")
-    if destination.is_dir():
-        if destination.is_mount():
-            raise DataError(f"{destination}: is a mount point, which cannot be put in place at once; name a folder inside it")
-        if any(destination.iterdir()):
-            raise DataError(f"{destination}: exists and is not empty; name a new folder, or remove it first")
+    if destination.is_dir() and destination.is_mount():
+        raise DataError(f"{destination}: is a mount point, which cannot be put in place at once; name a folder inside it")
 
 
 def _check_images(source: str | Path, good: int, rejected: tuple[Problem, ...], strict: bool) -> None:

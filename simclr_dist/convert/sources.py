@@ -1,15 +1,14 @@
 """What a user names as the source of images, told apart: folders, tables, archives, lists."""
 
+import os
 from pathlib import Path
 
 from simclr_dist.convert.archives import archive_source
-from simclr_dist.convert.folders import FileChunk, folder_source, walk
+from simclr_dist.convert.folders import folder_source, walk
 from simclr_dist.convert.lists import list_source
-from simclr_dist.convert.originals import Chunk, Original, Problem, Source, is_image_name, split_names
+from simclr_dist.convert.originals import Problem, Source, is_image_name, split_names
 from simclr_dist.convert.tables import table_source
 from simclr_dist.errors import ConfigError, DataError, printable
-
-__all__ = ["Chunk", "FileChunk", "Original", "Problem", "Source", "find_source", "printable"]
 
 _TABLES = (".parquet", ".arrow")
 _ARCHIVES = (".tar", ".zip")
@@ -30,16 +29,17 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     none.
     """
     source = Path(source)
-    if not source.exists() and "*" in source.name:
+    # Not Path's own, which raise for a name that is longer than any file's.
+    if not os.path.exists(source) and "*" in source.name:  # noqa: PTH110
         paths = sorted(source.parent.glob(source.name))
         kinds = {path.suffix.lower() for path in paths}
         if not kinds or not (kinds <= {_TABLES[0]} or kinds <= {_TABLES[1]} or kinds <= set(_ARCHIVES)):
             kind = ".parquet, .arrow or .tar"
             raise DataError(f"{source}: this pattern must match {kind} files and nothing else; it matches {len(paths)} files")
         root, names = source.parent.resolve(), [path.name for path in paths]
-    elif source.is_file():
+    elif os.path.isfile(source):  # noqa: PTH113
         root, names = source.resolve().parent, [source.resolve().name]
-    elif source.is_dir():
+    elif os.path.isdir(source):  # noqa: PTH112
         return _folder(source, image_column, label_column)
     else:
         raise DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")

@@ -56,7 +56,7 @@ def verify_shards(
     """
     folder = Path(folder)
     folders = [folder]
-    if not (folder / MANIFEST_NAME).exists():
+    if os.path.isdir(folder) and not (folder / MANIFEST_NAME).exists():  # noqa: PTH112 (a name may be too long)
         folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")) or folders
         if bare := sorted({path.parent.name for path in folder.glob("*/*.tar")} - {each.name for each in folders}):
             raise DataError(f"{folder / bare[0]}: holds tars and no {MANIFEST_NAME} to compare them with")

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.data.remote import Patience, fetch, join, redact
-from simclr_dist.errors import ConfigError, UnreachableError
+from simclr_dist.data.remote import Patience, fetch, join
+from simclr_dist.errors import ConfigError, UnreachableError, redact
 
 FOLDER_VARIABLE = "SIMCLR_DIST_CACHE"
 GIB_VARIABLE = "SIMCLR_DIST_CACHE_GIB"

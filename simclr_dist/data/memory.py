@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from simclr_dist.errors import DataError, RankError, UnreachableError
 AUTO_BYTES = 2**30
 """`data.in_memory: auto` holds sets of at most so many bytes of pixels (350,000 images of 32 x 32)."""
 _BATCH_SIDE = 40
+_PAUSE_BYTES = 2**22  # some tenths of a second of decoding
 
 
 def decoded_bytes(manifest: Manifest) -> int:
@@ -26,15 +27,16 @@ def decoded_bytes(manifest: Manifest) -> int:
     return int((manifest.height.astype(np.int64) * manifest.width).sum() * 3)
 
 
-def held_in_memory(images: Images, choice: str) -> Images:
+def held_in_memory(images: Images, choice: str, pause: Callable[[], object] = lambda: None) -> Images:
     """`images`, decoded when `choice` is "always", or "auto" and they are few: the same views come of both.
 
-    A stream stays as it is. Raises RankError when a server of shards fails.
+    A stream stays as it is. `pause` is called now and then while images are decoded, as often on every rank, and may raise.
+    Raises RankError when a server of shards fails.
     """
     if not isinstance(images, ShardDataset):
         return images
     wanted = choice == "always" or (choice == "auto" and decoded_bytes(images.manifest) <= AUTO_BYTES)
-    return DecodedImages(images) if wanted else images
+    return DecodedImages(images, pause) if wanted else images
 
 
 class DecodedImages(Dataset[Sample]):
@@ -45,7 +47,7 @@ class DecodedImages(Dataset[Sample]):
     batch of crops in one call.
     """
 
-    def __init__(self, images: ShardDataset) -> None:
+    def __init__(self, images: ShardDataset, pause: Callable[[], object] = lambda: None) -> None:
         manifest = images.manifest
         self.manifest = manifest
         heights, widths = manifest.height.astype(np.int64), manifest.width.astype(np.int64)
@@ -62,7 +64,10 @@ class DecodedImages(Dataset[Sample]):
         same = bool((heights == heights[0]).all() and (widths == widths[0]).all())
         self.of_one_size = same and max(heights[0], widths[0]) <= _BATCH_SIDE
         """Whether `crops` can be asked."""
+        pauses = np.diff(self._starts // _PAUSE_BYTES) > 0
         for row in range(len(manifest)):
+            if pauses[row]:
+                pause()
             try:
                 image = images[row].image
                 if image.shape[1:] != (heights[row], widths[row]):

@@ -1,7 +1,7 @@
 """Bytes from a server: http and https by the standard library, every other protocol by fsspec; tried again when it fails.
 
-A fetch goes on trying through refused and cut connections, stalls and errors of the server (5xx, 429) until `Patience` is
-used up, then names the URL. What waiting cannot cure (denied, not there, not a protocol) is named at once.
+A fetch goes on trying through refused and cut connections, stalls, trickles and errors of the server (5xx, 429) until
+`Patience` is used up, then names the URL. What waiting cannot cure (denied, not there, not a protocol) is named at once.
 """
 
 import base64
@@ -15,14 +15,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
-from simclr_dist.errors import DataError, UnreachableError, printable
+from simclr_dist.errors import DataError, UnreachableError, printable, redact
 
 _CHUNK = 1 << 20
+_LARGEST_BLOCK = 16 << 20
 _FEW = 3  # tries at what is probably as the server says: not there, or of another size
 _MOST_WAIT = 30.0
 _PASSING = (408, 425, 429)
@@ -31,11 +33,18 @@ _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a failing server is asked again: `seconds` in all; a try without a byte for `stall` seconds has failed."""
+    """How long a failing server is asked again, `seconds` in all, and when a try has failed; all in seconds.
+
+    It has when the first byte takes longer than `window`, when `stall` pass without a byte, and when in `window` fewer than
+    `least` bytes a second have come. Nothing else ends a try, however long it takes: a slow link that is faster than this
+    brings a shard of any size.
+    """
 
     seconds: float = 180.0
     stall: float = 20.0
     first_wait: float = 0.5
+    window: float = 60.0
+    least: float = 10_000.0
 
 
 class _FailedError(Exception):
@@ -49,12 +58,6 @@ class _FailedError(Exception):
 def is_url(where: object) -> bool:
     """Whether a text names a place by protocol, like https://host/folder."""
     return isinstance(where, str) and _URL.match(where) is not None
-
-
-def redact(url: str) -> str:
-    """The URL without what may be a secret in it: user, password, query."""
-    url = re.sub(r"(://)[^/?#]*@", r"\1***@", url)
-    return re.sub(r"\?.*", "?***", url, flags=re.DOTALL)
 
 
 def has_secret(url: str) -> bool:
@@ -87,7 +90,7 @@ def fetch(
     for tries in range(1, 1_000_000):  # pragma: no branch
         into.seek(0)
         try:
-            count = _copy(url, into, size, most, patience.stall)
+            count = _copy(url, into, size, most, patience)
             into.truncate(count)  # a try before may have been longer
             return count
         except _FailedError as error:
@@ -101,9 +104,10 @@ def fetch(
     raise AssertionError("unreachable")
 
 
-def _copy(url: str, into: BinaryIO, size: int | None, most: int | None, stall: float) -> int:
+def _copy(url: str, into: BinaryIO, size: int | None, most: int | None, patience: Patience) -> int:
     count = 0
-    for chunk in _from_http(url, size, stall) if _is_http(url) else _from_fsspec(url, stall):
+    chunks = _from_http(url, size, patience.stall) if _is_http(url) else _from_fsspec(url, patience.stall)
+    for chunk in _in_time(chunks, patience):
         count += len(chunk)
         limit = size if size is not None else most
         if limit is not None and count > limit:
@@ -114,17 +118,73 @@ def _copy(url: str, into: BinaryIO, size: int | None, most: int | None, stall: f
     return count
 
 
+def _in_time(chunks: Generator[bytes], patience: Patience) -> Iterator[bytes]:
+    """The chunks, made in a thread of its own: protocols wait for hours, and http's timeouts begin anew with each byte."""
+    made: queue.Queue[bytes | Exception] = queue.Queue(maxsize=2)
+    left = threading.Event()
+
+    def put(item: bytes | Exception) -> bool:
+        while not left.is_set():
+            try:
+                made.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            with closing(chunks):
+                for chunk in chunks:
+                    if not put(chunk):
+                        return
+            put(b"")
+        except Exception as error:
+            put(error)
+            if not isinstance(error, _FailedError):
+                raise
+
+    def get(most: float) -> bytes:
+        try:
+            item = made.get(timeout=most)
+        except queue.Empty:
+            raise _FailedError(f"no byte for {most:g} s") from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        chunk = get(patience.window)
+        came, waited = 0, 0.0  # only waiting counts: what the disk takes is not the server's fault
+        while chunk:
+            yield chunk
+            began = time.monotonic()
+            chunk = get(patience.stall)
+            waited += time.monotonic() - began
+            came += len(chunk)
+            if waited >= patience.window:
+                if came < patience.least * waited:
+                    raise _FailedError(f"too slow: {came} bytes in {waited:.3g} s, fewer than {patience.least:g} a second")
+                came, waited = 0, 0.0
+    finally:
+        left.set()
+
+
 def _is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
-def _from_http(url: str, size: int | None, stall: float) -> Iterator[bytes]:
+def _from_http(url: str, size: int | None, stall: float) -> Generator[bytes]:
     # Identity: bytes are counted and stand at offsets.
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "simclr-dist"})
     if (login := _netrc_login(url)) is not None:
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
     try:
         with urllib.request.build_opener(_Redirects).open(request, timeout=stall) as answer:
+            if answer.status != 200:  # 206, say, is a part of the file, which nobody has asked for
+                said = printable(redact(answer.reason or ""))
+                raise _FailedError(f"the server says {answer.status} {said}".rstrip() + ", which is not the whole file", _FEW)
             told = answer.headers.get("Content-Length")
             if size is not None and told is not None and told.isdecimal() and int(told) != size:
                 raise _FailedError(f"it has {told} bytes there, the manifest says {size}", _FEW)
@@ -153,6 +213,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """urllib would also follow one to ftp."""
 
     def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.close()  # urllib would read all that comes with it, and a server may send without end
         if not _is_http(newurl):
             raise urllib.error.HTTPError(newurl, code, "and leads to another protocol, which is not followed", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -167,49 +228,21 @@ def _netrc_login(url: str) -> str | None:
     return f"{entry[0]}:{entry[2]}" if entry else None
 
 
-def _from_fsspec(url: str, stall: float) -> Iterator[bytes]:
-    """Read in a thread of its own, since a protocol's own timeouts may be hours."""
-    chunks: queue.Queue[bytes | Exception] = queue.Queue(maxsize=4)
-    left = threading.Event()
-
-    def put(item: bytes | Exception) -> bool:
-        while not left.is_set():
-            try:
-                chunks.put(item, timeout=0.5)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def read() -> None:
-        try:
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(url)
-            with filesystem.open(path, "rb") as file:
-                while chunk := file.read(4 * _CHUNK):
-                    if not put(chunk):
-                        return
-            put(b"")
-        except Exception as error:  # a protocol's package has errors of its own; every one is passed on
-            put(error)
-            if isinstance(error, AssertionError):
-                raise
-
-    threading.Thread(target=read, daemon=True).start()
+def _from_fsspec(url: str, stall: float) -> Generator[bytes]:
     try:
-        while True:
-            try:
-                item = chunks.get(timeout=stall)
-            except queue.Empty:
-                raise _FailedError(f"no byte for {stall:g} s") from None
-            if isinstance(item, Exception):
-                raise _of_fsspec(url, item, stall)
-            if not item:
-                return
-            yield item
-    finally:
-        left.set()
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+        # Packages bring a block whole, with one more behind it, of 50 MiB by default: a slow link would seem to stall.
+        with filesystem.open(path, "rb", block_size=_CHUNK // 4) as file:
+            length, began = _CHUNK, time.monotonic()
+            while chunk := file.read(length):
+                took = time.monotonic() - began
+                yield chunk
+                length = min(2 * length, _LARGEST_BLOCK) if took < 1 else max(length // 2, _CHUNK)
+                began = time.monotonic()
+    except Exception as error:  # a protocol's package has errors of its own; every one is passed on
+        raise _of_fsspec(url, error, stall) from None
 
 
 def _of_fsspec(url: str, error: Exception, stall: float) -> _FailedError:
@@ -245,7 +278,7 @@ def check_url(url: str) -> None:
     if has_secret(url):
         # It would stand in config.yaml, in checkpoints and in the card of every encoder.
         raise DataError(
-            f"{redact(url)}: a URL must hold no user, password or query, as it is written into the run's files; "
+            f"{redact(url)}: a URL must hold no user, password, query or fragment, as it is written into the run's files; "
             "put a login into ~/.netrc, or where the protocol's package looks for it"
         )
     if "::" in url:

@@ -10,17 +10,14 @@ import io
 import os
 import random
 import secrets
-import tarfile
 import tempfile
 import warnings
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tarfile import EmptyHeaderError, EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,12 +30,12 @@ from simclr_dist.data.images import MAX_PIXELS, prepare_image
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.png import PNG_SIGNATURE
 from simclr_dist.data.reader import Sample
-from simclr_dist.data.remote import fetch, is_url, redact
-from simclr_dist.errors import ConfigError, DataError, UnreachableError, printable
+from simclr_dist.data.remote import fetch, is_url
+from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
+from simclr_dist.errors import ConfigError, DataError, UnreachableError, printable, redact
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_MAX_MEMBER_BYTES = 1 << 28
 _SPARES = 100
 _BROKEN = "broken"
 
@@ -167,20 +164,14 @@ class StreamImages(Dataset[Sample]):
         shown = redact(shard)
         try:
             with self._opened(shard) as file:
-                with tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as tar:
-                    for member in tar:
-                        if not member.isreg():
-                            continue
-                        if member.size > _MAX_MEMBER_BYTES:
-                            yield _broken(shard, f"{shown}: {printable(member.name)}: larger than 256 MiB")
-                            continue
-                        content = tar.extractfile(member)
-                        assert content is not None, "a regular file"
-                        yield {"fname": member.name, "data": content.read(), "__url__": shard}
-                        tar.members = []  # type: ignore[attr-defined]
+                for name, content in tar_files(file):
+                    if content is None:
+                        yield _broken(shard, f"{shown}: {printable(name)}: larger than {MAX_FILE_BYTES >> 20} MiB")
+                    else:
+                        yield {"fname": name, "data": content, "__url__": shard}
                 while file.read(1 << 16):  # a command that is not read to its end ends with an error
                     pass
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+        except TAR_ERRORS as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             yield _broken(shard, f"{shown}: cannot be read to its end: {printable(reason)}")
 
@@ -214,20 +205,6 @@ class StreamImages(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": -1, "_running": iter(()), "_doubled": deque()}
-
-
-class _StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header behind the first for the end of the tar, without a word."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tar)
-        except EOFHeaderError:  # the end mark
-            raise
-        except HeaderError as error:
-            why = "ends without an end mark; it may have been cut off" if isinstance(error, EmptyHeaderError) else str(error)
-            raise ReadError(why) from None
 
 
 def _broken(shard: str, reason: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from simclr_dist.errors import PREEMPTED, ConfigError, DataError
 from simclr_dist.evaluate.options import PRECISIONS
 
 if TYPE_CHECKING:
-    from simclr_dist.convert.sources import Source
+    from simclr_dist.convert.originals import Source
 
 BATCH_SIZE = 256
 WORKERS = 2
@@ -103,7 +103,9 @@ def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
     One folder of images (`convert.sources.find_source`: labels by class folder), or one or more files in the order of their
     paths, without labels. Raises DataError where there is nothing, or not one of these.
     """
-    from simclr_dist.convert.sources import FileChunk, Source, find_source
+    from simclr_dist.convert.folders import FileChunk
+    from simclr_dist.convert.originals import Source
+    from simclr_dist.convert.sources import find_source
     from simclr_dist.data.manifest import MANIFEST_NAME
     from simclr_dist.data.remote import is_url
     from simclr_dist.errors import printable

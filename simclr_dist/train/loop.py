@@ -65,7 +65,15 @@ def _train(
     on_rank_0(begin)  # it may find the disk full
 
     plan = order(config, images, here, step)
-    source = held_in_memory(images, config.data.in_memory)
+    agreement = StopAgreement(here.device)
+
+    def stop_when_asked() -> None:
+        if asked := agreement.exchange(stopping.asked()):
+            agreement.finish()
+            raise StoppedError(f"{stopping.name(asked)} before the first step")
+
+    source = held_in_memory(images, config.data.in_memory if step < total else "never", stop_when_asked)
+    agreement.finish()
     steps = StepDataset(source, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
     clock, first = Clock(here.device, learner.own_work), step + 1
     monitor = Monitor(
@@ -106,7 +114,6 @@ def _train(
             export_encoder(path, learner.model.encoder, card, learner.model.projector)
 
     views_every = config.log.views_every_epochs * plan.steps_per_epoch
-    agreement = StopAgreement(here.device)
     asked = any_asked(stopping.asked())
     if asked and step < total:
         raise StoppedError(f"{stopping.name(asked)} before the first step")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,44 @@ def test_the_batch_script(tmp_path: Path, source: Path) -> None:
     assert (again.returncode, "parts 2, not 3" in again.stderr) == (2, True)
     assert batch(*arguments, SLURM_JOB_ID="10").returncode == 0
     assert contents(tmp_path / "out") == convert(source, tmp_path / "straight")
+    requeued = batch(*arguments, SLURM_JOB_ID="10", SLURM_RESTART_COUNT="1")
+    assert requeued.returncode == 0, requeued.stderr
+    assert requeued.stdout.startswith(f"{tmp_path / 'out'}: was done already, ")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    other = batch(*arguments, "--short-side", "64", SLURM_JOB_ID="11")
+    assert (other.returncode, "exists and is not empty" in other.stderr) == (2, True)
+
+
+def test_the_same_conversion_again_is_done_already(tmp_path: Path, source: Path) -> None:
+    out, settings = tmp_path / "out", {**SETTINGS.__dict__, "processes": 1}
+    first = write_shards(source, out, **settings)
+    before = contents(out)
+    (tmp_path / "out.partial" / "units").mkdir(parents=True)  # killed while it was cleaning up
+    assert write_shards(source, out, **settings) == replace(first, already=True)
+    assert finish_shards(source, out, SETTINGS, processes=1) == replace(first, already=True)
+    assert contents(out) == before
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(DataError, match="strict, and 1 images cannot be used"):
+        write_shards(source, out, **settings, strict=True)
+
+    def refused(says: str) -> None:
+        for act in (lambda: write_shards(source, out, **settings), lambda: finish_shards(source, out, SETTINGS)):
+            with pytest.raises(DataError, match=says):
+                act()
+
+    with pytest.raises(DataError, match="exists and is not empty"):
+        write_part(source, out, SETTINGS, 1, 2)
+    (tar := next((out / "train").glob("*.tar"))).rename(tmp_path / "kept")
+    refused("in manifest.parquet, but No such file")
+    (tmp_path / "kept").rename(tar)
+    record = json.loads((out / "conversion.json").read_text())
+    for damaged in ("", "[]", json.dumps(record | {"seed": 4}), json.dumps({**record, "converted": None})):
+        (out / "conversion.json").write_text(damaged)
+        refused("exists and is not empty")
+    (out / "conversion.json").write_text(json.dumps(record))
+    assert write_shards(source, out, **settings).already
+    os.utime(source / "cat" / "000.png", ns=(1, 1))
+    refused("exists and is not empty")
 
 
 def test_a_terminated_part_leaves_whole_files(tmp_path: Path, source: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -23,7 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
+from simclr_dist.convert.verify import verify_shards
 from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, load_manifest
 from simclr_dist.errors import ConfigError, DataError
@@ -526,6 +529,20 @@ def test_unusable_sources(tmp_path: Path, make: Callable[[Path], Any], says: str
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".tar", f"there/{'x' * 300}", "x" * 300 + "*"])
+def test_names_that_no_file_has_are_one_line(tmp_path: Path, name: str) -> None:
+    long = tmp_path / name
+    with pytest.raises(DataError, match=f"^{re.escape(str(long))}: (no such folder|this pattern must)[^\n]*$"):
+        write_shards(long, tmp_path / "out")
+    for refused in (index_shards, verify_shards, load_manifest):
+        with pytest.raises(DataError, match=f"^{re.escape(str(long))}: no such folder[^\n]*$"):
+            refused(long)
+    with pytest.raises(DataError, match=f"^{re.escape(str(long))}: cannot be written: File name too long$"):
+        write_shards(flat(tmp_path / "src", 1), long)
+    with pytest.raises(DataError, match=r"cannot be written: File name too long$"):
+        write_shards(tmp_path / "src", tmp_path / ("x" * 250))
+
+
 def test_a_used_destination_is_refused_and_left_alone(tmp_path: Path) -> None:
     source = flat(tmp_path / "src", 2)
     (tmp_path / "out").mkdir()
@@ -612,7 +629,9 @@ def test_a_split_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
+from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
+from simclr_dist.convert.verify import verify_shards
 if __name__ == "__main__":
     write_shards(sys.argv[1], sys.argv[2], shard_size=50, processes=int(sys.argv[3]))
 """

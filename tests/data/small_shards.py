@@ -66,8 +66,8 @@ def write_small_shards(folder: Path, sizes: Sequence[int], *, bad: Sequence[int]
 class Server:
     """Serves a folder. `faults[name]` is a list with what goes wrong at each next request for that file; [] is nothing.
 
-    `stall`: half of it, then no byte; `cut`: half, then the connection ends; `wrong`: all bytes, each another; a number: that
-    status. `asked` counts requests by file name.
+    `stall`: half of it, then no byte; `cut`: half, then the connection ends; `wrong`: all bytes, each another; `as 206`: all
+    of it under that status; a number: that status as an error. `asked` counts requests by file name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Server:
                 content = path.read_bytes()
                 if fault == "wrong":
                     content = bytes(255 - byte for byte in content)
-                self.send_response(200)
+                self.send_response(int(fault[3:]) if fault and fault.startswith("as ") else 200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if server.slow:

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.data import resize
+from simclr_dist.data import memory, resize
 from simclr_dist.data.draws import ViewSettings
 from simclr_dist.data.memory import AUTO_BYTES, DecodedImages, decoded_bytes, held_in_memory
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset
 from simclr_dist.data.views import crop_view
-from simclr_dist.errors import DataError, RankError
+from simclr_dist.errors import DataError, RankError, StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,21 @@ def test_a_set_that_no_memory_holds_is_one_line(small: Path) -> None:
     shards.manifest = replace(shards.manifest, height=side, width=side)
     with pytest.raises(RankError, match=r"^data.in_memory: the pixels of 40 images take 5.03e\+08 GiB[^\n]*; set it to never$"):
         DecodedImages(shards)
+
+
+def test_pauses_come_as_often_on_every_rank(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They depend on the manifest alone: ranks talk to each other in them."""
+    monkeypatch.setattr(memory, "_PAUSE_BYTES", 10 * 32 * 32 * 3)
+    pauses: list[int] = []
+    decoded = held_in_memory(ShardDataset(small), "always", lambda: pauses.append(1))
+    assert isinstance(decoded, DecodedImages)
+    assert len(pauses) == 4
+
+    def stop() -> None:
+        raise StoppedError("x")
+
+    with pytest.raises(StoppedError):
+        held_in_memory(ShardDataset(small), "always", stop)
 
 
 def test_what_auto_takes(small: Path) -> None:

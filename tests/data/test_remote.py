@@ -1,11 +1,13 @@
 """Files from a server that fails in all ways: tried again, then named in one line; and what needs no second try."""
 
 import io
+import socket
 import sys
 import threading
 import time
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +16,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from simclr_dist.data.remote import Patience, check_url, fetch, is_url, join, redact
-from simclr_dist.errors import DataError, UnreachableError
+from simclr_dist.data.remote import Patience, _from_fsspec, check_url, fetch, has_secret, is_url, join
+from simclr_dist.errors import DataError, UnreachableError, redact
 from small_shards import Server, serve
 
-QUICK = Patience(seconds=5, stall=0.3, first_wait=0.01)
+QUICK = Patience(seconds=5, stall=0.3, first_wait=0.01, window=0.8)
 CONTENT = bytes(range(256)) * 1000
 
 
@@ -80,6 +82,95 @@ def test_another_size_than_the_manifests(server: Server) -> None:
         fetched(f"{server.url}/a%20file", most=100)
 
 
+@contextmanager
+def speaking(*words: bytes, every: float) -> Iterator[str]:
+    """URL of a server that answers each request with these, one `every` so many seconds; then again the last, without end."""
+    left = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            for word in words:
+                connection.sendall(word)
+            while words and not left.wait(every):
+                connection.sendall(words[-1])
+
+    def accept() -> None:
+        threads = []
+        while not left.is_set():
+            with suppress(TimeoutError):
+                threads.append(threading.Thread(target=answer, args=(listening.accept()[0],)))
+                threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.05)
+        accepting = threading.Thread(target=accept)
+        accepting.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            left.set()
+            accepting.join()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((OK, b"x"), r"too slow: \d\d? bytes in [\d.]+ s, fewer than 1000 a second"),
+        ((b"HTTP/1.1 200 OK\r\nX: ", b"y"), "no byte for 0.5 s"),
+        ((b"HTTP/1.1 302 Found\r\nLocation: ",), "no byte for 0.5 s"),
+        ((CHUNKED, b"z"), "no byte for 0.5 s"),
+    ],
+    ids=["body", "headers", "redirect", "chunk"],
+)
+def test_a_server_that_drips_is_given_up(words: tuple[bytes, ...], reason: str) -> None:
+    with speaking(*words, every=0.05) as url:
+        began = time.monotonic()
+        with pytest.raises(UnreachableError, match=rf"^{url}/x: cannot be fetched: {reason} \([2-9] tries in [^\n]*$"):
+            fetched(f"{url}/x", Patience(seconds=1, stall=0.4, first_wait=0.01, window=0.5, least=1000), size=1_000_000)
+        assert time.monotonic() - began < 10
+
+
+def test_a_slow_link_brings_all_however_long_it_takes() -> None:
+    """For many windows and longer than `seconds`; and to a disk that is slower than a server may be."""
+    size = 16_000
+    with speaking(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode(), bytes(100), every=0.02) as url:
+        patience = Patience(seconds=0.5, stall=5, window=0.5, least=500)
+        began = time.monotonic()
+        assert fetched(f"{url}/x", patience, size=size) == bytes(size)
+        assert time.monotonic() - began > 4 * patience.window
+
+    class Slow(io.BytesIO):
+        def write(self, content: Any) -> int:
+            time.sleep(0.3)
+            return super().write(content)
+
+    with speaking(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n", b"x" * 10, every=0.01) as url:
+        assert fetch(f"{url}/x", Slow(), patience=Patience(seconds=0.1, window=0.2, least=200)) == 40
+
+
+def test_the_body_of_a_redirect_is_not_read(server: Server) -> None:
+    """urllib would hold all of it in memory."""
+    head = f"HTTP/1.1 302 Found\r\nLocation: {server.url}/a%20file\r\n\r\n".encode()
+    with speaking(head, bytes(1000), every=0.001) as url:
+        assert fetched(f"{url}/x", Patience(seconds=0.1, window=3)) == CONTENT
+
+
+@pytest.mark.parametrize(("status", "size"), [(206, None), (206, len(CONTENT)), (202, None)])
+def test_a_part_that_nobody_asked_for_is_not_the_file(server: Server, status: int, size: int | None) -> None:
+    server.faults["a file"] = [f"as {status}"] * 2
+    assert fetched(f"{server.url}/a%20file", size=size) == CONTENT, "the third try is answered with 200"
+    server.faults["a file"] = [f"as {status}"] * 100
+    with pytest.raises(UnreachableError, match=rf"the server says {status} [A-Z][^\n]*, which is not the whole file \(3 tries"):
+        fetched(f"{server.url}/a%20file", size=size)
+
+
 @pytest.mark.parametrize(
     ("leads_to", "says"),
     [
@@ -121,16 +212,29 @@ def test_a_login_is_taken_from_netrc_and_not_from_the_url(
     (tmp_path / ".netrc").write_text("default login me password secret\n")
     assert fetched(f"{server.url}/a%20file") == CONTENT
     assert "Authorization" not in server.headers[-1], "a default is for no host in particular"
-    for url in ("https://me:secret@host/x", "https://host/x?token=secret", "s3://key:secret@bucket/x"):
-        with pytest.raises(DataError, match=r"must hold no user, password or query[^\n]*$") as caught:
+    for url in (
+        "https://me:secret@host/x",
+        "https://host/x?token=secret",
+        "https://host/x#token=secret",
+        "s3://key:secret@bucket/x",
+    ):
+        with pytest.raises(DataError, match=r"must hold no user, password, query or fragment[^\n]*$") as caught:
             check_url(url)
         assert "secret" not in str(caught.value)
 
 
 def test_redact() -> None:
     assert redact("https://me:a@b@host/x?sig=1#y") == "https://***@host/x?***"
-    assert redact("https://host/x@y") == "https://host/x@y"
-    assert redact("/local/x") == "/local/x"
+    assert redact("https://host/x#token=1?2") == "https://host/x#***"
+    for password in ("pa/ss", "/pass", "p?ss", "p#ss", "p ss", "p\nss", "a/@b", "123456/ss"):
+        for user in ("me", ""):
+            assert redact(f"http://{user}:{password}x@host/x") == "http://***@host/x"
+            assert redact(f"http://{user}:{password}x@host:80/x@y") in ("http://***@host:80/x@y", "http://***@y")
+            assert has_secret(f"http://{user}:{password}x@host/x")
+    for plain in ("https://host/x@y", "https://host:8080/x@y", "http://host:80", "http://[::1]:80/x@y", "http://[::1]/x@y"):
+        assert redact(plain) == plain
+    assert redact("pipe:curl http://host:80/x | ssh me@there") == "pipe:curl http://host:80/x | ssh me@there"
+    assert redact("/local/x#1") == "/local/x#1"
     assert is_url("s3://b/x")
     assert not is_url("/a/b://c")
     assert not is_url(Path("http://x"))
@@ -185,7 +289,7 @@ def faulty() -> Iterator[types.SimpleNamespace]:
 
 
 def test_any_protocol_of_fsspec(faulty: Any) -> None:
-    faulty.of.failures = [OSError("reset"), 1.0, RuntimeError("the package's own")]
+    faulty.of.failures = [OSError("reset"), 2.0, RuntimeError("the package's own")]
     assert fetched(faulty.url, size=len(CONTENT)) == CONTENT
     assert faulty.of.opened == 4
     faulty.of.failures = [PermissionError("no"), FileNotFoundError("x")]
@@ -197,6 +301,30 @@ def test_any_protocol_of_fsspec(faulty: Any) -> None:
     faulty.of.failures = [ValueError("never")] * 1000
     with pytest.raises(UnreachableError, match=r"never \(\d+ tries"):
         fetched(faulty.url, Patience(seconds=0.3, first_wait=0.01))
+
+
+def test_blocks_are_small_on_a_slow_link_and_large_on_a_fast_one(faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package brings each block whole: one of 50 MiB at 1 MB/s is more than `stall`."""
+    now, asked, content = 0.0, [], bytes(100 << 20)
+    faulty.of().pipe_file("/folder/large", content)
+    read = io.BytesIO.read
+
+    class Link(io.BytesIO):
+        speed = 1e6
+
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal now
+            asked.append(size)
+            now += len(got := read(self, size)) / self.speed
+            return got
+
+    monkeypatch.setattr(faulty.of, "_open", lambda *_, **more: opened.append(more["block_size"]) or Link(content))
+    monkeypatch.setattr("simclr_dist.data.remote.time.monotonic", lambda: now)
+    for speed, largest in ((1e5, 1 << 20), (2e6, 2 << 20), (1e9, 16 << 20)):
+        Link.speed, opened = speed, []
+        asked.clear()
+        assert sum(map(len, _from_fsspec("faulty://folder/large", 20))) == len(content)
+        assert (max(asked), opened) == (largest, [1 << 18])
 
 
 def test_a_folder_by_url(tmp_path: Path) -> None:

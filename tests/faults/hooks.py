@@ -10,6 +10,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from simclr_dist.config import Config
+from simclr_dist.data import memory
+from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import Portion, StepDataset
 from simclr_dist.learner import Learner, Piece
 from simclr_dist.train import loop
@@ -46,6 +48,23 @@ def slow_reader(seconds: float, rank: int) -> None:
 
     if is_rank(rank):
         StepDataset.portion = patched  # type: ignore[method-assign]
+
+
+def signalled_while_decoding(image: int, number: signal.Signals, rank: int | None = None) -> None:
+    """A signal when the `image`-th image is decoded to be held in memory; those after it take 0.1 s each."""
+    counted = 0
+    read = ShardDataset.__getitem__
+
+    def patched(images: ShardDataset, row: int) -> Sample:
+        nonlocal counted
+        counted += 1
+        time.sleep(0.1 if counted > image else 0)
+        if counted == image and is_rank(rank):
+            os.kill(os.getpid(), number)
+        return read(images, row)
+
+    setattr(ShardDataset, "__getitem__", patched)  # noqa: B010 (mypy knows no method that changes)
+    memory._PAUSE_BYTES = 10 * 18 * 18 * 3
 
 
 def signalled_during_export(number: signal.Signals) -> None:

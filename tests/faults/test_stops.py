@@ -75,6 +75,20 @@ def test_before_the_first_step(shards: Path, tmp_path: Path, rank: int | None) -
     assert assert_stopped(tmp_path / "run", "SIGTERM before the first step") == 0
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [(None, 2), (1, 2), (0, 1)])
+def test_while_images_are_decoded_into_memory(shards: Path, tmp_path: Path, rank: int | None, world_size: int) -> None:
+    """Long before they are all there, and all ranks alike."""
+    runs.write_config(tmp_path, shards, data={"in_memory": "always"})
+    hook = partial(hooks.signalled_while_decoding, 30, signal.SIGUSR1, rank)
+    with runs.started(tmp_path, world_size, hook=hook) as ranks:
+        assert ranks.wait() == [PREEMPTED] * world_size, ranks.output
+        assert "Traceback" not in ranks.output
+    assert assert_stopped(tmp_path / "run", "SIGUSR1 before the first step") == 0
+    start, stop = (runs.events(tmp_path / "run", kind)[-1]["time"] for kind in ("start", "stop"))
+    assert stop - start < 5, "some 8 s for all images"
+    assert not list((tmp_path / "run").glob("metrics*")), "nothing was trained"
+
+
 def test_during_a_save(shards: Path, straight: Path, tmp_path: Path) -> None:
     """To the rank that writes, and to one that goes on meanwhile."""
     runs.write_config(tmp_path, shards, steps=STEPS, checkpoint=NEVER)
