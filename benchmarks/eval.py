@@ -33,10 +33,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from simclr_dist.evaluate.feature_file import read_features
-from simclr_dist.evaluate.knn import weighted_knn
-from simclr_dist.evaluate.linear import linear_probe
+from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.options import TEMPERATURE, K
+from simclr_dist.evaluate.protocols.knn import weighted_knn
+from simclr_dist.evaluate.protocols.linear import linear_probe
 
 DIM = 512  # of features that are made, in CLASSES
 CLASSES = 10

@@ -13,7 +13,7 @@ from simclr_dist.config import load_config
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
-from simclr_dist.evaluate.features import extract_features
+from simclr_dist.evaluate.features.extraction import extract_features
 from simclr_dist.evaluate.neighbours import find_neighbours
 from simclr_dist.export import load_encoder, untrained_encoder
 from simclr_dist.train.describe import view_settings

@@ -20,7 +20,7 @@ from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.views import eval_view
 from simclr_dist.evaluate.curve import Curve
 from simclr_dist.evaluate.earlier import comparable
-from simclr_dist.evaluate.features import Images
+from simclr_dist.evaluate.features.extraction import Images
 from simclr_dist.evaluate.report import Result, Say
 
 POINTS = 1000  # of the projector: its sprite stays below the browsers' 8192 pixels, and t-SNE below a minute

@@ -5,9 +5,9 @@ from typing import Any
 
 from simclr_dist.evaluate.collect import labelled
 from simclr_dist.evaluate.earlier import Baselines
-from simclr_dist.evaluate.features import RAW_PIXELS, Features
+from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features
+from simclr_dist.evaluate.measure import Question, ViewsOfEpoch, measure
 from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.protocols import Question, ViewsOfEpoch, measure
 from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Say
 
 Found = Mapping[str, dict[str, Features]]
@@ -22,7 +22,7 @@ def by_new_crops(features: Found, classes: int, settings: Settings, crops: Views
 def classify(
     features: Found, classes: int, settings: Settings, *, sgd: dict[str, Any] | None, known: Baselines | None, say: Say
 ) -> dict[str, dict[str, Any]]:
-    """By protocol, by kind of features, what `protocols.measure` finds; of baselines without confusions and classes.
+    """By protocol, by kind of features, what `measure.measure` finds; of baselines without confusions and classes.
 
     `features` are those of "train" and "test" by kind. `known` baselines are taken over, and what `by_new_crops` has found
     is `sgd`. Nothing without classes.

@@ -6,8 +6,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from simclr_dist.evaluate.measure import told
 from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.protocols import told
 from simclr_dist.evaluate.report import FORMAT, TRAINED, Result
 
 _SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")

@@ -26,8 +26,8 @@ from simclr_dist.distributed import World, all_sum, on_rank_0, together, world
 from simclr_dist.errors import DataError, RankError, UnreachableError, printable
 from simclr_dist.evaluate.command import told_once
 from simclr_dist.evaluate.embed_options import EmbedSettings, add_arguments, check_out, find_images, run
-from simclr_dist.evaluate.feature_file import About, write_features
-from simclr_dist.evaluate.features import Images, extract, in_precision
+from simclr_dist.evaluate.features.extraction import Images, extract, in_precision
+from simclr_dist.evaluate.features.file import About, write_features
 from simclr_dist.export import file_digest, load_encoder
 
 _TOLD = 10  # images that are left out are named up to here, then counted

@@ -74,7 +74,7 @@ def check_arguments(arguments: argparse.Namespace) -> "tuple[EmbedSettings, str 
 def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
     """Make the folder of `out` and try to write there; raises DataError where the features could not, or must not, go."""
     from simclr_dist.data.manifest import MANIFEST_NAME  # pyarrow: every verb's --help waits for what stands at the top
-    from simclr_dist.evaluate.feature_file import is_feature_file
+    from simclr_dist.evaluate.features.file import is_feature_file
 
     out = Path(out)
     if out.is_dir():

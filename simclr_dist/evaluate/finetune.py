@@ -30,15 +30,15 @@ from simclr_dist.data.steps import mind_parent_only
 from simclr_dist.data.views import normalise
 from simclr_dist.distributed import world
 from simclr_dist.errors import ConfigError, DataError
-from simclr_dist.evaluate import workers as processes
-from simclr_dist.evaluate.crops import crop, crop_and_flip
-from simclr_dist.evaluate.features import extract
+from simclr_dist.evaluate.features import workers as processes
+from simclr_dist.evaluate.features.crops import crop, crop_and_flip
+from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.finetune_options import FinetuneSettings, check_alone
 from simclr_dist.evaluate.kept import write_result
-from simclr_dist.evaluate.report import Result, Say, UnwrittenError, claim, hardware, result_path, versions
-from simclr_dist.evaluate.scores import Scores, score, spread
+from simclr_dist.evaluate.protocols.scores import Scores, score, spread
+from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset, describe_subsets
+from simclr_dist.evaluate.report import Result, Say, UnwrittenError, claim, hardware, leak, result_path, versions
 from simclr_dist.evaluate.sets import Sets, describe_set
-from simclr_dist.evaluate.subsets import Rows, balanced_subset, describe_subsets
 from simclr_dist.export import Card, file_digest, load_encoder, projector_path, untrained_encoder
 from simclr_dist.optim import learning_rate
 
@@ -327,6 +327,5 @@ def _table(result: Result) -> str:
             lines.append(f"left out: {part['images'] - part['labelled']} {name} images without a label")
     if settings["left_over"]:
         lines.append(f"left out: {settings['left_over']} images an epoch, which fill no batch, others every time")
-    if result["test_images_in_train"]:
-        lines.append(f"{result['test_images_in_train']} test images are among the training images, byte for byte")
+    lines += filter(None, [leak(result)])
     return "\n".join(lines)

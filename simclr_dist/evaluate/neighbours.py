@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simclr_dist.errors import ConfigError
-from simclr_dist.evaluate.features import Images
+from simclr_dist.evaluate.features.extraction import Images
 
 QUERIES, NEIGHBOURS = 8, 7
 

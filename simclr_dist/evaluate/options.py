@@ -29,7 +29,7 @@ class Settings:
     `seed` is that of the untrained encoder's weights and of the crops that sgd draws, `baselines` whether that encoder and raw
     pixels are measured too, `l2` None when it is to be chosen on training images, `layer` what the features are (see
     `export.load_encoder`), `precision` that of the encoders' computation. `features` is the folder of feature files (None:
-    `feature_store.features_folder`), `keep_features` whether there is one at all.
+    `features.store.features_folder`), `keep_features` whether there is one at all.
     """
 
     k: int = K
@@ -92,8 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("encoder", nargs="?", metavar="ENCODER", help="an exported encoder: RUN/encoders/step-XXXXXXXX.safetensors")
     add("--watch", metavar="RUN", help="evaluate every encoder of this run once, as it is exported, until the run has ended")
     add("--poll", type=float, metavar="SECONDS", help=f"with --watch: how often to look for encoders (default: {POLL:g})")
-    add("--train", required=True, metavar="SHARDS", help="folder of labelled shards that kNN and the probe learn from")
-    add("--test", required=True, metavar="SHARDS", help="folder of labelled shards that the accuracy is measured on")
+    add(
+        "--train",
+        required=True,
+        metavar="SHARDS",
+        help="shards that kNN and the probe learn from; without any label: signals alone",
+    )
+    add("--test", required=True, metavar="SHARDS", help="shards that the accuracy is measured on")
     add("--k", type=int, default=K, help="neighbours that vote, at most the training images (default: %(default)s)")
     add(
         "--temperature", type=float, default=TEMPERATURE, help="a neighbour's weight is exp(cosine / temperature) (%(default)s)"

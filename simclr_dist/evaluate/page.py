@@ -14,9 +14,9 @@ from simclr_dist.atomic import write_atomically
 from simclr_dist.errors import DataError
 from simclr_dist.evaluate.charts import line_chart
 from simclr_dist.evaluate.earlier import comparable
-from simclr_dist.evaluate.features import RAW_PIXELS
-from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result, UnwrittenError
-from simclr_dist.evaluate.scores import confusions
+from simclr_dist.evaluate.features.extraction import RAW_PIXELS
+from simclr_dist.evaluate.protocols.scores import confusions
+from simclr_dist.evaluate.report import TRAINED, UNTRAINED, Result, UnwrittenError, leak
 from simclr_dist.evaluate.signals import flat, meanings
 
 _LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
@@ -30,6 +30,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 body { max-width: 980px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.warning { border-left: .3rem solid #c60; padding-left: .7rem; font-weight: 600; }
 p.sub, .tick, caption, th { color: var(--soft); fill: var(--soft); font-weight: normal; }
 table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 td:first-child, th:first-child { text-align: left; } .best { font-weight: 600; }
@@ -82,6 +83,7 @@ def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = 
         f"<h1>{escape(title)}</h1>",
         f'<p class="sub">{escape(str(encoder["file"]))}; {result["train"]["labelled"]} training and'
         f" {result['test']['labelled']} test images, {result['classes']} classes</p>",
+        *([f'<p class="warning">{escape(warning)}</p>'] if (warning := leak(result)) else []),
         _accuracies(result),
     ]
     if charts := _charts(result, run):

@@ -14,8 +14,8 @@ import torchvision
 
 from simclr_dist.distributed import World
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.features import RAW_PIXELS
-from simclr_dist.evaluate.scores import ClassScores, Scores, class_report
+from simclr_dist.evaluate.features.extraction import RAW_PIXELS
+from simclr_dist.evaluate.protocols.scores import ClassScores, Scores, class_report
 from simclr_dist.evaluate.signals import flat, meanings
 
 Result = dict[str, Any]
@@ -122,6 +122,7 @@ def table(result: Result) -> str:
         for name, value in flat(result["signals"]).items():
             lines.append(f"{name}: {_plain(value)}" + (f" ({good[name]})" if name in good else ""))
         return "\n".join(lines)
+    lines += filter(None, [leak(result)])
     names = [name for name in labels if any(name in part["results"] for part in parts.values())]
     width = max(len(labels[name]) for name in [*names, TRAINED])
     lines += [
@@ -139,9 +140,14 @@ def table(result: Result) -> str:
     for name, part in (("training", train), ("test", test)):
         if part["labelled"] != part["images"]:
             lines.append(f"left out: {part['images'] - part['labelled']} {name} images without a label")
-    if result["test_images_in_train"]:
-        lines.append(f"{result['test_images_in_train']} test images are among the training images, byte for byte")
     return "\n".join(lines)
+
+
+def leak(result: Result) -> str:
+    """A warning where the percentages are partly of images that were learnt from; empty where there is none."""
+    if not (shared := result["test_images_in_train"]):
+        return ""
+    return f"WARNING: {shared} test images are among the training images, byte for byte: on new ones it would do worse"
 
 
 def _told(result: Result, labels: dict[str, str]) -> list[str]:

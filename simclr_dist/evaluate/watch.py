@@ -19,7 +19,7 @@ from simclr_dist.errors import DataError
 from simclr_dist.evaluate.board import board_folder
 from simclr_dist.evaluate.curve import Curve
 from simclr_dist.evaluate.earlier import Baselines, baselines, difference, read_result
-from simclr_dist.evaluate.features import EncoderError
+from simclr_dist.evaluate.features.extraction import EncoderError
 from simclr_dist.evaluate.job import measure
 from simclr_dist.evaluate.options import POLL, Settings, check_arguments, check_watch
 from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, Say, UnwrittenError, result_path

@@ -35,6 +35,7 @@ class Submission:
     evaluation: Evaluation | None
     source: str
     overrides: tuple[str, ...]
+    total_steps: int
     profiled: StepProfile | None = None  # steps of each of its starts
 
     @property

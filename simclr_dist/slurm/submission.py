@@ -64,8 +64,6 @@ def prepare(
     done, total = newest_step(run), config.total_steps(samples)
     if done > total:
         raise ConfigError(f"steps: {run} has done {done} already, more than the {total} asked for")
-    if done == total and evaluation is None and any((run / "encoders").glob(f"step-{total:08d}.*")):
-        raise ConfigError(f"steps: {run} has done all of its {total}; nothing is left for a job (--eval would evaluate it)")
     if profiled is not None:
         profiled.check(profile.world_size)
         if not profiled.steps(done, total):
@@ -75,13 +73,14 @@ def prepare(
     if evaluation is not None:
         for shards in (evaluation.train, evaluation.test):
             load_collection(shards, beside=here)
-    return Submission(config, profile, here, evaluation, source, tuple(overrides), profiled)
+    return Submission(config, profile, here, evaluation, source, tuple(overrides), total, profiled)
 
 
 def submit(submission: Submission) -> list[str]:
     """Submit the run's job, then its evaluation's; returns their ids. Raises ConfigError when one is refused."""
     scheduler.require("sbatch", "srun")
     refuse_if_alive(submission.run)
+    _refuse_if_done(submission)
     with _undone_when_refused(submission):
         store_config(submission)
         jobs = [_sbatch(submission, "train")]
@@ -95,6 +94,13 @@ def submit(submission: Submission) -> list[str]:
         finally:
             _write_record(submission, jobs)
     return jobs
+
+
+def _refuse_if_done(submission: Submission) -> None:
+    run, done = submission.run, newest_step(submission.run)
+    exported = any((run / "encoders").glob(f"step-{done:08d}.*"))
+    if exported and done == submission.total_steps and submission.evaluation is None:
+        raise ConfigError(f"steps: {run} has done all of its {done}; nothing is left for a job (--eval would evaluate it)")
 
 
 def store_config(submission: Submission) -> None:

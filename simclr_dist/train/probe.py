@@ -18,7 +18,7 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views import eval_view, normalise
 from simclr_dist.distributed import World, all_gather_rows, all_sum, together
 from simclr_dist.errors import ConfigError
-from simclr_dist.evaluate.knn import weighted_knn
+from simclr_dist.evaluate.protocols.knn import weighted_knn
 from simclr_dist.model import SimCLR
 
 K = 20  # of some hundred or thousand images that vote; the evaluation's 200 is for a whole training set

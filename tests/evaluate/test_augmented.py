@@ -14,8 +14,8 @@ from simclr_dist.data.draws import PRESETS
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
-from simclr_dist.evaluate import augmented
-from simclr_dist.evaluate.augmented import choose_rows, training_views
+from simclr_dist.evaluate.features import augmented
+from simclr_dist.evaluate.features.augmented import choose_rows, training_views
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.export import load_encoder
 

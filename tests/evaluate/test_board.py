@@ -20,7 +20,7 @@ from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.evaluate import board
 from simclr_dist.evaluate.board import sprite
-from simclr_dist.evaluate.feature_file import read_features
+from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.job import evaluate
 
 Make = Callable[..., Path]

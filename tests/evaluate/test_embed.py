@@ -23,8 +23,8 @@ from simclr_dist.errors import ConfigError, DataError, RankError
 from simclr_dist.evaluate.embed import embed, embed_within
 from simclr_dist.evaluate.embed import main as module_main
 from simclr_dist.evaluate.embed_options import EmbedSettings, find_images
-from simclr_dist.evaluate.feature_file import read_features
-from simclr_dist.evaluate.features import extract_features
+from simclr_dist.evaluate.features.extraction import extract_features
+from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.export import file_digest, load_encoder
 
 Make = Callable[..., Path]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.feature_file import About, is_feature_file, read_features, write_features
+from simclr_dist.evaluate.features.file import About, is_feature_file, read_features, write_features
 
 SHAPE = {"encoder": "resnet10", "width": 1, "stem": "small_stride2", "feature_size": 5}
 ABOUT = About("ab" * 32, SHAPE, "h", 16, "fp32", "cd" * 32, ("cat", "dog"))
@@ -39,7 +39,7 @@ def test_what_is_written_is_read(path: Path) -> None:
 
 
 def test_raw_pixels_stay_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simclr_dist.evaluate.feature_file._ROW_GROUP_BYTES", 40)
+    monkeypatch.setattr("simclr_dist.evaluate.features.file._ROW_GROUP_BYTES", 40)
     pixels = np.arange(120, dtype=np.uint8).reshape(3, 40)
     write_features(tmp_path / "f.parquet", KEYS, LABELS, pixels, ABOUT)
     found = read_features(tmp_path / "f.parquet", ABOUT).embedding
@@ -51,7 +51,7 @@ def test_raw_pixels_stay_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_fails_half_way_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full after the first 64 MiB."""
     whole = path.read_bytes()
-    monkeypatch.setattr("simclr_dist.evaluate.feature_file._ROW_GROUP_BYTES", 40)
+    monkeypatch.setattr("simclr_dist.evaluate.features.file._ROW_GROUP_BYTES", 40)
     written = []
 
     def fails(self: pq.ParquetWriter, table: pa.Table, **_: Any) -> None:
@@ -76,7 +76,7 @@ def test_the_columns_are_those_promised(path: Path) -> None:
 
 
 def test_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simclr_dist.evaluate.feature_file._ROW_GROUP_BYTES", 40)
+    monkeypatch.setattr("simclr_dist.evaluate.features.file._ROW_GROUP_BYTES", 40)
     write_features(tmp_path / "f.parquet", KEYS, LABELS, H, ABOUT)
     assert pq.ParquetFile(tmp_path / "f.parquet").num_row_groups == 2
     table = read_features(tmp_path / "f.parquet")
@@ -140,7 +140,7 @@ def test_features_of_something_else(path: Path, change: dict[str, Any], says: st
 
 
 def test_every_part_of_about_is_compared() -> None:
-    from simclr_dist.evaluate import feature_file
+    from simclr_dist.evaluate.features import file as feature_file
 
     assert list(feature_file._MEANINGS) == [field.name for field in dataclasses.fields(About)]
 

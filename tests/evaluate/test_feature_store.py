@@ -12,7 +12,7 @@ from evaluated import draw_images
 from simclr_dist.errors import ConfigError
 from simclr_dist.evaluate.embed import embed
 from simclr_dist.evaluate.embed_options import EmbedSettings
-from simclr_dist.evaluate.feature_file import read_about, read_features
+from simclr_dist.evaluate.features.file import read_about, read_features
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.options import Settings
 from simclr_dist.evaluate.report import summary
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named_and_not_used(make_encoder: Make, sets: tuple
 
 
 def test_images_that_embed_left_out_are_missed(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
-    from simclr_dist.evaluate.feature_file import write_features
+    from simclr_dist.evaluate.features.file import write_features
 
     encoder, folder = make_encoder(), tmp_path / "mine"
     embed(encoder, sets[0], folder / "a.parquet", EmbedSettings(workers=0), device="cpu")

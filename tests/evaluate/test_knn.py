@@ -6,8 +6,8 @@ import torch
 from scipy.stats import binom
 from sklearn.neighbors import KNeighborsClassifier
 
-from simclr_dist.evaluate.knn import weighted_knn
-from simclr_dist.evaluate.scores import score
+from simclr_dist.evaluate.protocols.knn import weighted_knn
+from simclr_dist.evaluate.protocols.scores import score
 
 
 def blobs(n: int, d: int, classes: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.linear import L2_GRID, choose_l2, linear_probe, stratified_split
+from simclr_dist.evaluate.protocols.linear import L2_GRID, choose_l2, linear_probe, stratified_split
 
 L2 = 1e-2
 

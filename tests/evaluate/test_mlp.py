@@ -8,10 +8,10 @@ import torch
 from scipy.stats import binom
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from simclr_dist.evaluate.linear import linear_probe
-from simclr_dist.evaluate.mlp import classifier, mlp_probe
-from simclr_dist.evaluate.scores import score, spread
-from simclr_dist.evaluate.sgd_probe import sgd_probe
+from simclr_dist.evaluate.protocols.linear import linear_probe
+from simclr_dist.evaluate.protocols.mlp import classifier, mlp_probe
+from simclr_dist.evaluate.protocols.scores import score, spread
+from simclr_dist.evaluate.protocols.sgd import sgd_probe
 
 Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, Any]]]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from evaluated import CARD
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.evaluate.features import extract_features
-from simclr_dist.evaluate.knn import weighted_knn
-from simclr_dist.evaluate.linear import linear_probe
+from simclr_dist.evaluate.features.extraction import extract_features
+from simclr_dist.evaluate.protocols.knn import weighted_knn
+from simclr_dist.evaluate.protocols.linear import linear_probe
 from simclr_dist.export import untrained_encoder
 
 ANIMALS = Path(__file__).parents[3] / "shared" / "data" / "animals10-mini"

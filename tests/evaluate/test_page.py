@@ -31,6 +31,7 @@ def _result(step: int = 40) -> dict[str, Any]:
             "init": "random",
             "layer": "h",
         },
+        "test_images_in_train": 0,
         "train": {"labelled": 100, "folder": "data/train", "digest": "a"},
         "test": {"labelled": 20, "folder": "data/test", "digest": "b"},
         "settings": {"layer": "h", "precision": "fp32"},
@@ -87,6 +88,11 @@ def test_everything_is_there(tmp_path: Path) -> None:
     assert "cat &amp; dog" in text
     assert 'src="data:image/png;base64,' in text
     assert "url(" not in text
+
+
+def test_test_images_that_were_learnt_from_are_told() -> None:
+    assert "WARNING" not in page(_result())
+    assert "WARNING: 3 test images are among the training images" in page(_result() | {"test_images_in_train": 3})
 
 
 def test_accuracy_is_drawn_over_checkpoints(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from simclr_dist.evaluate.sgd_probe import sgd_probe
+from simclr_dist.evaluate.protocols.sgd import sgd_probe
 
 
 def blobs(n: int, seed: int, *, d: int = 12, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from evaluated import draw_images
 from simclr_dist.data.steps import mind_parent_only
-from simclr_dist.evaluate import workers
+from simclr_dist.evaluate.features import workers
 from simclr_dist.run import write_status
 
 Make = Callable[..., Path]

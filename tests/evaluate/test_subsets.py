@@ -11,7 +11,7 @@ import pytest
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.subsets import balanced_subset, describe_subsets, keys_digest
+from simclr_dist.evaluate.protocols.subsets import balanced_subset, describe_subsets, keys_digest
 
 CLASSES = ("ant", "bee", "cat")
 

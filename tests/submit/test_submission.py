@@ -370,7 +370,7 @@ def test_gpus_that_would_stand_idle_or_be_missed(here: Path, device: str, gpus: 
         prepared(here, "--global_batch_size", batch, "--device", device, gpus_per_node=gpus)
 
 
-def test_a_run_that_is_done_needs_no_job(here: Path, no_slurm: StandIns) -> None:
+def test_a_run_that_is_done_needs_no_job(here: Path, slurm: StandIns) -> None:
     def made(*names: str) -> None:
         for name in names:
             path = here / "run" / name
@@ -380,8 +380,10 @@ def test_a_run_that_is_done_needs_no_job(here: Path, no_slurm: StandIns) -> None
     store_config(prepared(here))
     (here / "run/config.yaml").write_text((here / "run/slurm/config.yaml").read_text())
     made("checkpoints/step-00000003.json")
-    prepared(here)  # its encoder is missing
+    assert submit(prepared(here)) == ["100"], "its encoder is missing"
+    slurm.state(100, "COMPLETED|None|n1|1:00")
     made("encoders/step-00000003.safetensors")
+    dry_run(prepared(here))
     with pytest.raises(ConfigError, match=r"^steps: .*run has done all of its 3; nothing is left for a job"):
-        prepared(here)
-    prepared(here, evaluation=True)
+        submit(prepared(here))
+    assert submit(prepared(here, evaluation=True)) == ["101", "102"]

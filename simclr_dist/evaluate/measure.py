@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from simclr_dist.evaluate import mlp, sgd_probe
-from simclr_dist.evaluate.features import Features
-from simclr_dist.evaluate.knn import weighted_knn
-from simclr_dist.evaluate.linear import linear_probe
+from simclr_dist.evaluate.features.extraction import Features
 from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.scores import score, spread
+from simclr_dist.evaluate.protocols import mlp, sgd
+from simclr_dist.evaluate.protocols.knn import weighted_knn
+from simclr_dist.evaluate.protocols.linear import linear_probe
+from simclr_dist.evaluate.protocols.scores import score, spread
 
 ViewsOfEpoch = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -72,9 +72,7 @@ def _linear(question: Question) -> dict[str, Any]:
 
 def _sgd(question: Question) -> dict[str, Any]:
     assert question.views is not None
-    logits, info = sgd_probe.sgd_probe(
-        question.views, question.ask.h, classes=question.classes, epochs=question.settings.sgd_epochs
-    )
+    logits, info = sgd.sgd_probe(question.views, question.ask.h, classes=question.classes, epochs=question.settings.sgd_epochs)
     return {**score(logits, question.ask.label).to_dict(), **info}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from simclr_dist.data.colour import colour_views
 from simclr_dist.data.draws import ViewSettings, draw_views, preset_views
 from simclr_dist.data.reader import Sample
-from simclr_dist.evaluate.crops import RandomCrops
-from simclr_dist.evaluate.features import Images
+from simclr_dist.evaluate.features.crops import RandomCrops
+from simclr_dist.evaluate.features.extraction import Images
 
 IMAGES = 4096  # at most: a mean over so many is good to some hundredths of a standard deviation
 SEED = 0  # of images and views, the same for all encoders, so that checkpoints can be compared
@@ -62,7 +62,7 @@ class ViewImages:
 
 
 def view_colour(rows: NDArray[np.int64], settings: ViewSettings, view: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The rest of the views of `ViewImages`, as `features.extract` takes it."""
+    """The rest of the views of `ViewImages`, as `extraction.extract` takes it."""
 
     def colour(crops: Tensor, places: Tensor) -> Tensor:
         own = rows[places.numpy()]

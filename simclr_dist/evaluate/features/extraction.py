@@ -14,7 +14,7 @@ from simclr_dist.data.steps import mind_parent_only
 from simclr_dist.data.views import eval_view, normalise
 from simclr_dist.distributed import all_gather_rows, rank, world_size
 from simclr_dist.errors import DataError, RankError
-from simclr_dist.evaluate import workers as processes
+from simclr_dist.evaluate.features import workers as processes
 
 RAW_PIXELS = "raw_pixels"
 _PIXEL_SIZE = 32

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.errors import DataError
-from simclr_dist.evaluate.feature_file import About, Embedding, FeatureTable, read_about, read_features, write_features
+from simclr_dist.evaluate.features.file import About, Embedding, FeatureTable, read_about, read_features, write_features
 
 
 def features_folder(result: Path) -> Path:
