@@ -19,7 +19,7 @@ FILES = {
 FLOORS = {
     "errors": 0, "atomic": 0, "arguments": 0,
     "stopping": 0.3, "config_reader": 0.5, "supervisor": 0.5, "ledger": 0.5, "provenance": 0.5,
-    "rendezvous": 0.5,
+    "rendezvous": 0.5, "encoder_file": 0.5,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "convert": 1.5,
     "run": 2, "model": 2, "loss": 2, "profiling": 2, "monitor": 2.5, "agreement": 2,
@@ -34,7 +34,7 @@ FLOORS = {
 WITHOUT_TORCH = [
     "config", "config_reader", "errors", "atomic", "arguments", "stopping", "supervisor", "ledger", "provenance", "run",
     "launcher",
-    "rendezvous", "profiling", "version", "manual", "completion",
+    "rendezvous", "encoder_file", "profiling", "version", "manual", "completion",
     "cli", "train", "train.__main__", "slurm", "slurm.settings", "demo_images", "plan.hardware", "check.findings",
     "evaluate.options", "evaluate.command",
     "evaluate.embed_options", "evaluate.finetune_options", "evaluate.feature_file", "evaluate.feature_store",
