@@ -78,7 +78,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def _place(text: str, index: int) -> str:
-    """Line and column (from 1) of a character, and its line; nothing for a text of one line, which is a value typed just now."""
+    """Line and column (from 1) of a character, and its line; nothing for a text of one line: a value on the command line."""
     if "\n" not in text:
         return ""
     before = text[:index].split("\n")

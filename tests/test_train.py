@@ -318,7 +318,7 @@ def test_tensorboard_has_the_steps_before_an_error(shards: Path) -> None:
 
 def test_micro_batches(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(shards, "--micro-batches", "4", "--precision", "fp64", steps=3) == 0
-    assert "24 = 4 micro-batches x 1 ranks x 6" in capsys.readouterr().out
+    assert "24 = 4 micro-batches x 1 rank x 6" in capsys.readouterr().out
     lines = runs.metrics(Path("run"))
     assert {line["loss/negatives_an_anchor"] for line in lines} == {46}
     # BatchNorm's group is a piece, so its statistics are updated four times a step.
