@@ -297,7 +297,7 @@ def _check_destination(destination: Path, source: Path) -> None:
         if destination.is_mount():
             raise DataError(f"{destination}: is a mount point, which cannot be put in place at once; name a folder inside it")
         if any(destination.iterdir()):
-            raise DataError(f"{destination}: exists and is not empty; name a new folder")
+            raise DataError(f"{destination}: exists and is not empty; name a new folder, or remove it first")
 
 
 def _check_images(source: str | Path, good: int, rejected: tuple[Problem, ...], strict: bool) -> None:
