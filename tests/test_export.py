@@ -301,7 +301,7 @@ def test_files_that_are_not_encoders(tmp_path: Path) -> None:
     text.write_text("not one")
     misfit = tmp_path / "misfit.safetensors"
     export_encoder(misfit, ResNet("resnet10", stem="small"), {**CARD, "encoder": "resnet10", "stem": "imagenet"})
-    for path, reason in ((tmp_path / "none.safetensors", "cannot read"), (text, "not an encoder"), (misfit, "do not fit")):
+    for path, reason in ((tmp_path / "none.safetensors", "no such file"), (text, "not an encoder"), (misfit, "do not fit")):
         message = refusal(DataError, lambda path=path: load_encoder(path))
         assert reason in message
         assert str(path) in message
