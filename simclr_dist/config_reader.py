@@ -14,6 +14,8 @@ import yaml
 
 from simclr_dist.errors import ConfigError
 
+_SHOWN = 60  # characters of a line that is not YAML
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's booleans and numbers (PyYAML reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90), no key twice."""
@@ -62,8 +64,33 @@ def read_yaml(text: str, source: str) -> Any:
     """Parse YAML strictly; `source` (a file or "command line") begins the ConfigError."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        index = mark.index if mark else 0
+        raise ConfigError(
+            f"{source}: {_place(text, index)}not valid YAML: {_one_line(error.problem or error.context)}"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        what = f"character #x{ord(text[error.position]):04x} is not allowed"
+        raise ConfigError(f"{source}: {_place(text, error.position)}not valid YAML: {what}") from None
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the others of `!!int x` and deep nesting
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+
+
+def _place(text: str, index: int) -> str:
+    """Line and column (from 1) of a character, and its line; nothing for a text of one line: a value on the command line."""
+    if "\n" not in text:
+        return ""
+    before = text[:index].split("\n")
+    line = text.split("\n")[len(before) - 1]
+    shown = "".join(character if character.isprintable() else " " for character in line).strip()
+    if len(shown) > _SHOWN:
+        shown = shown[: _SHOWN - 3] + "..."
+    return f"line {len(before)}, column {len(before[-1]) + 1}{f' (`{shown}`)' if shown else ''}: "
+
+
+def _one_line(said: object) -> str:
+    return " ".join(str(said).split())
 
 
 def merge(config: Any, values: Any, source: str, *, known: Sequence[str], prefix: str = "") -> Any:

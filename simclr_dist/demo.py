@@ -1,6 +1,7 @@
 """The first run: built-in images, a short pre-training, and what it learned, beside what no training gives."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -41,14 +42,25 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
     summary: dict[str, dict[str, float]] = json.loads((run / "summary.json").read_text())
     encoder = _encoder(run)
     print((run / "summary.txt").read_text())
-    print(f"picture: {run / 'demo.png'}\n\nNext:\n  tensorboard --logdir {run / 'tb'}")
-    print(f"  simclr-dist eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
-    print("  simclr-dist shard YOUR_IMAGES data/mine")
+    ours = typed("simclr-dist")
+    print(f"picture: {run / 'demo.png'}\n\nNext:\n  {typed('tensorboard')} --logdir {run / 'tb'}")
+    print(f"  {ours} eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
+    print(f"  {ours} shard YOUR_IMAGES data/mine")
     gained = summary["linear"]["trained"] - summary["linear"]["untrained"]
     if gained < LEARNED_POINTS:
         print(f"\nThis run did not learn: the linear probe gained {gained:.1f} points of at least {LEARNED_POINTS:.0f}.")
         return 1
     return 0
+
+
+def typed(program: str) -> str:
+    """What starts a program that is installed beside this Python: its name where PATH leads there, else its path."""
+    beside = Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if not beside.exists() or (found and Path(found).resolve() == beside.resolve()):
+        return program
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 def _prepare_images() -> None:

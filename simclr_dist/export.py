@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from simclr_dist.atomic import write_atomically
+from simclr_dist.encoder_file import check_is_file
 from simclr_dist.errors import ConfigError, DataError, SaveError
 from simclr_dist.model import ResNet, build_projector
 
@@ -68,8 +69,7 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: st
     if not re.fullmatch(r"h|z|projector\.[1-9][0-9]*", layer):
         raise ConfigError(f"layer: {layer!r} is not h, z, or projector.N with N from 1")
     path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: a folder, not an encoder; name one like RUN/encoders/step-00001200.safetensors")
+    check_is_file(path)
     try:
         card, weights = _read(path)
         encoder = ResNet(card["encoder"], width=card["width"], stem=card["stem"])

@@ -13,6 +13,7 @@ from simclr_dist.export import load_encoder
 TOLERANCE = 1e-4  # of the largest |h|; float32 sums in another order differ by some 1e-6
 
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
+CURE = f"pip install {' '.join(_NEEDED)}"  # for a clone and an installed package alike
 _MOST = 2**31 - 2**20  # bytes of weights: protobuf ends at 2 GiB, and the graph takes some
 
 
@@ -31,7 +32,7 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     if out.suffix != ".onnx":
         raise ConfigError(f"export: {str(out_path)!r} must end in .onnx")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"export: ONNX needs {', '.join(missing)}; pip install {' '.join(missing)}")
+        raise ConfigError(f"export: ONNX needs {', '.join(missing)}; {CURE}")
     encoder = load_encoder(encoder_path, layer=layer)
     card = encoder.card
     assert isinstance(card, dict)

@@ -35,7 +35,7 @@ def check_run_folder(config: Config, *, held: bool = False) -> bool:
     if not run.exists() or (run.is_dir() and all(any(path.match(name) for name in _BEFORE_THE_RUN) for path in run.iterdir())):
         return False
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"run_folder: {config.run_folder!r} exists and is not a run folder; name another, or remove it")
+        raise ConfigError(f"run_folder: {config.run_folder!r} exists and is not a run folder; name another")
     stored = config_from_dict(read_yaml((run / "config.yaml").read_text(), str(run / "config.yaml")), str(run / "config.yaml"))
     if changed := difference(stored, config):
         raise ConfigError(

@@ -174,6 +174,26 @@ def test_bad_yaml_is_refused(file: Path, text: str, reason: str) -> None:
     assert reason in line
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "run_folder: r\nepochs: 1\n  data: x\n",
+            "line 3, column 7 (`data: x`): not valid YAML: mapping values are not allowed here",
+        ),
+        ("run_folder: r\nloss: [1\n", "line 3, column 1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\nb: \x07\n", "line 2, column 4 (`b:`): not valid YAML: character #x0007 is not allowed"),
+        ("a: 1\na: 2\n", "line 2, column 1 (`a: 2`): not valid YAML: key 'a' stands twice"),
+        (
+            "a: 1\n" + "b" * 99 + ": c: d\n",
+            f"line 2, column 103 (`{'b' * 57}...`): not valid YAML: mapping values are not allowed here",
+        ),
+    ],
+)
+def test_bad_yaml_is_shown_with_its_place(file: Path, text: str, told: str) -> None:
+    assert refusal(file, text) == f"{file}: {told}"
+
+
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     missing, folder, binary = tmp_path / "none.yaml", tmp_path, tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")

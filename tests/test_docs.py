@@ -13,11 +13,19 @@ from PIL import Image
 
 import simclr_dist
 from simclr_dist.cli import _parser
+from simclr_dist.config import load_config
 from simclr_dist.demo_images import CLASSES, render
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\.venv/bin/)?simclr-dist (.+)")
+
+# Behind the tutorial's Python: torchvision's network gives what ours gives.
+SAME = """
+images = torch.randn(3, 3, card["image_size"], card["image_size"])
+with torch.no_grad():
+    torch.testing.assert_close(plain(images), encoder(images))
+"""
 
 # What makes the tutorial's run small enough for a test.
 SMALLER = {
@@ -36,10 +44,9 @@ def indented(document: Path) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.startswith("    ")]
 
 
-def fenced(document: Path, language: str) -> str:
-    """Its one block in that language."""
-    (block,) = re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
-    return str(block)
+def fenced(document: Path, language: str) -> list[str]:
+    """Its blocks in that language."""
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def commands(document: Path) -> list[str]:
@@ -73,7 +80,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
         path = tmp_path / "PHOTOS" / CLASSES[number % 3] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(number % 3, np.random.default_rng(number), size=40)).save(path)
-    config = fenced(tutorial, "yaml")
+    config = fenced(tutorial, "yaml")[0]
     for old, new in SMALLER.items():
         assert old in config
         config = config.replace(old, new)
@@ -100,11 +107,23 @@ def test_the_tutorial(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     for made in ("runs/mine/eval/step-00000002.json", "runs/mine/eval/step-00000002.html", "features.parquet", "mine.onnx"):
         assert (tmp_path / made).stat().st_size > 1000, made
-    python = fenced(tutorial, "python").replace("step-00001000", "step-00000002")
+    python = "".join([*fenced(tutorial, "python"), SAME]).replace("step-00001000", "step-00000002")
     run = subprocess.run(
         [sys.executable, "-c", python], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert run.stdout == "128\n"
+    assert run.stdout == "128\nTrue\n"
+
+
+def test_the_tutorials_configs_are_configs(tmp_path: Path) -> None:
+    """The second is for a few hundred pictures: a batch that leaves room for an epoch of several steps."""
+    configs = []
+    for number, text in enumerate(fenced(ROOT / "docs" / "tutorial.md", "yaml")):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        configs.append(load_config(tmp_path / f"{number}.yaml"))
+    _, small = configs
+    assert small.device == "cpu"
+    assert small.global_batch_size <= 256 // 4
+    assert small.total_steps(256) == 800
 
 
 def test_every_message_of_the_troubleshooting_page_is_one() -> None:

@@ -301,7 +301,7 @@ def test_files_that_are_not_encoders(tmp_path: Path) -> None:
     text.write_text("not one")
     misfit = tmp_path / "misfit.safetensors"
     export_encoder(misfit, ResNet("resnet10", stem="small"), {**CARD, "encoder": "resnet10", "stem": "imagenet"})
-    for path, reason in ((tmp_path / "none.safetensors", "cannot read"), (text, "not an encoder"), (misfit, "do not fit")):
+    for path, reason in ((tmp_path / "none.safetensors", "no such file"), (text, "not an encoder"), (misfit, "do not fit")):
         message = refusal(DataError, lambda path=path: load_encoder(path))
         assert reason in message
         assert str(path) in message
@@ -366,12 +366,12 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} must end in .onnx\n"
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
-    assert capsys.readouterr().err == "simclr-dist: export: ONNX needs onnxscript; pip install onnxscript\n"
+    assert capsys.readouterr().err == "simclr-dist: export: ONNX needs onnxscript; pip install onnx onnxruntime onnxscript\n"
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: name)
     assert cli.main(["export", str(tmp_path / "none.safetensors"), str(tmp_path / "e.onnx")]) == 2
-    assert "cannot read the encoder" in capsys.readouterr().err
+    assert "none.safetensors: no such file; name an encoder of a run" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path), str(tmp_path / "e.onnx")]) == 2
-    assert capsys.readouterr().err.startswith(f"simclr-dist: {tmp_path}: a folder, not an encoder; name one like RUN/encoders/")
+    assert capsys.readouterr().err.startswith(f"simclr-dist: {tmp_path}: a folder, not an encoder; name an encoder of a run")
     monkeypatch.setattr(onnx_export, "_MOST", 1000)
     message = refusal(DataError, lambda: onnx_export.export_onnx(path, tmp_path / "e.onnx"))
     assert message.endswith("GiB of weights; an ONNX file holds at most 2 GiB")

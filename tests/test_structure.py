@@ -24,6 +24,7 @@ FLOORS = {
     "config_schema": 0.7, "config_checks": 0.8,
     "config": 1, "distributed": 1, "optim": 1, "microbatch": 1, "checkpoint": 1, "data": 1, "demo_images": 1,
     "convert": 1.5,
+    "encoder_file": 0.5,
     "run": 2, "model": 2, "loss": 2, "profiling": 2, "monitor": 2.5, "agreement": 2,
     "launcher": 3, "export": 3, "foreign": 3.5, "onnx_export": 3.5,
     "learner": 4,
@@ -45,6 +46,7 @@ WITHOUT_TORCH = [
     "data.manifest", "data.collection", "data.remote", "data.cache", "data.ahead",
     "data.draws", "data.order", "data.images", "convert.sources", "convert.shards",
     "convert.index", "convert.verify", "convert.options",
+    "encoder_file",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.export import load_encoder
 from simclr_dist.launcher import torchrun
+from simclr_dist.train import state
 from simclr_dist.train.__main__ import main
 
 METRICS = [
@@ -179,13 +180,19 @@ def test_the_decoupled_loss_and_fp16(shards: Path, capsys: pytest.CaptureFixture
     runs.assert_same_bits(runs.checkpoint(Path("run"), 4), expected)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert start(shards) == 0
     before = files("checkpoints/*", "encoders/*")
     metrics = runs.metrics(Path("run"))
     capsys.readouterr()
+    before_that = state.environment
+    monkeypatch.setattr(state, "environment", lambda here: {**before_that(here), "world_size": 2})
     assert start(shards) == 0
-    assert "done: 6 steps" in capsys.readouterr().out
+    done = capsys.readouterr()
+    assert done.out == "done already: 6 steps; encoder run/encoders/step-00000006.safetensors\n"
+    assert "WARNING" not in done.err, "of another number of processes: no step is done by them"
     assert files("checkpoints/*", "encoders/*") == before
     assert len(before) == 2 * 2 + 3
     assert runs.metrics(Path("run")) == metrics
@@ -194,8 +201,13 @@ def test_a_finished_run_says_so_and_changes_nothing(shards: Path, capsys: pytest
 
 def test_a_run_can_be_made_longer(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(shards) == 0
-    assert start(shards, "--steps", "9") == 0
-    assert "resumed at step 6" in capsys.readouterr().out
+    capsys.readouterr()
+    assert start(shards, "--steps", "9", "--checkpoint.export_every", "7") == 0
+    out = capsys.readouterr().out
+    assert "resumed at step 6" in out
+    exports = ["step 7: exported run/encoders/step-00000007.safetensors"]
+    assert [line for line in out.splitlines() if "exported" in line] == exports
+    assert "done: 9 steps; encoder run/encoders/step-00000009.safetensors" in out
     assert [line["step"] for line in runs.metrics(Path("run"))] == list(range(1, 10))
     assert status()["state"] == "done"
     assert Path("run/encoders/step-00000009.safetensors").exists()
@@ -306,7 +318,7 @@ def test_tensorboard_has_the_steps_before_an_error(shards: Path) -> None:
 
 def test_micro_batches(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(shards, "--micro-batches", "4", "--precision", "fp64", steps=3) == 0
-    assert "24 = 4 micro-batches x 1 ranks x 6" in capsys.readouterr().out
+    assert "24 = 4 micro-batches x 1 rank x 6" in capsys.readouterr().out
     lines = runs.metrics(Path("run"))
     assert {line["loss/negatives_an_anchor"] for line in lines} == {46}
     # BatchNorm's group is a piece, so its statistics are updated four times a step.

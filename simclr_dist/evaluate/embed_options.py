@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist import stopping
+from simclr_dist.encoder_file import check_is_file
 from simclr_dist.errors import PREEMPTED, ConfigError, DataError
 from simclr_dist.evaluate.options import PRECISIONS
 
@@ -64,8 +65,7 @@ def check_arguments(arguments: argparse.Namespace) -> "tuple[EmbedSettings, str 
     Raises ConfigError and DataError for what is out of range, is not there, or could not be written.
     """
     settings = EmbedSettings(arguments.batch_size, arguments.workers, arguments.precision, arguments.skip_bad, arguments.layer)
-    if not Path(arguments.encoder).is_file():
-        raise DataError(f"{arguments.encoder}: no such encoder file; name one like RUN/encoders/step-00001200.safetensors")
+    check_is_file(arguments.encoder)
     found = find_images(arguments.source)
     check_out(arguments.out, arguments.source)
     return settings, found

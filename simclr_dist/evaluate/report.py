@@ -162,6 +162,12 @@ def _told(result: Result, labels: dict[str, str]) -> list[str]:
         chosen = any(row["choice"] for row in rows.values())
         penalties = ", ".join(f"{row['l2']:.2g} ({name.replace('_', ' ')})" for name, row in rows.items())
         lines.append(f"linear: l2 {penalties}{', chosen on training images' if chosen else ''}")
+        if ends := [labels[name] for name, row in rows.items() if row["choice"] and row["choice"]["at_edge"]]:
+            grid = next(row["choice"]["grid"] for row in rows.values() if row["choice"])
+            lines.append(
+                f"linear: this l2 is an end of what was tried ({grid[0]:.2g} to {grid[-1]:.2g}), a better one may lie beyond:"
+                f" {'; '.join(ends)}"
+            )
         if stopped := [labels[name] for name, row in rows.items() if not row["converged"]]:
             lines.append(f"linear probe stopped before it had converged: {'; '.join(stopped)}")
     if sgd := parts.get("sgd"):

@@ -1,6 +1,7 @@
 """The plan of a config, as text or as plain values; answers without a GPU and without allocating the model."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from simclr_dist.data.remote import is_url
 from simclr_dist.errors import ConfigError
 from simclr_dist.plan.hardware import GAPS, GIB, RESERVED_BYTES, UTILISATION
 from simclr_dist.plan.memory import checkpoint_bytes
-from simclr_dist.plan.scaling import WORLD_SIZES, Machines, Scale, efficiency, fit, scale, verdict
+from simclr_dist.plan.scaling import CPU_WORLD_SIZES, WORLD_SIZES, Machines, Scale, efficiency, fit, scale, verdict
 from simclr_dist.plan.trace import Footprint, footprint
 from simclr_dist.plan.traffic import log_traffic
 
@@ -82,6 +83,7 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
     check_fits(config, samples, world_size)
     side = config.views.image_size or PRESETS[config.views.preset].image_size
     found = footprint(config, side)
+    others = WORLD_SIZES if machines.on_cuda else CPU_WORLD_SIZES
     return Plan(
         config,
         machines,
@@ -92,7 +94,7 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
         found,
         scale(config, found, side, world_size, machines),
         fit(config, found, side, world_size, machines) if machines.gpu else None,
-        [fit(config, found, side, ranks, machines) for ranks in sorted({*WORLD_SIZES, world_size})],
+        [fit(config, found, side, ranks, machines) for ranks in sorted({*others, world_size})],
     )
 
 
@@ -115,7 +117,11 @@ def _run_rows(made: Plan) -> list[tuple[str, str]]:
     warmup = config.warmup_steps(samples)
     return [
         ("images", f"{samples}; {an_epoch} steps an epoch, {samples % batch} left over (others every epoch)"),
-        ("global batch", f"{batch} = {config.micro_batches} micro-batches x {world_size} ranks x {piece // world_size}"),
+        (
+            "global batch",
+            f"{batch} = {_count(config.micro_batches, 'micro-batch', 'es')} x {_count(world_size, 'rank')}"
+            f" x {piece // world_size}",
+        ),
         ("negatives an anchor", f"{2 * (batch - 1)}"),
         ("BatchNorm group", f"{piece} images, both views: one micro-batch over all ranks"),
         ("steps", f"{total} = {total / an_epoch:.1f} epochs, the first {warmup} warm-up"),
@@ -142,7 +148,7 @@ def _memory_rows(made: Plan) -> list[tuple[str, str]]:
         ("optimizer", f"not known for {config.optim.name}" if memory.optimizer is None else _size(memory.optimizer)),
         ("loss", f"{_size(memory.loss)}{matrix if rows * rows * number > memory.loss else ''}"),
         ("views", f"{_size(memory.views)}, as float32, of one step"),
-        ("activations", f"{_size(memory.activations)} kept for the backward of {piece} views at a time{kept}"),
+        ("activations", f"{_size(memory.activations)} kept for the backward of {_count(piece, 'view')} at a time{kept}"),
         ("peak", f"{_size(memory.peak)}, in: {memory.highest}" + (" (compile may need less)" if config.compile else "")),
     ]
     table = [(f"memory a rank: {name}", value) for name, value in lines]
@@ -150,7 +156,7 @@ def _memory_rows(made: Plan) -> list[tuple[str, str]]:
         table.append((f"fits {made.machines.gpu.name}", _fit_text(made)))
     workers = config.data.workers
     saving = f"; rank 0 another {_size(memory.host_saving)} while it saves" if memory.host_saving else ""
-    table.append(("ordinary memory a rank", f"{_size(memory.host)} of crops made ahead by {workers} workers{saving}"))
+    table.append(("ordinary memory a rank", f"{_size(memory.host)} of crops made ahead by {_count(workers, 'worker')}{saving}"))
     return table
 
 
@@ -176,7 +182,7 @@ def _traffic_rows(made: Plan) -> list[tuple[str, str]]:
         return []
     table = []
     for part in own.traffic:
-        text = f"{_size(part.sent):>11s} in {part.calls} calls"
+        text = f"{_size(part.sent):>11s} in {_count(part.calls, 'call')}"
         if machines.bandwidth is not None:
             text += f", {_time(part.seconds(machines.bandwidth, machines.latency, own.ranks))}"
         table.append((f"sent: {part.name}", text + (", beside the backward" if part.hidden else "")))
@@ -207,7 +213,7 @@ def _speed_rows(made: Plan) -> list[tuple[str, str]]:
         speed, total = config.global_batch_size / seconds, made.total_steps
         table.append(("speed", f"{speed:.0f} images/s; {seconds * total / 3600:.1f} hours for {total} steps"))
         each = speed / own.ranks / max(config.data.workers, 1)
-        table.append(("data", f"each of a rank's {config.data.workers} workers must read and crop {each:.0f} images/s"))
+        table.append(("data", f"{_readers(config.data.workers)} must read and crop {each:.0f} images/s"))
     elif machines.gpu is not None and machines.gpu.peak and config.precision not in machines.gpu.peak:
         table.append(("speed", f"not known: {machines.gpu.name} has no {config.precision}; take fp16"))
     return table
@@ -230,22 +236,26 @@ def _disk_rows(made: Plan) -> list[tuple[str, str]]:
 
 
 def _scale_lines(made: Plan) -> list[str]:
-    columns = "ranks  pieces  images  group     memory  sent a step   compute  exchange  images/s  of linear   hours"
     where = f"the fewest pieces that fit {made.machines.gpu.name}" if made.machines.gpu else "the config's own pieces"
-    lines = [f"on other numbers of ranks, with {where}:", columns]
+    lines = [f"on other numbers of ranks, with {where}:"]
+    known = [found for found in made.scales if found.memory is not None]
+    table = {name: [cell(found, made) for found in known] for name, cell in _COLUMNS.items()}
+    table = {name: cells for name, cells in table.items() if _tells(name, cells)}
+    widths = {name: max(len(name), *(len(cell) for cell in cells)) for name, cells in table.items()}
+    lines.append("  ".join(["ranks", *(f"{name:>{width}s}" for name, width in widths.items())]))
     for found in made.scales:
         if found.memory is None:
             lines.append(f"{found.ranks:5d}  {found.why}")
             continue
-        values = _scale_values(found, made)
-        share = values["of_linear"]
-        lines.append(
-            f"{found.ranks:5d}  {found.micro_batches:6d}  {found.images:6d}  {values['batch_norm_group']:5d}"
-            f"  {_size(found.memory.peak):>9s}  {_size(values['sent']):>11s}  {_time(found.compute):>8s}"
-            f"  {_time(found.exchange):>8s}  {_round(values['images_per_second']):>8s}"
-            f"  {'?' if share is None else f'{100 * share:.0f} %':>9s}  {_round(values['hours']):>6s}"
-        )
+        row = known.index(found)
+        lines.append("  ".join([f"{found.ranks:5d}", *(f"{table[name][row]:>{width}s}" for name, width in widths.items())]))
     return [*lines, verdict(made.scales, made.machines)]
+
+
+def _tells(name: str, cells: list[str]) -> bool:
+    """Whether a column says more than what needs no knowing: one rank exchanges nothing, and is all of itself."""
+    trivial = {"exchange": "0 ms", "of linear": "100 %"}.get(name)
+    return any(cell not in ("?", trivial) for cell in cells) or "?" not in cells
 
 
 def _scale_values(found: Scale, made: Plan) -> dict[str, Any]:
@@ -265,6 +275,32 @@ def _scale_values(found: Scale, made: Plan) -> dict[str, Any]:
         "of_linear": efficiency(next((first for first in made.scales if first.seconds is not None), found), found),
         "hours": None if seconds is None else seconds * made.total_steps / 3600,
     }
+
+
+_COLUMNS: dict[str, Callable[[Scale, Plan], str]] = {
+    "pieces": lambda found, made: str(found.micro_batches),
+    "images": lambda found, made: str(found.images),
+    "group": lambda found, made: str(_scale_values(found, made)["batch_norm_group"]),
+    "memory": lambda found, made: _size(_scale_values(found, made)["memory"]),
+    "sent a step": lambda found, made: _size(_scale_values(found, made)["sent"]),
+    "compute": lambda found, made: _time(found.compute),
+    "exchange": lambda found, made: _time(found.exchange),
+    "images/s": lambda found, made: _round(_scale_values(found, made)["images_per_second"]),
+    "of linear": lambda found, made: _percent(_scale_values(found, made)["of_linear"]),
+    "hours": lambda found, made: _round(_scale_values(found, made)["hours"]),
+}
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{ending * (number != 1)}"
+
+
+def _readers(workers: int) -> str:
+    return f"each of a rank's {workers} workers" if workers > 1 else "a rank's one worker" if workers else "each rank"
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:.0f} %"
 
 
 def _size(size: float) -> str:

@@ -10,6 +10,7 @@ from simclr_dist.plan.trace import Footprint
 from simclr_dist.plan.traffic import Traffic, embedding_size, step_traffic
 
 WORLD_SIZES = (1, 8, 64, 512)
+CPU_WORLD_SIZES = (1, 2, 4, 8)
 _BACKWARD_SHARE = 2 / 3  # of a piece's time, beside which DDP exchanges gradients
 _WORTH_IT = 0.5  # of the speed of one GPU times their number
 
@@ -115,7 +116,15 @@ def verdict(scales: list[Scale], machines: Machines) -> str:
     """Where it stops scaling, and why."""
     known = [found for found in scales if found.seconds is not None]
     if len(known) < 2:
-        return "speed and network are not known: --gpu NAME or --images-per-second, and --bandwidth, say where it stops"
+        cures = []
+        if all(found.compute is None for found in scales):
+            cures.append("--gpu NAME or --images-per-second" if machines.on_cuda else "--images-per-second")
+        if machines.bandwidth is None:
+            cures.append("--bandwidth")
+        if not cures:
+            return "there is no other number of ranks to compare with"
+        what = "speed and network are" if len(cures) > 1 else "network is" if cures == ["--bandwidth"] else "speed is"
+        return f"{what} not known: {' and '.join(cures)} would say where it stops"
     first = known[0]
     good = [found for found in known if (efficiency(first, found) or 0) >= _WORTH_IT]
     last = good[-1]

@@ -53,9 +53,10 @@ def _train(
     settings = view_settings(config)
     learner = build_learner(config, here)
     total, warmup = config.total_steps(samples), config.warmup_steps(samples)
-    step, bad_samples = resume(learner, config, here)
+    step, bad_samples = resume(learner, config, here, total)
     if step > total:
         raise ConfigError(f"steps: the run in {run} has done {step} steps already, more than the {total} asked for")
+    done_before = step == total
 
     def begin() -> None:
         if claim is not None:
@@ -87,13 +88,15 @@ def _train(
     )
     at_end.callback(monitor.close)
     described = describe(config, plan, learner, here, settings, total, warmup, step)
-    monitor.say(described)
+    if not done_before:
+        monitor.say(described)
     monitor.card(run_card(config, described))
     probe = None
     if config.probe.every_epochs:
         assert isinstance(images, ShardDataset), "checked"
         probe = OnlineProbe(config, settings, images.manifest, here, steps_per_epoch=plan.steps_per_epoch)
-        monitor.say(f"  probe      {probe}")
+        if not done_before:
+            monitor.say(f"  probe      {probe}")
     of_run = {"run/restarts": 0.0 if claim is None else claim.generation - 1, "run/checkpoint_seconds": 0.0}
 
     def save() -> None:
@@ -112,6 +115,8 @@ def _train(
             card = encoder_card(config, learner, settings, step, images.digest)
             path = run / "encoders" / f"step-{step:08d}.safetensors"
             export_encoder(path, learner.model.encoder, card, learner.model.projector)
+            if step < total:  # else the last line names it
+                monitor.say(f"step {step}: exported {path}")
 
     views_every = config.log.views_every_epochs * plan.steps_per_epoch
     asked = any_asked(stopping.asked())
@@ -177,4 +182,6 @@ def _train(
     agreement.finish()
     if not any((run / "encoders").glob(f"step-{step:08d}.safetensors")):
         on_rank_0(export)  # killed between the last checkpoint and its encoder
-    monitor.say(f"done: {step} steps; encoder {run / 'encoders' / f'step-{step:08d}.safetensors'}")
+    monitor.say(
+        f"done{' already' if done_before else ''}: {step} steps; encoder {run / 'encoders' / f'step-{step:08d}.safetensors'}"
+    )

@@ -58,8 +58,11 @@ def learned_tensors(learner: Learner) -> dict[str, Tensor]:
     return tensors
 
 
-def resume(learner: Learner, config: Config, here: World) -> tuple[int, dict[str, str]]:
-    """Put the newest whole checkpoint into the learner; returns (steps done, bad samples so far)."""
+def resume(learner: Learner, config: Config, here: World, total_steps: int) -> tuple[int, dict[str, str]]:
+    """Put the newest whole checkpoint into the learner; returns (steps done, bad samples so far).
+
+    Where there are steps to do, standard error says what of the environment is another than before.
+    """
 
     def report(line: str) -> None:
         if here.is_main:
@@ -82,7 +85,7 @@ def resume(learner: Learner, config: Config, here: World) -> tuple[int, dict[str
         learner.counters[name].fill_(value)
     learner.init = state["init"]
     for name, old in state["environment"].items():
-        if old != (new := environment(here)[name]):
+        if old != (new := environment(here)[name]) and step < total_steps:
             report(f"{name} was {old} and is {new}: the run goes on, and may differ from an uninterrupted one in the last bits")
     return step, dict(state["bad_samples"])
 

@@ -228,8 +228,8 @@ def test_mistakes_are_one_line_before_torch(
     other.write_bytes(b"the user's own")
     (tmp_path / "x.tar").write_bytes(b"")
     mistakes = {
-        f"{tmp_path / 'none'}: no such encoder file": [str(tmp_path / "none"), a, out],
-        f"{tmp_path}: no such encoder file": [str(tmp_path), a, out],
+        f"{tmp_path / 'none'}: no such file; name an encoder of a run": [str(tmp_path / "none"), a, out],
+        f"{tmp_path}: a folder, not an encoder; name an encoder of a run": [str(tmp_path), a, out],
         f"{tmp_path}: is a folder; name the file of features": [encoder, a, str(tmp_path)],
         f"{b}: the file of features comes last": [encoder, a, b],
         f"{other}: is there, and is no file of features": [encoder, a, str(other)],

@@ -358,7 +358,7 @@ def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tupl
     unlabelled = make_shards("unlabelled", images, [-1] * 9, ())
     cases: list[tuple[Path, tuple[Path, Path], float, dict[str, Any], str]] = [
         (not_one, sets, 1, {}, r"notes\.safetensors: not an encoder"),
-        (tmp_path / "none.safetensors", sets, 1, {}, r"none\.safetensors: cannot read"),
+        (tmp_path / "none.safetensors", sets, 1, {}, r"none\.safetensors: no such file"),
         (encoder, (sets[0], tmp_path / "nowhere"), 1, {}, "nowhere: no such folder"),
         (encoder, (sets[0], other), 1, {}, "'spotted' is in one of them only"),
         (encoder, (sets[0], unlabelled), 1, {}, "unlabelled: no image has a label"),

@@ -66,10 +66,20 @@ def test_the_table_says_what_a_reader_must_know() -> None:
     assert "trained encoder, step 7, started from imagenet, supervised (torchvision V2)   67.12  100.00" in text
     assert "k=90 (all training images; 200 asked)" in text
     assert "stopped before it had converged: untrained encoder" in text
+    assert "an end of what was tried" not in text
     assert "left out: 10 training images without a label" in text
     lines = text.splitlines()
     (leak,) = (number for number, line in enumerate(lines) if line.startswith("WARNING: 3 test images are among the training"))
     assert leak < next(number for number, line in enumerate(lines) if line.startswith("trained encoder")), "above the numbers"
+
+
+def test_an_l2_at_the_end_of_its_grid_is_said() -> None:
+    odd = result()
+    choice = {"l2": 0.001, "grid": [10.0, 1.0, 0.001], "at_edge": True}
+    odd["protocols"]["linear"]["results"]["raw_pixels"]["choice"] = choice
+    odd["protocols"]["linear"]["results"]["trained"]["choice"] = choice | {"at_edge": False}
+    lines = table(odd).splitlines()
+    assert "linear: this l2 is an end of what was tried (10 to 0.001), a better one may lie beyond: raw pixels" in lines
 
 
 def test_the_summary_has_the_percentages_alone() -> None:

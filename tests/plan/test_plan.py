@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from simclr_dist.config import CheckpointConfig, Config, DataConfig, ModelConfig
 from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.plan.hardware import bandwidth, gpu, seconds
 from simclr_dist.plan.memory import rank_memory
-from simclr_dist.plan.report import make_plan, plan, text
+from simclr_dist.plan.report import Plan, make_plan, plan, text
 from simclr_dist.plan.scaling import Machines
 from simclr_dist.plan.trace import footprint
 
@@ -31,7 +32,7 @@ def paper(**changes: object) -> Config:
 def test_the_papers_run() -> None:
     rows = table(paper(), world_size=8, samples=IMAGENET)
     assert rows["images"].startswith("1281167; 312 steps an epoch, 3215 left over")
-    assert rows["global batch"] == "4096 = 1 micro-batches x 8 ranks x 512"
+    assert rows["global batch"] == "4096 = 1 micro-batch x 8 ranks x 512"
     assert rows["negatives an anchor"] == "8190"
     assert rows["BatchNorm group"].startswith("4096 images")
     assert rows["steps"].strip() == "31200 = 100.0 epochs, the first 3120 warm-up"
@@ -52,7 +53,7 @@ def test_the_papers_run() -> None:
 
 def test_micro_batches_and_processes() -> None:
     rows = table(paper(micro_batches=16), world_size=1, samples=IMAGENET)
-    assert rows["global batch"] == "4096 = 16 micro-batches x 1 ranks x 256"
+    assert rows["global batch"] == "4096 = 16 micro-batches x 1 rank x 256"
     assert rows["negatives an anchor"] == "8190", "whatever the pieces"
     assert rows["BatchNorm group"].startswith("256 images")
     assert rows["memory a rank: gradients"].endswith(" MiB")
@@ -162,6 +163,47 @@ def test_precision_that_a_gpu_does_not_have() -> None:
     made = make_plan(paper(precision="bf16"), samples=IMAGENET, machines=Machines(gpu=gpu("v100-16")))
     assert made.own.compute is None
     assert "v100-16 has no bf16; take fp16" in text(made)
+
+
+def other_ranks(made: Plan) -> list[list[str]]:
+    """The words of each line of the last table, its header first; without the lines above and below."""
+    return [line.split() for line in text(made).partition("\n\n")[2].splitlines()[1:-1]]
+
+
+def test_on_a_cpu_the_table_has_the_numbers_of_ranks_of_one_machine_and_no_empty_column() -> None:
+    config = paper(device="cpu", global_batch_size=64, data=DataConfig(shards="none", workers=1))
+    made = make_plan(config, samples=1000)
+    header, *lines = other_ranks(made)
+    assert header == ["ranks", "pieces", "images", "group", "memory", "sent", "a", "step"]
+    assert [line[0] for line in lines] == ["1", "2", "4", "8"]
+    assert "?" not in text(made)
+    assert text(made).endswith(
+        "\nspeed and network are not known: --images-per-second and --bandwidth would say where it stops"
+    )
+    assert not re.search(r"\b1 (workers|ranks|micro-batches|calls|views)", text(made))
+    assert "64 = 1 micro-batch x 1 rank x 64" in text(made)
+    assert "by 1 worker" in text(made)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_on_gpus_it_goes_to_512_of_them(device: str) -> None:
+    made = make_plan(paper(device=device), samples=IMAGENET)
+    header, *lines = other_ranks(made)
+    assert "exchange" not in header
+    assert [line[0] for line in lines] == ["1", "8", "64", "512"]
+    assert "--gpu NAME or --images-per-second and --bandwidth" in text(made)
+    known = make_plan(paper(device=device), samples=IMAGENET, machines=H100)
+    assert other_ranks(known)[0][-6:] == ["compute", "exchange", "images/s", "of", "linear", "hours"]
+    assert [line[0] for line in other_ranks(known)[1:]] == ["1", "8", "64", "512"]
+
+
+def test_columns_of_which_something_is_known_stay() -> None:
+    measured = make_plan(paper(), samples=IMAGENET, machines=Machines(images_per_second=400.0))
+    assert other_ranks(measured)[0][-3:] == ["compute", "images/s", "hours"]
+    assert text(measured).endswith("\nnetwork is not known: --bandwidth would say where it stops")
+    network = make_plan(paper(), samples=IMAGENET, machines=Machines(bandwidth=bandwidth("25Gbit")))
+    assert other_ranks(network)[0][-4:] == ["sent", "a", "step", "exchange"]
+    assert "speed is not known: --gpu NAME or --images-per-second would say where it stops" in text(network)
 
 
 def test_names_and_units() -> None:

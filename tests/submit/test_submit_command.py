@@ -402,7 +402,7 @@ def test_local_runs_the_same_job_here(here: Path) -> None:
     process = local(here, "--profile", "profile.yaml")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
-    assert "1 micro-batches x 2 ranks x 4" in out
+    assert "1 micro-batch x 2 ranks x 4" in out
     assert "done: 3 steps" in out
     assert "simclr-dist: --local leaves out nodes: 2\n" in err
     assert read_status(here / "run")["state"] == "done"
