@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     embed_options.add_arguments(embed)
     embed.set_defaults(run=lambda arguments, _: embed_options.run(arguments))
 
-    export = verbs.add_parser("export", help="write an encoder as ONNX, tried against torch (pip install '.[onnx]')")
+    export = verbs.add_parser("export", help="write an encoder as ONNX, tried against torch")
     export.add_argument("encoder", metavar="ENCODER", help="RUN/encoders/step-XXXXXXXX.safetensors")
     export.add_argument("out", metavar="OUT.onnx", help="file to write; an older one is replaced")
     export.add_argument("--layer", default="h", help="what comes out: h, z, or projector.N (default: %(default)s)")

@@ -3,6 +3,7 @@
 Neither this nor `config_schema` and `config_checks` need torch, so that a typo answers at once and before any process starts.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the config: {getattr(error, 'strerror', None) or error}") from None
+        cure = ""
+        if isinstance(error, FileNotFoundError):
+            close = difflib.get_close_matches(path.stem, [other.stem for other in path.parent.glob("*.yaml")], n=1)
+            cure = "; write one: `simclr-dist train --help` lists its keys"
+            if close:
+                cure = f"; did you mean '{path.with_name(close[0])}.yaml'?"
+        raise ConfigError(f"{path}: cannot read the config: {getattr(error, 'strerror', None) or error}{cure}") from None
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")

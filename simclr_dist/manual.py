@@ -28,7 +28,8 @@ a linear probe are measured beside raw pixels and an untrained encoder. Writes a
     "finetune": """Train an encoder further with labels, all or a small part of them, and measure it on test images. The
 encoder's file stays as it is.""",
     "embed": """The features of your own images, a row an image, in a Parquet file for pandas, polars or DuckDB.""",
-    "export": """The encoder as ONNX, for programs without PyTorch; its output is compared with torch's.""",
+    "export": """The encoder as ONNX, for programs without PyTorch; its output is compared with torch's. Needs
+`pip install onnx onnxruntime onnxscript`.""",
     "plan": """What a config will need, before it runs: negatives, learning rate, memory, and the images that are left over.""",
     "check": """Try on these machines what training needs: versions, network, clocks, the gradient of all ranks against that of
 one process (in float64), shards, run folder, SLURM's settings. Leaves nothing behind.""",

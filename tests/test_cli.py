@@ -143,7 +143,9 @@ def test_a_config_typo(here: Path, command: Command) -> None:
     for verb in ("train", "plan", "check"):
         line = refused(command(verb, "config.yaml"))
         assert line == "config.yaml: loss.temprature: unknown key; did you mean 'loss.temperature'?"
-    assert refused(command("train", "none.yaml")) == "none.yaml: cannot read the config: No such file or directory"
+    missing = "none.yaml: cannot read the config: No such file or directory"
+    assert refused(command("train", "none.yaml")) == f"{missing}; write one: `simclr-dist train --help` lists its keys"
+    assert refused(command("train", "confg.yaml")).endswith("; did you mean 'config.yaml'?")
 
 
 def test_a_global_batch_larger_than_the_data(here: Path, command: Command) -> None:

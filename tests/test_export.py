@@ -21,6 +21,7 @@ from networks import images, randomised
 from simclr_dist import cli, export, onnx_export
 from simclr_dist.errors import ConfigError, DataError, SaveError
 from simclr_dist.export import export_encoder, file_digest, load_encoder, projector_path, untrained_encoder
+from simclr_dist.manual import about
 from simclr_dist.model import ResNet, build_projector
 from simclr_dist.train.__main__ import main as train
 
@@ -366,7 +367,9 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} must end in .onnx\n"
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
-    assert capsys.readouterr().err == "simclr-dist: export: ONNX needs onnxscript; pip install onnx onnxruntime onnxscript\n"
+    assert capsys.readouterr().err == f"simclr-dist: export: ONNX needs onnxscript; {onnx_export.CURE}\n"
+    for text in (about("export"), (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")):
+        assert f"`{onnx_export.CURE}`" in text
     monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: name)
     assert cli.main(["export", str(tmp_path / "none.safetensors"), str(tmp_path / "e.onnx")]) == 2
     assert "none.safetensors: no such file; name an encoder of a run" in capsys.readouterr().err

@@ -208,7 +208,7 @@ class _Conversion:
     def check_unused(self) -> None:
         """Raises DataError when the destination holds something."""
         if self.destination.is_dir() and any(self.destination.iterdir()):
-            raise DataError(f"{self.destination}: exists and is not empty; name a new folder, or remove it first")
+            raise DataError(f"{self.destination}: exists and is not empty; name a new folder")
 
     def finished(self, *, strict: bool) -> ShardSummary | None:
         """What an earlier run of this conversion has done; None where there is none. Raises as `check_unused` for others."""

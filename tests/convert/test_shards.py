@@ -548,7 +548,7 @@ def test_a_used_destination_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_shards(source, tmp_path / "out")  # an empty folder is fine
     before = contents(tmp_path / "out")
-    with pytest.raises(DataError, match="exists and is not empty; name a new folder"):
+    with pytest.raises(DataError, match=r"exists and is not empty; name a new folder$"):
         write_shards(source, tmp_path / "out", seed=1)
     assert contents(tmp_path / "out") == before
     for destination in (source / "shards", source, tmp_path):
