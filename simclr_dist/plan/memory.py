@@ -46,7 +46,7 @@ def loss_bytes(rows: int, columns: int, dim: int, number: int, *, on_cuda: bool,
     """The most that NT-Xent holds beside the embeddings it is given: rows of this rank, columns of all ranks."""
     own, all_rows = rows * dim * number, columns * dim * number if columns > rows else 0
     tiles = 0 if on_cuda else 2 * min(_TILE_BYTES * threads, columns**2 * number)
-    return max(4 * own + all_rows + tiles, 5 * own + all_rows, 2 * own + 2 * all_rows)
+    return max(4 * own + all_rows + tiles, 6 * own + all_rows, 2 * own + 2 * all_rows)
 
 
 def rank_memory(config: Config, found: Footprint, side: int, ranks: int, *, on_cuda: bool, threads: int = 1) -> Memory:

@@ -31,7 +31,7 @@ def test_memory_of_a_step(changes: dict[str, Any]) -> None:
     assert predicted_step(of) == pytest.approx(step_peak(of), rel=0.1)
 
 
-@pytest.mark.parametrize(("images", "dim"), [(512, 128), (2048, 64)])
+@pytest.mark.parametrize(("images", "dim"), [(512, 128), (2048, 64), (2048, 128), (4096, 128)])
 def test_memory_of_the_loss(images: int, dim: int) -> None:
     assert loss_bytes(2 * images, 2 * images, dim, 4, on_cuda=False) == pytest.approx(loss_peak(images, dim), rel=0.1)
 
