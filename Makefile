@@ -29,8 +29,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	$(BIN)/simclr-dist demo
 
-# In two halves at once: one mostly waits for clusters and networks, the other computes. What the first says comes at its end.
-WAITING := tests/slurm tests/submit tests/network tests/image tests/faults
+# In two halves at once: one mostly waits, for clusters, networks and other ranks; one computes. What the first says comes at its end.
+WAITING := tests/slurm tests/submit tests/network tests/image tests/faults tests/distributed
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-waiting test-computing
