@@ -1,9 +1,10 @@
 """Values of command-line options."""
 
 import argparse
+from collections.abc import Callable
 
 
-def at_least(least: int) -> "type[int]":
+def at_least(least: int) -> Callable[[str], int]:
     """The `type` of an option that takes an integer from `least` on."""
 
     def parse(text: str) -> int:
@@ -13,4 +14,4 @@ def at_least(least: int) -> "type[int]":
         return value
 
     parse.__name__ = "int"  # argparse names it in its message
-    return parse  # type: ignore[return-value]
+    return parse

@@ -8,7 +8,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
-from tarfile import EmptyHeaderError, EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]
+from tarfile import EmptyHeaderError, EOFHeaderError, HeaderError, ReadError  # type: ignore[attr-defined]  # typeshed lacks them
 from typing import Any, BinaryIO, Self, cast
 
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
@@ -24,7 +24,7 @@ def tar_files(file: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
     """Name and bytes of each regular file in the tar; None for one of more than `MAX_FILE_BYTES`. Raises TAR_ERRORS."""
     with tarfile.open(fileobj=_unpacked(file), mode="r|", tarinfo=_StrictHeader) as tar:
         for member in tar:
-            tar.members = []  # type: ignore[attr-defined]
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps each one; typeshed lacks it
             if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > _LONGEST_HEADER:
                 raise ReadError("its shared headers are too long")
             if not member.isreg():
