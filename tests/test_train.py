@@ -18,10 +18,11 @@ import training_runs as runs
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
+from simclr_dist.errors import LAST_WORD
 from simclr_dist.export import load_encoder
 from simclr_dist.launcher import torchrun
 from simclr_dist.train import state
-from simclr_dist.train.__main__ import main
+from simclr_dist.train.__main__ import _note_crash, main
 
 METRICS = [
     "step",
@@ -415,3 +416,12 @@ def test_a_killed_worker_ends_the_run(shards: Path, tmp_path: Path) -> None:
     assert status()["state"] == "crashed", output
     assert status()["exit_code"] == 1
     assert "DataLoader worker" in status()["reason"]
+
+
+def test_a_note_that_no_disk_takes_hides_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(LAST_WORD, str(tmp_path / "missing" / "word"))
+    _note_crash(ValueError("x"))
+    monkeypatch.setenv(LAST_WORD, str(tmp_path / "word"))
+    monkeypatch.setenv("RANK", "3")
+    _note_crash(ValueError("two\nlines"))
+    assert (tmp_path / "word.3").read_text() == "ValueError: two lines"

@@ -30,16 +30,16 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     """
     source = Path(source)
     # Not Path's own, which raise for a name that is longer than any file's.
-    if not os.path.exists(source) and "*" in source.name:  # noqa: PTH110
+    if not os.path.exists(source) and "*" in source.name:  # noqa: PTH110 (as said above)
         paths = sorted(source.parent.glob(source.name))
         kinds = {path.suffix.lower() for path in paths}
         if not kinds or not (kinds <= {_TABLES[0]} or kinds <= {_TABLES[1]} or kinds <= set(_ARCHIVES)):
             kind = ".parquet, .arrow or .tar"
             raise DataError(f"{source}: this pattern must match {kind} files and nothing else; it matches {len(paths)} files")
         root, names = source.parent.resolve(), [path.name for path in paths]
-    elif os.path.isfile(source):  # noqa: PTH113
+    elif os.path.isfile(source):  # noqa: PTH113 (the same)
         root, names = source.resolve().parent, [source.resolve().name]
-    elif os.path.isdir(source):  # noqa: PTH112
+    elif os.path.isdir(source):  # noqa: PTH112 (the same)
         return _folder(source, image_column, label_column)
     else:
         raise DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")

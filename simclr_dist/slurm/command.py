@@ -192,8 +192,9 @@ def _here(profile: Profile) -> Profile:
 
 def _send(submission: "Submission", *, dry_run: bool) -> int:
     from simclr_dist.slurm import batch
-    from simclr_dist.slurm.submission import submit
+    from simclr_dist.slurm.submission import check_device, submit
 
+    check_device(submission)
     if dry_run:
         print(batch.dry_run(submission), end="")
         return 0

@@ -52,12 +52,6 @@ def prepare(
         raise ConfigError(f"run_folder: {str(run)!r}: SLURM would fill in what follows the %; name another")
     if profile.container is not None and re.search("[,:]", f"{run}{here}"):
         raise ConfigError(f"run_folder: {str(run)!r}, or the working directory: a container mounts none with a comma or colon")
-    for device, idle in (("cpu", profile.gpus_per_node > 0), ("cuda", profile.gpus_per_node == 0)):
-        if config.device == device and idle:
-            raise ConfigError(
-                f"device: {device!r} contradicts the profile's gpus_per_node: {profile.gpus_per_node}; change one of the two,"
-                " or set device: auto"
-            )
     check_run_folder(config)
     samples = config.data.samples or len(load_collection(config.data.shards, beside=here))
     check_fits(config, samples, profile.world_size)
@@ -74,6 +68,15 @@ def prepare(
         for shards in (evaluation.train, evaluation.test):
             load_collection(shards, beside=here)
     return Submission(config, profile, here, evaluation, source, tuple(overrides), total, profiled)
+
+
+def check_device(submission: Submission) -> None:
+    """Raises ConfigError where a cluster's GPUs would stand idle, or be missed; on this machine a profile's do not count."""
+    device, gpus = submission.config.device, submission.profile.gpus_per_node
+    if (device == "cpu" and gpus > 0) or (device == "cuda" and gpus == 0):
+        raise ConfigError(
+            f"device: {device!r} contradicts the profile's gpus_per_node: {gpus}; change one of the two, or set device: auto"
+        )
 
 
 def submit(submission: Submission) -> list[str]:

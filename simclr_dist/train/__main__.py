@@ -1,5 +1,6 @@
 """`torchrun -m simclr_dist.train CONFIG [--profile STEPS] [--key value]`, or `python -m` for one process."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -85,7 +86,8 @@ def _note_crash(error: Exception) -> None:
     """For the launcher: what this rank died of, beside what others will say of the connection that they lose with it."""
     if path := os.environ.get(LAST_WORD):
         note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(note, encoding="utf-8")
+        with contextlib.suppress(OSError):  # of a full disk, say, which is the error itself then
+            Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(note, encoding="utf-8", errors="replace")
 
 
 def _leave_with(code: int) -> int:

@@ -17,7 +17,7 @@ from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.slurm.batch import Evaluation, Submission, dry_run, script
 from simclr_dist.slurm.job import Job
 from simclr_dist.slurm.profile import Profile, load_profile
-from simclr_dist.slurm.submission import prepare, read_record, store_config, submit
+from simclr_dist.slurm.submission import check_device, prepare, read_record, store_config, submit
 from submit.stand_ins import StandIns
 
 ONE = Profile(gpus_per_node=0)
@@ -367,7 +367,7 @@ def test_a_damaged_record_is_one_line(here: Path) -> None:
 @pytest.mark.parametrize(("device", "gpus", "batch"), [("cpu", 2, "16"), ("cuda", 0, "8")])
 def test_gpus_that_would_stand_idle_or_be_missed(here: Path, device: str, gpus: int, batch: str) -> None:
     with pytest.raises(ConfigError, match=rf"^device: '{device}' contradicts the profile's gpus_per_node: {gpus}; change one"):
-        prepared(here, "--global_batch_size", batch, "--device", device, gpus_per_node=gpus)
+        check_device(prepared(here, "--global_batch_size", batch, "--device", device, gpus_per_node=gpus))
 
 
 def test_a_run_that_is_done_needs_no_job(here: Path, slurm: StandIns) -> None:

@@ -475,3 +475,15 @@ def test_help_names_every_option(here: Path, no_slurm: StandIns, command: Comman
         "--follow",
     }
     assert expected <= options
+
+
+def test_a_profiles_gpus_count_on_the_cluster_alone(
+    here: Path, no_slurm: StandIns, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "gpus.yaml").write_text("gpus_per_node: 2")
+    code, _, err = command("config.yaml", "--profile", "gpus.yaml", "--dry-run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "device: 'cpu' contradicts the profile's gpus_per_node: 2" in err
+    monkeypatch.setattr("simclr_dist.slurm.local.run_here", lambda submission: submission.profile.tasks)
+    assert command("config.yaml", "--local", "--profile", "gpus.yaml")[0] == 2, "ranks"
+    assert command("config.yaml", "--local", "--device", "cuda")[0] == 1, "rank"
