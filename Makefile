@@ -30,7 +30,7 @@ demo: install
 	$(BIN)/simclr-dist demo
 
 # In two halves at once: one mostly waits, for clusters, networks and other ranks; one computes. What the first says comes at its end.
-WAITING := tests/slurm tests/submit tests/network tests/image tests/faults tests/distributed
+WAITING := tests/slurm tests/launch/submit tests/network tests/image tests/faults tests/distributed
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-waiting test-computing

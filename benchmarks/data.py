@@ -36,14 +36,14 @@ from torchvision.io import ImageReadMode
 from torchvision.transforms import v2
 
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.data.colour import colour_views
-from simclr_dist.data.draws import PRESETS, ViewDraws, ViewSettings, draw_views
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.order import Plan, epoch_order
+from simclr_dist.data.pixels.resize import crop_views
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.resize import crop_views
 from simclr_dist.data.steps import StepDataset, coloured, load_steps
-from simclr_dist.data.views import crop_view
+from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.draws import PRESETS, ViewDraws, ViewSettings, draw_views
 
 Contestant = Callable[[], object]
 Costs = dict[str, list[float]]

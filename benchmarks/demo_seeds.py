@@ -7,10 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from simclr_dist.demo import CONFIG, DATA
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.report import summary
-from simclr_dist.launcher import torchrun
+from simclr_dist.evaluate.result.report import summary
+from simclr_dist.launch.torchrun import torchrun
+from simclr_dist.preflight.demo.run import CONFIG, DATA
 
 
 def accuracy(run: Path, program: list[str], seed: int) -> dict[str, dict[str, float]]:

@@ -30,8 +30,9 @@ import training_runs as runs
 from faults import killed_saves
 from faults.commands import Command, running, simclr_dist
 from faults.seeded_kills import killed_again_and_again
-from simclr_dist import ledger, stopping
-from simclr_dist.errors import PREEMPTED
+from simclr_dist.run import claim as ledger
+from simclr_dist.system import signals
+from simclr_dist.system.errors import PREEMPTED
 
 TESTS = Path(__file__).parents[1] / "tests"
 EVERY = 5  # steps between checkpoints
@@ -90,7 +91,7 @@ def stops(here: Place) -> str:
         with running(folder, simclr_dist("train", "config.yaml", "--processes", "2")) as command:
             time.sleep(moments.uniform(0, 12))
             listened, began = runs.listens(command.process.pid), time.monotonic()
-            command.process.send_signal(moments.choice(stopping.SIGNALS))
+            command.process.send_signal(moments.choice(signals.SIGNALS))
             code = command.wait()
             slowest = max(slowest, time.monotonic() - began)
             unheard += not listened

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from image.store import Container, Store, why_not
 
 _DRAW = (
-    "from pathlib import Path; from simclr_dist.demo_images import write_demo_images as draw; "
+    "from pathlib import Path; from simclr_dist.preflight.demo.images import write_demo_images as draw; "
     "draw(Path('images'), train=240, test=60)"
 )
 _CONFIG = """run_folder: runs/short

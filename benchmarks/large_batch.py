@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 import torch
+from loss import FULL, MIB, Result, expendable, hardware, in_fresh_process, is_memory_error, memory, spread, watch_peak
 from torch import Tensor
 
-from loss import FULL, MIB, Result, expendable, hardware, in_fresh_process, is_memory_error, memory, spread, watch_peak
-from simclr_dist.config import ENCODERS, Config, ModelConfig, OptimConfig
-from simclr_dist.distributed import World
-from simclr_dist.learner import build_learner, cut, training_step
+from simclr_dist.config.settings import ENCODERS, Config, ModelConfig, OptimConfig
+from simclr_dist.method.distributed import World
+from simclr_dist.train.learner import build_learner, cut, training_step
 
 
 def measure(*, device: str, batch: int, image_size: int, model: dict[str, Any], repetitions: int, **settings: Any) -> Result:

@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from simclr_dist.distributed import world
-from simclr_dist.loss import NTXentLoss, nt_xent_reference
-from simclr_dist.loss.tiles import Similarities
+from simclr_dist.method.distributed import world
+from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
+from simclr_dist.method.loss.tiles import Similarities
 
 DIM, TEMPERATURE = 128, 0.1
 TINY = 64

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_dist.loss import NTXentLoss, nt_xent_reference
+from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
 
 TEMPERATURES = (0.03, 0.05, 0.1, 0.5, 1.0)
 

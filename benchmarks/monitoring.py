@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from simclr_dist.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, ProbeConfig, ViewsConfig
+from simclr_dist.config.settings import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, ProbeConfig, ViewsConfig
 from simclr_dist.data.manifest import load_manifest
-from simclr_dist.distributed import World
-from simclr_dist.learner import Learner, build_learner, step_metrics, training_step
-from simclr_dist.monitor import Clock, Monitor
+from simclr_dist.method.distributed import World
 from simclr_dist.train.describe import view_settings
+from simclr_dist.train.learner import Learner, build_learner, step_metrics, training_step
+from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
 
 RANGES_A_STEP = 8  # record_function's, with one micro-batch on one rank

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
+from loss import hardware, installed, spread
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import hardware, installed, spread
-from simclr_dist.optim import LARS, Group, parameter_groups
+from simclr_dist.method.optim import LARS, Group, parameter_groups
 
 DROPPED = 3
 RATE, MOMENTUM, WEIGHT_DECAY, TRUST = 0.1, 0.9, 1e-6, 0.001

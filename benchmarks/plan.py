@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path.pop(0)  # this folder, where this file has the name of the tests' package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "preflight" / "plan"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 import ranks
+from measured import config, loss_peak, one_step, step_peak, views, wire
 from network.namespaces import Network, why_not
-from plan.measured import config, loss_peak, one_step, step_peak, views, wire
-from simclr_dist.agreement import StopAgreement
-from simclr_dist.config import Config, ModelConfig, ViewsConfig
-from simclr_dist.distributed import World, all_gather, world
-from simclr_dist.learner import build_learner
-from simclr_dist.plan.memory import loss_bytes, rank_memory
-from simclr_dist.plan.trace import footprint
-from simclr_dist.plan.traffic import step_traffic
+from simclr_dist.config.settings import Config, ModelConfig, ViewsConfig
+from simclr_dist.method.distributed import World, all_gather, world
+from simclr_dist.preflight.plan.memory import loss_bytes, rank_memory
+from simclr_dist.preflight.plan.trace import footprint
+from simclr_dist.preflight.plan.traffic import step_traffic
+from simclr_dist.train.agreement import StopAgreement
+from simclr_dist.train.learner import build_learner
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MIB = 2**20

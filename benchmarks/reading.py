@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
+from loss import hardware
 from webdataset.writer import TarWriter
 
-from loss import hardware
-from simclr_dist.data.cache import CacheSettings
 from simclr_dist.data.manifest import ManifestRow, load_manifest, write_manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
+from simclr_dist.data.remote.cache import CacheSettings
 
 
 class Cost(NamedTuple):

@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from simclr_dist.data.draws import ViewSettings
 from simclr_dist.data.steps import Views, coloured
+from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.train import __main__ as train
 from simclr_dist.train import loop
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import submitit
 
-from simclr_dist.slurm.job import Job
+from simclr_dist.launch.slurm.job import Job
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         command=["simclr_dist.train", str(Path(told.config).resolve()), "--run_folder", str(run)],
         working_directory=str(Path.cwd()),
     )
-    rescue = f"{shlex.quote(sys.executable)} -m simclr_dist.slurm.rescue {shlex.quote(str(run))}"
+    rescue = f"{shlex.quote(sys.executable)} -m simclr_dist.launch.slurm.rescue {shlex.quote(str(run))}"
     executor = submitit.AutoExecutor(run / "slurm", cluster="slurm", slurm_max_num_timeout=1_000_000)
     executor.update_parameters(
         name=run.name,

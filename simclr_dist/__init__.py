@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simclr_dist.data.reader import ShardDataset
-    from simclr_dist.export import load_encoder
-    from simclr_dist.loss import NTXentLoss
-    from simclr_dist.optim import LARS
+    from simclr_dist.encoder.file import load_encoder
+    from simclr_dist.method.loss import NTXentLoss
+    from simclr_dist.method.optim import LARS
 
 __version__ = "0.1.0"
 __all__ = ["LARS", "NTXentLoss", "ShardDataset", "load_encoder"]
 
-_HOMES = {"NTXentLoss": "loss", "LARS": "optim", "ShardDataset": "data.reader", "load_encoder": "export"}
+_HOMES = {"NTXentLoss": "method.loss", "LARS": "method.optim", "ShardDataset": "data.reader", "load_encoder": "encoder.file"}
 
 
 def __getattr__(name: str) -> Any:

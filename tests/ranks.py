@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from simclr_dist.distributed import World, world
+from simclr_dist.method.distributed import World, world
 
 # A server that has imported torch once forks the ranks: 0.1 s a rank and not 3, and each is still a fresh process.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["simclr_dist.learner", "torch.distributed.nn", "torch._dynamo"])
+_CONTEXT.set_forkserver_preload(["simclr_dist.train.learner", "torch.distributed.nn", "torch._dynamo"])
 
 
 def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:

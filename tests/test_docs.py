@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import simclr_dist
-from simclr_dist.cli import _parser
-from simclr_dist.config import load_config
-from simclr_dist.demo_images import CLASSES, render
+from simclr_dist.cli.main import _parser
+from simclr_dist.config.load import load_config
+from simclr_dist.preflight.demo.images import CLASSES, render
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,7 +97,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
         words += ["--epochs", "1", "--seeds", "1"] if words[0] == "finetune" else []
         words += ["--device", "auto", "--run_folder", "runs/cluster"] if words[0] == "submit" else []  # on machines with GPUs
         done = subprocess.run(
-            [sys.executable, "-m", "simclr_dist.cli", *words],
+            [sys.executable, "-m", "simclr_dist", *words],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

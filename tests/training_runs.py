@@ -19,10 +19,10 @@ import torch
 import yaml
 from PIL import Image
 
-from simclr_dist import ledger
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.demo_images import CLASSES, render
-from simclr_dist.supervisor import children
+from simclr_dist.launch.supervisor import children
+from simclr_dist.preflight.demo.images import CLASSES, render
+from simclr_dist.run import claim as ledger
 from simclr_dist.train.__main__ import main
 
 # As in ranks.py: a server that has imported torch once forks the ranks.

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 SPLIT_NAMES = ("train", "test")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simclr_dist.convert.originals import Chunk, Original, Problem, first_line
 from simclr_dist.convert.partial import Partial, StaleError, put
-from simclr_dist.data.images import prepare_image
-from simclr_dist.errors import DataError, printable
+from simclr_dist.convert.sources.originals import Chunk, Original, Problem, first_line
+from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.errors import DataError, printable
 
 _ABOUT = b"simclr_dist"
 _ROWS_A_BATCH = 1 << 16

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr_dist.convert.originals import Problem, Source
+from simclr_dist.convert.sources.originals import Problem, Source
 from simclr_dist.data.manifest import load_manifest
 
 _NAME = "conversion.json"

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.convert.archives import is_label, parse_label, webdataset_key, why_unsafe
-from simclr_dist.convert.folders import is_hidden, why_not_followed
-from simclr_dist.convert.originals import MAX_IMAGE_BYTES, Problem, is_image_name
-from simclr_dist.convert.tar import TarMember, tar_members
+from simclr_dist.convert.sources.archives import is_label, parse_label, webdataset_key, why_unsafe
+from simclr_dist.convert.sources.folders import is_hidden, why_not_followed
+from simclr_dist.convert.sources.originals import MAX_IMAGE_BYTES, Problem, is_image_name
+from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.convert.workers import workers
-from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
-from simclr_dist.errors import DataError, printable
+from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.errors import DataError, printable
 
 _LONGEST_LABEL = 64
 

@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr_dist.arguments import at_least
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.config.arguments import at_least
+from simclr_dist.system.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from simclr_dist.convert.finished import ShardSummary
-    from simclr_dist.convert.originals import Problem
     from simclr_dist.convert.shards import ShardSettings
+    from simclr_dist.convert.sources.originals import Problem
 
 DESCRIPTION = """Write WebDataset tars and a Parquet manifest. Every image is decoded once; what is not an image is listed with
 its reason and left out. The same input, settings and seed give the same bytes, for any number of processes and parts.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 
 class StaleError(DataError):

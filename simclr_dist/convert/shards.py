@@ -23,12 +23,12 @@ from tqdm import tqdm
 from simclr_dist.convert.dealing import SPLIT_NAMES, deal
 from simclr_dist.convert.decoding import Decoder, gather, unit_path
 from simclr_dist.convert.finished import ShardSummary, has_record, read_record, stamp_of, write_record
-from simclr_dist.convert.originals import Problem, ReadError, Source
 from simclr_dist.convert.partial import Partial, StaleError, check, hold, sync
-from simclr_dist.convert.sources import find_source
+from simclr_dist.convert.sources.find import find_source
+from simclr_dist.convert.sources.originals import Problem, ReadError, Source
 from simclr_dist.convert.workers import Map, processes_for, workers
 from simclr_dist.convert.writing import Writer, cut, write_manifests
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.system.errors import ConfigError, DataError
 
 _FORMAT = 1
 _PRELOAD = ("simclr_dist.convert.decoding", "webdataset.writer")

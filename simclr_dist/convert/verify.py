@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from simclr_dist.convert.archives import is_label, parse_label, webdataset_key
-from simclr_dist.convert.originals import is_image_name
-from simclr_dist.convert.tar import tar_members
+from simclr_dist.convert.sources.archives import is_label, parse_label, webdataset_key
+from simclr_dist.convert.sources.originals import is_image_name
+from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.convert.workers import workers
-from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest_file
-from simclr_dist.errors import DataError, printable
+from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.errors import DataError, printable
 
 _LONGEST_LABEL = 64
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any
 
-from simclr_dist import stopping
+from simclr_dist.system import signals
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -29,7 +29,7 @@ def workers(processes: int, preload: tuple[str, ...]) -> Iterator[Map]:
     Raises concurrent.futures.process.BrokenProcessPool when a process dies.
     """
     if processes <= 1:
-        with stopping.blocked():  # torch, which they import, passes over what a signal raises
+        with signals.blocked():  # torch, which they import, passes over what a signal raises
             for name in preload:
                 importlib.import_module(name)
         yield map

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from simclr_dist.convert.decoding import bytes_path
 from simclr_dist.convert.partial import Partial, put, sync
-from simclr_dist.convert.tar import tar_members
+from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.data.manifest import ROW_SCHEMA, ManifestRow, row_table, write_manifest
-from simclr_dist.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable
 
 _BYTES = b"bytes"
 

@@ -22,8 +22,8 @@ from simclr_dist.data.manifest import (
     parse_manifest,
     read_manifest_file,
 )
-from simclr_dist.data.remote import Patience, check_url, fetch, is_url, join
-from simclr_dist.errors import ConfigError, DataError, UnreachableError, redact
+from simclr_dist.data.remote.fetch import Patience, check_url, fetch, is_url, join
+from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, redact
 
 PIPE = "pipe:"
 

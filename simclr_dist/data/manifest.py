@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 1

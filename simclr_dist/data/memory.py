@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.pixels.resize import crop_views
 from simclr_dist.data.reader import Images, Sample, ShardDataset
-from simclr_dist.data.resize import crop_views
-from simclr_dist.data.views import Interpolation
-from simclr_dist.errors import DataError, RankError, UnreachableError
+from simclr_dist.data.views.crops import Interpolation
+from simclr_dist.system.errors import DataError, RankError, UnreachableError
 
 AUTO_BYTES = 2**30
 """`data.in_memory: auto` holds sets of at most so many bytes of pixels (350,000 images of 32 x 32)."""

@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simclr_dist.data.ahead import Ahead
-from simclr_dist.data.cache import CacheSettings, ShardCache, cache_settings
 from simclr_dist.data.collection import load_collection
-from simclr_dist.data.decode import decode
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.errors import DataError
+from simclr_dist.data.pixels.decode import decode
+from simclr_dist.data.remote.ahead import Ahead
+from simclr_dist.data.remote.cache import CacheSettings, ShardCache, cache_settings
+from simclr_dist.system.errors import DataError
 
 
 class Sample(NamedTuple):

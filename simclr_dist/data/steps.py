@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
-from simclr_dist import stopping
-from simclr_dist.data.colour import colour_views
-from simclr_dist.data.draws import ViewDraws, ViewSettings, draw_views
 from simclr_dist.data.memory import DecodedImages
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import Images, Sample
-from simclr_dist.data.views import crop_view
-from simclr_dist.errors import DataError, RankError, UnreachableError
+from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.draws import ViewDraws, ViewSettings, draw_views
+from simclr_dist.system import signals
+from simclr_dist.system.errors import DataError, RankError, UnreachableError
 
 # What a worker makes at a time, crops of both views: its memory, and what waits for the step, come in such portions.
 _PORTION_BYTES = 2**24
@@ -176,7 +176,7 @@ def load_steps(dataset: StepDataset, steps: range, *, workers: int, pin_memory: 
         pin_memory=pin_memory,
         worker_init_fn=mind_parent_only,
     )
-    with stopping.blocked():  # workers start here, and keep it so
+    with signals.blocked():  # workers start here, and keep it so
         made = iter(loader)
     for _ in steps:
         portions: list[Portion] = []
@@ -246,7 +246,7 @@ def two_views(views: Views, settings: ViewSettings, device: torch.device) -> tup
 
 def mind_parent_only(_: int) -> None:
     """The `worker_init_fn` of a DataLoader whose iterator is made while stop signals are blocked."""
-    stopping.mind_parent_only()
+    signals.mind_parent_only()
 
 
 def _as_it_is(portion: Any) -> Any:

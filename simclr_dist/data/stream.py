@@ -23,16 +23,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 
-from simclr_dist.data.cache import CacheSettings, cache_settings
 from simclr_dist.data.collection import PIPE, find_tars
-from simclr_dist.data.decode import decode
-from simclr_dist.data.images import MAX_PIXELS, prepare_image
 from simclr_dist.data.order import Plan, Rows
-from simclr_dist.data.png import PNG_SIGNATURE
+from simclr_dist.data.pixels.decode import decode
+from simclr_dist.data.pixels.images import MAX_PIXELS, prepare_image
+from simclr_dist.data.pixels.png import PNG_SIGNATURE
 from simclr_dist.data.reader import Sample
-from simclr_dist.data.remote import fetch, is_url
+from simclr_dist.data.remote.cache import CacheSettings, cache_settings
+from simclr_dist.data.remote.fetch import fetch, is_url
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
-from simclr_dist.errors import ConfigError, DataError, UnreachableError, printable, redact
+from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, redact
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from simclr_dist.evaluate.collect import labelled
-from simclr_dist.evaluate.earlier import Baselines
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features
 from simclr_dist.evaluate.measure import Question, ViewsOfEpoch, measure
 from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Say
+from simclr_dist.evaluate.result.earlier import Baselines
+from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Say
 
 Found = Mapping[str, dict[str, Features]]
 

@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr_dist.distributed import World, all_gather_objects, on_rank_0
 from simclr_dist.evaluate.features.augmented import SEED, TrainingViews, ViewImages, choose_rows, view_colour
 from simclr_dist.evaluate.features.crops import RandomCrops, as_it_is, crop_and_flip
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features, Images, extract, in_precision, pixel_side
 from simclr_dist.evaluate.features.file import About
 from simclr_dist.evaluate.features.store import FeatureStore
 from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.report import TRAINED, UNTRAINED
+from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED
 from simclr_dist.evaluate.sets import Sets
+from simclr_dist.method.distributed import World, all_gather_objects, on_rank_0
 
 
 class _Wanted(NamedTuple):

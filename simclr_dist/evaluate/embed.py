@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_dist.convert.folders import FileChunk
-from simclr_dist.convert.originals import Source
-from simclr_dist.data.decode import decode
-from simclr_dist.data.images import prepare_image
+from simclr_dist.convert.sources.folders import FileChunk
+from simclr_dist.convert.sources.originals import Source
 from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.pixels.decode import decode
+from simclr_dist.data.pixels.images import prepare_image
 from simclr_dist.data.reader import Sample, ShardDataset
-from simclr_dist.distributed import World, all_sum, on_rank_0, together, world
-from simclr_dist.errors import DataError, RankError, UnreachableError, printable
+from simclr_dist.encoder.file import file_digest, load_encoder
 from simclr_dist.evaluate.command import told_once
 from simclr_dist.evaluate.embed_options import EmbedSettings, add_arguments, check_out, find_images, run
 from simclr_dist.evaluate.features.extraction import Images, extract, in_precision
 from simclr_dist.evaluate.features.file import About, write_features
-from simclr_dist.export import file_digest, load_encoder
+from simclr_dist.method.distributed import World, all_sum, on_rank_0, together, world
+from simclr_dist.system.errors import DataError, RankError, UnreachableError, printable
 
 _TOLD = 10  # images that are left out are named up to here, then counted
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr_dist import stopping
-from simclr_dist.encoder_file import check_is_file
-from simclr_dist.errors import PREEMPTED, ConfigError, DataError
+from simclr_dist.encoder.names import check_is_file
 from simclr_dist.evaluate.options import PRECISIONS
+from simclr_dist.system import signals
+from simclr_dist.system.errors import PREEMPTED, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from simclr_dist.convert.originals import Source
+    from simclr_dist.convert.sources.originals import Source
 
 BATCH_SIZE = 256
 WORKERS = 2
@@ -103,12 +103,12 @@ def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
     One folder of images (`convert.sources.find_source`: labels by class folder), or one or more files in the order of their
     paths, without labels. Raises DataError where there is nothing, or not one of these.
     """
-    from simclr_dist.convert.folders import FileChunk
-    from simclr_dist.convert.originals import Source
-    from simclr_dist.convert.sources import find_source
+    from simclr_dist.convert.sources.find import find_source
+    from simclr_dist.convert.sources.folders import FileChunk
+    from simclr_dist.convert.sources.originals import Source
     from simclr_dist.data.manifest import MANIFEST_NAME
-    from simclr_dist.data.remote import is_url
-    from simclr_dist.errors import printable
+    from simclr_dist.data.remote.fetch import is_url
+    from simclr_dist.system.errors import printable
 
     if len(sources) == 1 and (is_url(sources[0]) or "{" in str(sources[0])) and not Path(sources[0]).exists():
         return str(sources[0])  # shards elsewhere, or tars by braces: `data.collection`
@@ -142,8 +142,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises UserError, and SystemExit(75) when a stop signal comes: nothing is written before all is done.
     """
     settings, found = check_arguments(arguments)
-    stopping.leave_at_once(PREEMPTED, _STOPPED)
+    signals.leave_at_once(PREEMPTED, _STOPPED)
     from simclr_dist.evaluate.embed import run_checked
 
-    stopping.exit_when_asked(PREEMPTED, _STOPPED)
+    signals.exit_when_asked(PREEMPTED, _STOPPED)
     return run_checked(arguments.encoder, found, arguments.out, settings, device=arguments.device)

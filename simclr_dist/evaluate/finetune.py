@@ -27,20 +27,20 @@ from tqdm import tqdm
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import mind_parent_only
-from simclr_dist.data.views import normalise
-from simclr_dist.distributed import world
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.data.views.crops import normalise
+from simclr_dist.encoder.file import Card, file_digest, load_encoder, projector_path, untrained_encoder
 from simclr_dist.evaluate.features import workers as processes
 from simclr_dist.evaluate.features.crops import crop, crop_and_flip
 from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.finetune_options import FinetuneSettings, check_alone
-from simclr_dist.evaluate.kept import write_result
 from simclr_dist.evaluate.protocols.scores import Scores, score, spread
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset, describe_subsets
-from simclr_dist.evaluate.report import Result, Say, UnwrittenError, claim, hardware, leak, result_path, versions
+from simclr_dist.evaluate.result.kept import write_result
+from simclr_dist.evaluate.result.report import Result, Say, UnwrittenError, claim, hardware, leak, result_path, versions
 from simclr_dist.evaluate.sets import Sets, describe_set
-from simclr_dist.export import Card, file_digest, load_encoder, projector_path, untrained_encoder
-from simclr_dist.optim import learning_rate
+from simclr_dist.method.distributed import world
+from simclr_dist.method.optim import learning_rate
+from simclr_dist.system.errors import ConfigError, DataError
 
 FORMAT = "simclr_dist finetuning 1"
 MOMENTUM = 0.9

@@ -6,8 +6,8 @@ import math
 import os
 import re
 
-from simclr_dist import stopping
-from simclr_dist.errors import PREEMPTED, ConfigError
+from simclr_dist.system import signals
+from simclr_dist.system.errors import PREEMPTED, ConfigError
 
 _STOPPED = "simclr-dist: stopped by {signal}; the same command starts the finetuning again"
 _LAYER = re.compile(r"projector\.[1-9][0-9]*")
@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2  # rank 0 says it
     check_alone()
     settings = check_arguments(arguments)
-    stopping.leave_at_once(PREEMPTED, _STOPPED)
+    signals.leave_at_once(PREEMPTED, _STOPPED)
     from simclr_dist.evaluate.finetune import run_from_arguments
 
-    stopping.exit_when_asked(PREEMPTED, _STOPPED)
+    signals.exit_when_asked(PREEMPTED, _STOPPED)
     return run_from_arguments(arguments, settings)

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr_dist.distributed import World, on_rank_0, together, world
-from simclr_dist.errors import DataError
-from simclr_dist.evaluate.board import board_folder, show_curve, show_projector
+from simclr_dist.encoder.file import file_digest, load_encoder, untrained_encoder
+from simclr_dist.encoder.published import load_foreign
 from simclr_dist.evaluate.classify import by_new_crops, classify
 from simclr_dist.evaluate.collect import Collector
-from simclr_dist.evaluate.earlier import Baselines, shape
 from simclr_dist.evaluate.features.augmented import training_views
 from simclr_dist.evaluate.features.extraction import EncoderError, Features
 from simclr_dist.evaluate.features.store import FeatureStore, features_folder
-from simclr_dist.evaluate.kept import write_result
 from simclr_dist.evaluate.measure import told
-from simclr_dist.evaluate.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.options import Foreign, Settings, check_arguments, foreign
-from simclr_dist.evaluate.page import claim_page, page, write_page
-from simclr_dist.evaluate.report import (
+from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
+from simclr_dist.evaluate.result.earlier import Baselines, shape
+from simclr_dist.evaluate.result.kept import write_result
+from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbours, neighbour_sheet
+from simclr_dist.evaluate.result.page import claim_page, page, write_page
+from simclr_dist.evaluate.result.report import (
     FORMAT,
     TRAINED,
     Result,
@@ -41,8 +41,8 @@ from simclr_dist.evaluate.report import (
 )
 from simclr_dist.evaluate.sets import Sets, describe_set
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
-from simclr_dist.export import file_digest, load_encoder, untrained_encoder
-from simclr_dist.foreign import load_foreign
+from simclr_dist.method.distributed import World, on_rank_0, together, world
+from simclr_dist.system.errors import DataError
 
 
 def evaluate(

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from simclr_dist.errors import ConfigError
+from simclr_dist.system.errors import ConfigError
 
 K = 200
 TEMPERATURE = 0.1

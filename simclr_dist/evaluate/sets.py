@@ -5,8 +5,8 @@ from typing import Any
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.distributed import together
-from simclr_dist.errors import DataError
+from simclr_dist.method.distributed import together
+from simclr_dist.system.errors import DataError
 
 
 class Sets:

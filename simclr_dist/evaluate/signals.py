@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr_dist.errors import ConfigError
-from simclr_dist.loss.statistics import rank_me
+from simclr_dist.method.loss.statistics import rank_me
+from simclr_dist.system.errors import ConfigError
 
 # 80 copies planted among 320 photos (JPEG of quality 50; 2 % cut off all round and half as large), by two short SimCLR runs:
 # at .95 they find 97 and 82 % of the pairs of copies with 1 and 0 false ones of 80,000, at .98 they find 78 and 52 %. Features

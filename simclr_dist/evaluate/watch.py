@@ -13,19 +13,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simclr_dist import ledger
-from simclr_dist.distributed import World, all_gather_objects, world
-from simclr_dist.errors import DataError
-from simclr_dist.evaluate.board import board_folder
-from simclr_dist.evaluate.curve import Curve
-from simclr_dist.evaluate.earlier import Baselines, baselines, difference, read_result
+from simclr_dist.encoder.file import file_digest
 from simclr_dist.evaluate.features.extraction import EncoderError
 from simclr_dist.evaluate.job import measure
 from simclr_dist.evaluate.options import POLL, Settings, check_arguments, check_watch
-from simclr_dist.evaluate.report import NAMES, TRAINED, UNTRAINED, Result, Say, UnwrittenError, result_path
+from simclr_dist.evaluate.result.board import board_folder
+from simclr_dist.evaluate.result.curve import Curve
+from simclr_dist.evaluate.result.earlier import Baselines, baselines, difference, read_result
+from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Result, Say, UnwrittenError, result_path
 from simclr_dist.evaluate.sets import Sets
-from simclr_dist.export import file_digest
-from simclr_dist.run import read_status
+from simclr_dist.method.distributed import World, all_gather_objects, world
+from simclr_dist.run import claim as ledger
+from simclr_dist.run.folder import read_status
+from simclr_dist.system.errors import DataError
 
 _ENDED = ("done", "failed", "diverged")  # a run that crashed or was preempted may go on
 

@@ -8,21 +8,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_dist import stopping
-from simclr_dist.config import load_config
-from simclr_dist.errors import LAST_WORD, PREEMPTED, ConfigError, DivergedError, RankError, SaveError, StoppedError, UserError
-from simclr_dist.profiling import take_profile
-from simclr_dist.supervisor import die_with
+from simclr_dist.config.load import load_config
+from simclr_dist.system import signals
+from simclr_dist.system.errors import (
+    LAST_WORD,
+    PREEMPTED,
+    ConfigError,
+    DivergedError,
+    RankError,
+    SaveError,
+    StoppedError,
+    UserError,
+)
+from simclr_dist.train.profiling import take_profile
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(argv: Sequence[str]) -> int:
     """`CONFIG [--profile STEPS [--profile-rank R]] [--key value]`; returns the exit code."""
-    stopping.listen()
+    signals.listen()
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:
-        die_with(os.getppid())  # an agent that was killed leaves its ranks, with their GPUs, behind
+        signals.die_with(os.getppid())  # an agent that was killed leaves its ranks, with their GPUs, behind
     speaks = os.environ.get("RANK", "0") == "0"
 
     def say(line: str) -> None:
@@ -35,15 +43,13 @@ def main(argv: Sequence[str]) -> int:
         profile, overrides = take_profile(argv[1:])
         config = load_config(argv[0], overrides)
         if not under_torchrun:  # whose other ranks would wait for this one
-            if stopping.asked():
-                raise StoppedError(f"{stopping.name(stopping.asked())} before the first step")
-            stopping.leave_at_once(
-                PREEMPTED, "simclr-dist: stopped by {signal} before the first step; the same command goes on"
-            )
-        from simclr_dist.distributed import world  # torch: seconds
+            if signals.asked():
+                raise StoppedError(f"{signals.name(signals.asked())} before the first step")
+            signals.leave_at_once(PREEMPTED, "simclr-dist: stopped by {signal} before the first step; the same command goes on")
+        from simclr_dist.method.distributed import world  # torch: seconds
         from simclr_dist.train.loop import train
 
-        stopping.listen()
+        signals.listen()
         with world(config.device, config.first_step_timeout_minutes) as here:
             train(config, here, profile)
     except UserError as error:
@@ -92,7 +98,7 @@ def _note_crash(error: Exception) -> None:
 
 def _leave_with(code: int) -> int:
     """Keep the exit code on the way out from a late stop signal, and from lines that a full disk did not take (120)."""
-    stopping.on_the_way_out()
+    signals.on_the_way_out()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

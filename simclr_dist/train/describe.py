@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from simclr_dist.config import Config
-from simclr_dist.config_reader import write_yaml
-from simclr_dist.data.draws import ViewSettings, preset_views
+from simclr_dist.config.settings import Config
+from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.data.order import Plan
-from simclr_dist.distributed import World
-from simclr_dist.learner import Learner
+from simclr_dist.data.views.draws import ViewSettings, preset_views
+from simclr_dist.method.distributed import World
+from simclr_dist.train.learner import Learner
 
 
 def view_settings(config: Config) -> ViewSettings:

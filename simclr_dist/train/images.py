@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from simclr_dist.config import Config
-from simclr_dist.data.cache import cache_settings
+from simclr_dist.config.settings import Config
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.remote import Patience
+from simclr_dist.data.remote.cache import cache_settings
+from simclr_dist.data.remote.fetch import Patience
 from simclr_dist.data.stream import StreamImages, StreamPlan
-from simclr_dist.distributed import World
+from simclr_dist.method.distributed import World
 
 RunImages = ShardDataset | StreamImages
 

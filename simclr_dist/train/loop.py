@@ -4,23 +4,26 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from simclr_dist import checkpoint, ledger, stopping
-from simclr_dist.agreement import StopAgreement, any_asked, check_ranks_agree
-from simclr_dist.config import Config, check_fits
+from simclr_dist.config.settings import Config
+from simclr_dist.config.together import check_fits
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, coloured, load_steps
-from simclr_dist.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
-from simclr_dist.errors import ConfigError, DivergedError, SaveError, StoppedError
-from simclr_dist.export import export_encoder
-from simclr_dist.learner import build_learner, step_metrics, training_step
-from simclr_dist.monitor import Clock, Monitor
-from simclr_dist.optim import learning_rate
-from simclr_dist.profiling import Profile, profiled
-from simclr_dist.run import open_run, recorded, truncate_metrics
+from simclr_dist.encoder.file import export_encoder
+from simclr_dist.method.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
+from simclr_dist.method.optim import learning_rate
+from simclr_dist.run import checkpoint
+from simclr_dist.run import claim as ledger
+from simclr_dist.run.folder import open_run, recorded, truncate_metrics
+from simclr_dist.system import signals
+from simclr_dist.system.errors import ConfigError, DivergedError, SaveError, StoppedError
+from simclr_dist.train.agreement import StopAgreement, any_asked, check_ranks_agree
 from simclr_dist.train.describe import describe, encoder_card, run_card, view_grid, view_settings
 from simclr_dist.train.images import RunImages, open_images, order
+from simclr_dist.train.learner import build_learner, step_metrics, training_step
+from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
+from simclr_dist.train.profiling import Profile, profiled
 from simclr_dist.train.state import data_identity, full_state, learned_tensors, resume, share_bad_samples
 
 
@@ -69,9 +72,9 @@ def _train(
     agreement = StopAgreement(here.device)
 
     def stop_when_asked() -> None:
-        if asked := agreement.exchange(stopping.asked()):
+        if asked := agreement.exchange(signals.asked()):
             agreement.finish()
-            raise StoppedError(f"{stopping.name(asked)} before the first step")
+            raise StoppedError(f"{signals.name(asked)} before the first step")
 
     source = held_in_memory(images, config.data.in_memory if step < total else "never", stop_when_asked)
     agreement.finish()
@@ -119,9 +122,9 @@ def _train(
                 monitor.say(f"step {step}: exported {path}")
 
     views_every = config.log.views_every_epochs * plan.steps_per_epoch
-    asked = any_asked(stopping.asked())
+    asked = any_asked(signals.asked())
     if asked and step < total:
-        raise StoppedError(f"{stopping.name(asked)} before the first step")
+        raise StoppedError(f"{signals.name(asked)} before the first step")
     loaded = load_steps(steps, range(step, total), workers=config.data.workers, pin_memory=here.device.type == "cuda")
     for views in profiled(clock.waiting(loaded), profile, run / "profile", here, done=step, total=total):
         pieces = coloured(views, settings, here.device, timed=learner.own_work)
@@ -131,7 +134,7 @@ def _train(
         outcome = training_step(learner, pieces, config, lr)
         del pieces  # before the next ones are made
         step += 1
-        asked = agreement.exchange(stopping.asked())
+        asked = agreement.exchange(signals.asked())
         if step == first:
             set_timeout(config.timeout_minutes)
         if claim is not None:
@@ -178,7 +181,7 @@ def _train(
                 ledger.record(run, "save_failed", step=step, why=str(error))
         if asked and not last:
             agreement.finish()
-            raise StoppedError(stopping.name(asked))
+            raise StoppedError(signals.name(asked))
     agreement.finish()
     if not any((run / "encoders").glob(f"step-{step:08d}.safetensors")):
         on_rank_0(export)  # killed between the last checkpoint and its encoder

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr_dist.config import Config
-from simclr_dist.data.draws import ViewSettings
+from simclr_dist.config.settings import Config
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.views import eval_view, normalise
-from simclr_dist.distributed import World, all_gather_rows, all_sum, together
-from simclr_dist.errors import ConfigError
+from simclr_dist.data.views.crops import eval_view, normalise
+from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.evaluate.protocols.knn import weighted_knn
-from simclr_dist.model import SimCLR
+from simclr_dist.method.distributed import World, all_gather_rows, all_sum, together
+from simclr_dist.method.model import SimCLR
+from simclr_dist.system.errors import ConfigError
 
 K = 20  # of some hundred or thousand images that vote; the evaluation's 200 is for a whole training set
 TEMPERATURE = 0.1

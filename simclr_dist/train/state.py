@@ -6,15 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simclr_dist import checkpoint
-from simclr_dist.atomic import write_atomically
-from simclr_dist.config import Config
+from simclr_dist.config.settings import Config
 from simclr_dist.data.stream import StreamImages
-from simclr_dist.distributed import World, all_gather_objects, environment, together
-from simclr_dist.errors import DataError
-from simclr_dist.learner import Learner
-from simclr_dist.monitor import Monitor
+from simclr_dist.method.distributed import World, all_gather_objects, environment, together
+from simclr_dist.run import checkpoint
+from simclr_dist.system.errors import DataError
+from simclr_dist.system.files import write_atomically
 from simclr_dist.train.images import RunImages
+from simclr_dist.train.learner import Learner
+from simclr_dist.train.monitor import Monitor
 
 
 def data_identity(images: RunImages) -> str:

@@ -14,9 +14,9 @@ import torch
 
 from pictures import encoded, stored
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.data.decode import decode
-from simclr_dist.data.images import prepare_image
-from simclr_dist.errors import DataError
+from simclr_dist.data.pixels.decode import decode
+from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.errors import DataError
 
 KINDS = ("JPEG", "PNG", "WEBP")
 SECONDS = 5.0  # a case takes some milliseconds

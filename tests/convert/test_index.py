@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from pictures import contents, encoded
-from simclr_dist.cli import main
+from simclr_dist.cli.main import main
 from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.convert.verify import verify_shards
 from simclr_dist.data.manifest import MANIFEST_NAME, load_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from pictures import contents, encoded
-from simclr_dist.convert import archives, decoding, writing
+from simclr_dist.convert import decoding, writing
 from simclr_dist.convert.dealing import deal
 from simclr_dist.convert.shards import ShardSettings, finish_shards, write_part, write_shards
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.convert.sources import archives
+from simclr_dist.system.errors import ConfigError, DataError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shard_array.sbatch"
 SETTINGS = ShardSettings(shard_size=50, seed=3, split=(0.8, 0.2))
@@ -301,7 +302,7 @@ def test_the_same_conversion_again_is_done_already(tmp_path: Path, source: Path)
 
 def test_a_terminated_part_leaves_whole_files(tmp_path: Path, source: Path) -> None:
     """SIGTERM, as SLURM sends at the end of the time: the part goes on when it is started again."""
-    command = [sys.executable, "-m", "simclr_dist.cli", "shard", str(source), str(tmp_path / "out"), "--part", "1/1"]
+    command = [sys.executable, "-m", "simclr_dist", "shard", str(source), str(tmp_path / "out"), "--part", "1/1"]
     process = subprocess.Popen([*command, "--processes", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not list((tmp_path / "out.partial" / "units").glob("*.arrow")):
         pass

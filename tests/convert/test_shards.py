@@ -27,9 +27,9 @@ from PIL import Image
 from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.convert.verify import verify_shards
-from simclr_dist.data.images import prepare_image
 from simclr_dist.data.manifest import MANIFEST_NAME, load_manifest
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -18,9 +18,9 @@ import pytest
 
 from pictures import contents, encoded, stored
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.convert.sources import find_source
+from simclr_dist.convert.sources.find import find_source
 from simclr_dist.data.manifest import load_manifest
-from simclr_dist.errors import ConfigError, DataError
+from simclr_dist.system.errors import ConfigError, DataError
 
 Members = dict[str, bytes]
 

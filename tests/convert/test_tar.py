@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.convert.tar import tar_members
-from simclr_dist.errors import DataError
+from simclr_dist.convert.sources.tar import tar_members
+from simclr_dist.system.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

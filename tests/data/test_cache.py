@@ -14,12 +14,12 @@ from typing import IO
 import numpy as np
 import pytest
 
-from simclr_dist.data.cache import CacheSettings, ShardCache, cache_settings
 from simclr_dist.data.collection import load_collection
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.remote import Patience
-from simclr_dist.errors import ConfigError, DataError, UnreachableError
+from simclr_dist.data.remote.cache import CacheSettings, ShardCache, cache_settings
+from simclr_dist.data.remote.fetch import Patience
+from simclr_dist.system.errors import ConfigError, DataError, UnreachableError
 from small_shards import Server, png, serve, write_small_shards
 
 QUICK = Patience(seconds=20, stall=0.5, first_wait=0.01)

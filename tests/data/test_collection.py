@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr_dist.data.cache import CacheSettings
 from simclr_dist.data.collection import expand, load_collection
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.errors import DataError
+from simclr_dist.data.remote.cache import CacheSettings
+from simclr_dist.system.errors import DataError
 from small_shards import serve, write_small_shards
 
 

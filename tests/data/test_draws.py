@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from simclr_dist.data.draws import PRESETS, ViewDraws, ViewSettings, draw_views, philox4x32, uniforms
+from simclr_dist.data.views.draws import PRESETS, ViewDraws, ViewSettings, draw_views, philox4x32, uniforms
 
 N = 5000
 # Two samples of 5000 from one distribution exceed this distance once in 1000 times.
@@ -222,5 +222,5 @@ def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_drawing_needs_no_torch() -> None:
-    code = "import sys, simclr_dist.data.draws; sys.exit('torch' in sys.modules)"
+    code = "import sys, simclr_dist.data.views.draws; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,13 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simclr_dist.data.cache import CacheSettings
-from simclr_dist.data.draws import ViewSettings
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.remote import Patience
+from simclr_dist.data.remote.cache import CacheSettings
+from simclr_dist.data.remote.fetch import Patience
 from simclr_dist.data.steps import StepDataset, Views, load_steps
-from simclr_dist.errors import RankError
+from simclr_dist.data.views.draws import ViewSettings
+from simclr_dist.system.errors import RankError
 from small_shards import SIDE, serve, write_small_shards
 
 pytestmark = [

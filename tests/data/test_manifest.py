@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, ManifestRow, load_manifest, write_manifest
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 SHARDS = ["shard-000000.tar", "shard-000001.tar"]
 ROWS = [

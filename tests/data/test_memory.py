@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.data import memory, resize
-from simclr_dist.data.draws import ViewSettings
+from simclr_dist.data import memory
 from simclr_dist.data.memory import AUTO_BYTES, DecodedImages, decoded_bytes, held_in_memory
 from simclr_dist.data.order import Plan
+from simclr_dist.data.pixels import resize
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset
-from simclr_dist.data.views import crop_view
-from simclr_dist.errors import DataError, RankError, StoppedError
+from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.draws import ViewSettings
+from simclr_dist.system.errors import DataError, RankError, StoppedError
 
 
 @pytest.fixture(scope="module")

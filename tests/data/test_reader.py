@@ -15,7 +15,7 @@ from PIL import Image
 
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -16,8 +16,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from simclr_dist.data.remote import Patience, _from_fsspec, check_url, fetch, has_secret, is_url, join
-from simclr_dist.errors import DataError, UnreachableError, redact
+from simclr_dist.data.remote.fetch import Patience, _from_fsspec, check_url, fetch, has_secret, is_url, join
+from simclr_dist.system.errors import DataError, UnreachableError, redact
 from small_shards import Server, serve
 
 QUICK = Patience(seconds=5, stall=0.3, first_wait=0.01, window=0.8)
@@ -319,7 +319,7 @@ def test_blocks_are_small_on_a_slow_link_and_large_on_a_fast_one(faulty: Any, mo
             return got
 
     monkeypatch.setattr(faulty.of, "_open", lambda *_, **more: opened.append(more["block_size"]) or Link(content))
-    monkeypatch.setattr("simclr_dist.data.remote.time.monotonic", lambda: now)
+    monkeypatch.setattr("simclr_dist.data.remote.fetch.time.monotonic", lambda: now)
     for speed, largest in ((1e5, 1 << 20), (2e6, 2 << 20), (1e9, 16 << 20)):
         Link.speed, opened = speed, []
         asked.clear()

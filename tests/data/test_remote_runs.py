@@ -10,11 +10,11 @@ import torch
 
 import ranks
 import training_runs as runs
-from simclr_dist import cli
-from simclr_dist.data.cache import CacheSettings
+from simclr_dist.cli import main as cli
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.distributed import World
+from simclr_dist.data.remote.cache import CacheSettings
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, extract
+from simclr_dist.method.distributed import World
 from simclr_dist.train.__main__ import main
 from small_shards import Server, png, serve, write_small_shards, write_tar
 

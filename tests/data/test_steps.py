@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from simclr_dist.data import steps as steps_module
-from simclr_dist.data.draws import ViewSettings
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps, two_views
-from simclr_dist.errors import DataError, RankError
+from simclr_dist.data.views.draws import ViewSettings
+from simclr_dist.system.errors import DataError, RankError
 
 # DataLoader forks its workers, as it does for users, and finds three too many for a small machine.
 pytestmark = [

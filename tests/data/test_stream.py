@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr_dist.data.cache import CacheSettings
-from simclr_dist.data.draws import ViewSettings, draw_views
-from simclr_dist.data.remote import Patience
+from simclr_dist.data.remote.cache import CacheSettings
+from simclr_dist.data.remote.fetch import Patience
 from simclr_dist.data.steps import StepDataset, Views, load_steps
 from simclr_dist.data.stream import StreamImages, StreamPlan
-from simclr_dist.errors import ConfigError, DataError, RankError
+from simclr_dist.data.views.draws import ViewSettings, draw_views
+from simclr_dist.system.errors import ConfigError, DataError, RankError
 from small_shards import SIDE, png, serve, write_tar
 
 pytestmark = [

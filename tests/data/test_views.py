@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from simclr_dist.data import colour
-from simclr_dist.data.colour import colour_views
-from simclr_dist.data.draws import PRESETS, ViewDraws, ViewSettings, draw_views
-from simclr_dist.data.views import crop_view, eval_view, normalise
+from simclr_dist.data.views import colour
+from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.crops import crop_view, eval_view, normalise
+from simclr_dist.data.views.draws import PRESETS, ViewDraws, ViewSettings, draw_views
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}

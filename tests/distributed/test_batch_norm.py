@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import ranks
-from simclr_dist.distributed import World, rank, world_size
-from simclr_dist.model import frozen_running_statistics, use_global_batch_norm
+from simclr_dist.method.distributed import World, rank, world_size
+from simclr_dist.method.model import frozen_running_statistics, use_global_batch_norm
 
 SHAPES = {"4-d": (12, 5, 4, 3), "2-d": (12, 5)}
 CASES = [

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ranks
-from simclr_dist.config import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
+from simclr_dist.config.settings import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
-from simclr_dist.distributed import World, all_gather
-from simclr_dist.learner import Learner, backward, build_learner, cut, training_step
+from simclr_dist.method.distributed import World, all_gather
 from simclr_dist.train.describe import view_settings
+from simclr_dist.train.learner import Learner, backward, build_learner, cut, training_step
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SHARDS = np.array([20, 31, 49])
@@ -92,11 +92,11 @@ def _detached_loss(z_a: Tensor, z_b: Tensor) -> Tensor:
 def _broken(fault: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if fault == "factor W dropped":
-            stack.enter_context(mock.patch("simclr_dist.loss.nt_xent.world_size", return_value=1))
+            stack.enter_context(mock.patch("simclr_dist.method.loss.nt_xent.world_size", return_value=1))
         elif fault == "gathered gradient dropped":
-            stack.enter_context(mock.patch("simclr_dist.learner.NTXentLoss", return_value=_detached_loss))
+            stack.enter_context(mock.patch("simclr_dist.train.learner.NTXentLoss", return_value=_detached_loss))
         elif fault == "local statistics":
-            stack.enter_context(mock.patch("simclr_dist.learner.use_global_batch_norm"))
+            stack.enter_context(mock.patch("simclr_dist.train.learner.use_global_batch_norm"))
         yield
 
 
@@ -256,7 +256,7 @@ LARGE = [_large(pieces, batch_norm=batch_norm) for pieces in (64, 16, 4) for bat
 
 def _large_learner(config: Config, here: World) -> Learner:
     encoder = _TinyEncoder if config.model.projector_batch_norm else _TinyEncoderWithoutNorm
-    with mock.patch("simclr_dist.model.ResNet", encoder):
+    with mock.patch("simclr_dist.method.model.ResNet", encoder):
         return _learner(config, here, smooth=True)
 
 

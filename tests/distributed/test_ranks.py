@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ranks
-from simclr_dist import distributed
-from simclr_dist.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
-from simclr_dist.errors import DataError
+from simclr_dist.method import distributed
+from simclr_dist.method.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
+from simclr_dist.system.errors import DataError
 
 
 def _collectives(here: World) -> dict[str, object]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import training_runs as runs
-from simclr_dist.config import load_config
+from simclr_dist.config.load import load_config
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, load_steps

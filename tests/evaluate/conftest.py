@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 
 from evaluated import CARD, CLASSES
-from simclr_dist import stopping
 from simclr_dist.data.manifest import ManifestRow, write_manifest
-from simclr_dist.export import export_encoder, untrained_encoder
+from simclr_dist.encoder.file import export_encoder, untrained_encoder
+from simclr_dist.system import signals
 
 
 @pytest.fixture(autouse=True)
 def stop_signals_as_before() -> Iterator[None]:
     """The commands set handlers for their process, which here is that of all tests."""
-    handlers = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

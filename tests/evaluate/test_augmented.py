@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from evaluated import CARD, draw_images
-from simclr_dist.data.draws import PRESETS
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
+from simclr_dist.data.views.draws import PRESETS
+from simclr_dist.encoder.file import load_encoder
 from simclr_dist.evaluate.features import augmented
 from simclr_dist.evaluate.features.augmented import choose_rows, training_views
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.export import load_encoder
 
 Make = Callable[..., Path]
 OWN = {"preset": "small", "image_size": None, "brightness": 0.3, "crop_scale": [0.3, 0.9], "blur": 0.5}

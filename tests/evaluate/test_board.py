@@ -18,10 +18,10 @@ from werkzeug.test import Client
 from evaluated import CLASSES, draw_images
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.evaluate import board
-from simclr_dist.evaluate.board import sprite
 from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.job import evaluate
+from simclr_dist.evaluate.result import board
+from simclr_dist.evaluate.result.board import sprite
 
 Make = Callable[..., Path]
 

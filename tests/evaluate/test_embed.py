@@ -14,18 +14,18 @@ from PIL import Image
 
 import ranks
 from evaluated import draw_images
-from simclr_dist.cli import main
+from simclr_dist.cli.main import main
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.distributed import World
-from simclr_dist.errors import ConfigError, DataError, RankError
+from simclr_dist.encoder.file import file_digest, load_encoder
 from simclr_dist.evaluate.embed import embed, embed_within
 from simclr_dist.evaluate.embed import main as module_main
 from simclr_dist.evaluate.embed_options import EmbedSettings, find_images
 from simclr_dist.evaluate.features.extraction import extract_features
 from simclr_dist.evaluate.features.file import read_features
-from simclr_dist.export import file_digest, load_encoder
+from simclr_dist.method.distributed import World
+from simclr_dist.system.errors import ConfigError, DataError, RankError
 
 Make = Callable[..., Path]
 NONE = EmbedSettings(workers=0)
@@ -252,7 +252,7 @@ def test_mistakes_are_one_line_before_torch(
         assert line.count("\n") == 1
     assert other.read_bytes() == b"the user's own"
     assert not Path(out).exists()
-    code = f"import sys\nfrom simclr_dist.cli import main\ncode = main({['embed', encoder, str(empty), out]})\n"
+    code = f"import sys\nfrom simclr_dist.cli.main import main\ncode = main({['embed', encoder, str(empty), out]})\n"
     code += "assert code == 2 and 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False).returncode == 0
 
@@ -298,7 +298,7 @@ def test_a_stop_signal_leaves_nothing(make_encoder: Make, make_shards: Make, tmp
     shards, out = make_shards("set", *draw_images(600, seed=0)), tmp_path / "f.parquet"
     arguments = [str(make_encoder()), str(shards), str(out), "--device", "cpu", "--batch-size", "1", "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "simclr_dist.cli", "embed", *arguments],
+        [sys.executable, "-m", "simclr_dist", "embed", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from simclr_dist.errors import DataError
 from simclr_dist.evaluate.features.file import About, is_feature_file, read_features, write_features
+from simclr_dist.system.errors import DataError
 
 SHAPE = {"encoder": "resnet10", "width": 1, "stem": "small_stride2", "feature_size": 5}
 ABOUT = About("ab" * 32, SHAPE, "h", 16, "fp32", "cd" * 32, ("cat", "dog"))

@@ -12,10 +12,10 @@ from torch import nn
 
 from evaluated import CARD, draw_images
 from simclr_dist.data.reader import Sample, ShardDataset
-from simclr_dist.data.views import eval_view, normalise
-from simclr_dist.errors import DataError, RankError
+from simclr_dist.data.views.crops import eval_view, normalise
+from simclr_dist.encoder.file import load_encoder
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features, extract, extract_features
-from simclr_dist.export import load_encoder
+from simclr_dist.system.errors import DataError, RankError
 
 VIEW: dict[str, Any] = {"image_size": CARD["image_size"], "mean": CARD["mean"], "std": CARD["std"]}
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from evaluated import CARD, draw_images
-from simclr_dist import cli
-from simclr_dist.data.draws import ViewSettings, draw_views
+from simclr_dist.cli import main as cli
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.views import crop_view
-from simclr_dist.errors import ConfigError, DataError
-from simclr_dist.evaluate import kept
+from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.draws import ViewSettings, draw_views
+from simclr_dist.encoder.file import export_encoder, load_encoder, untrained_encoder
 from simclr_dist.evaluate.finetune import Recipe, classifier, finetune, finetune_path, fit, make_recipe
 from simclr_dist.evaluate.finetune_options import FinetuneSettings
-from simclr_dist.export import export_encoder, load_encoder, untrained_encoder
-from simclr_dist.model import build_projector
+from simclr_dist.evaluate.result import kept
+from simclr_dist.method.model import build_projector
+from simclr_dist.system.errors import ConfigError, DataError
 
 Make = Callable[..., Path]
 SHORT: dict[str, Any] = {"seeds": 1, "epochs": 1, "batch_size": 32, "workers": 0}
@@ -435,7 +435,7 @@ def test_torchrun_is_refused_by_one_rank(
 
 
 def test_help_and_wrong_settings_do_without_torch() -> None:
-    probe = "import sys; from simclr_dist.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    probe = "import sys; from simclr_dist.cli.main import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     command = [sys.executable, "-c", probe, "finetune", "x", "--train", "a", "--test", "b", "--labels", "10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout.split() == ["2", "False"]
@@ -445,7 +445,7 @@ def test_help_and_wrong_settings_do_without_torch() -> None:
 @pytest.mark.slow
 def test_a_stop_signal_ends_it(make_encoder: Make, sets: tuple[Path, Path]) -> None:
     encoder = make_encoder()
-    command = [sys.executable, "-m", "simclr_dist.cli", "finetune", encoder, "--train", sets[0], "--test", sets[1]]
+    command = [sys.executable, "-m", "simclr_dist", "finetune", encoder, "--train", sets[0], "--test", sets[1]]
     settings = ["--labels", "1", "--seeds", "1000", "--epochs", "1", "--workers", "1", "--device", "cpu"]
     process = subprocess.Popen(
         [*map(str, command), *settings], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -16,11 +16,11 @@ import torchvision
 
 from evaluated import draw_images
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.errors import ConfigError, DataError
 from simclr_dist.evaluate.__main__ import main
 from simclr_dist.evaluate.features.crops import RandomCrops, crop_and_flip
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.report import summary, table
+from simclr_dist.evaluate.result.report import summary, table
+from simclr_dist.system.errors import ConfigError, DataError
 
 Make = Callable[..., Path]
 

@@ -9,15 +9,15 @@ import pytest
 
 from evaluated import draw_images
 from faults.small_disk import PAGE, SmallDisk, why_not
-from simclr_dist.evaluate import page
 from simclr_dist.evaluate.__main__ import main
-from simclr_dist.evaluate.earlier import comparable, read_result
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.kept import write_result
 from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.report import FORMAT, UnwrittenError, summary
+from simclr_dist.evaluate.result import page
+from simclr_dist.evaluate.result.earlier import comparable, read_result
+from simclr_dist.evaluate.result.kept import write_result
+from simclr_dist.evaluate.result.report import FORMAT, UnwrittenError, summary
 from simclr_dist.evaluate.watch import watch
-from simclr_dist.run import write_status
+from simclr_dist.run.folder import write_status
 
 Make = Callable[..., Path]
 ON_CPU: dict[str, Any] = {"k": 10, "workers": 0, "device": "cpu"}

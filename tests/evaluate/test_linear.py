@@ -8,8 +8,8 @@ from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from simclr_dist.errors import DataError
 from simclr_dist.evaluate.protocols.linear import L2_GRID, choose_l2, linear_probe, stratified_split
+from simclr_dist.system.errors import DataError
 
 L2 = 1e-2
 

@@ -10,8 +10,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from simclr_dist.data.reader import Sample
-from simclr_dist.errors import ConfigError
-from simclr_dist.evaluate.neighbours import Neighbours, choose_queries, find_neighbours, neighbour_sheet
+from simclr_dist.evaluate.result.neighbours import Neighbours, choose_queries, find_neighbours, neighbour_sheet
+from simclr_dist.system.errors import ConfigError
 
 GREEN, RED, GRAY = (0x2A, 0x8F, 0x3C), (0xC4, 0x3C, 0x35), (0x99, 0x99, 0x99)
 COLUMN, ROW = 102, 120

@@ -13,10 +13,10 @@ from torch import Tensor
 from evaluated import CARD
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
+from simclr_dist.encoder.file import untrained_encoder
 from simclr_dist.evaluate.features.extraction import extract_features
 from simclr_dist.evaluate.protocols.knn import weighted_knn
 from simclr_dist.evaluate.protocols.linear import linear_probe
-from simclr_dist.export import untrained_encoder
 
 ANIMALS = Path(__file__).parents[3] / "shared" / "data" / "animals10-mini"
 COPIES = 8  # of each image, mirrored and shifted: 320 photos are too few to tell 0.1 points

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from simclr_dist.errors import DataError
-from simclr_dist.evaluate.charts import line_chart, ticks
-from simclr_dist.evaluate.page import page, write_page
-from simclr_dist.evaluate.report import FORMAT
+from simclr_dist.evaluate.result.charts import line_chart, ticks
+from simclr_dist.evaluate.result.page import page, write_page
+from simclr_dist.evaluate.result.report import FORMAT
+from simclr_dist.system.errors import DataError
 
 
 def _measured(top1: float) -> dict[str, Any]:

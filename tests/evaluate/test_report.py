@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from simclr_dist.errors import DataError
-from simclr_dist.evaluate.kept import write_result
 from simclr_dist.evaluate.protocols.scores import confusions, score
-from simclr_dist.evaluate.report import FORMAT, as_json, claim, result_path, summary, table
+from simclr_dist.evaluate.result.kept import write_result
+from simclr_dist.evaluate.result.report import FORMAT, as_json, claim, result_path, summary, table
+from simclr_dist.system.errors import DataError
 
 
 def result(**encoder: Any) -> dict[str, Any]:

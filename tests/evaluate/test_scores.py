@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import classification_report, confusion_matrix, top_k_accuracy_score
 
-from simclr_dist.errors import DataError
 from simclr_dist.evaluate.protocols.scores import bootstrap_interval, class_report, score, spread
+from simclr_dist.system.errors import DataError
 
 
 def guesses(m: int, classes: int, seed: int, right: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

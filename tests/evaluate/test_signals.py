@@ -12,7 +12,6 @@ from scipy.special import hyp0f1
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
-from simclr_dist.errors import ConfigError
 from simclr_dist.evaluate import signals as module
 from simclr_dist.evaluate.signals import (
     alignment,
@@ -25,7 +24,8 @@ from simclr_dist.evaluate.signals import (
     signals,
     view_signals,
 )
-from simclr_dist.loss.statistics import embedding_statistics
+from simclr_dist.method.loss.statistics import embedding_statistics
+from simclr_dist.system.errors import ConfigError
 
 
 def features(n: int, d: int, seed: int = 0) -> Tensor:

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from evaluated import draw_images
 from simclr_dist.data.steps import mind_parent_only
 from simclr_dist.evaluate.features import workers
-from simclr_dist.run import write_status
+from simclr_dist.run.folder import write_status
 
 Make = Callable[..., Path]
 Start = Callable[..., "subprocess.Popen[str]"]
 STOPPED = "simclr-dist: stopped by {}; the same command starts the evaluation again\n"
-WAYS = {"module": ["-m", "simclr_dist.evaluate"], "verb": ["-m", "simclr_dist.cli", "eval"]}
+WAYS = {"module": ["-m", "simclr_dist.evaluate"], "verb": ["-m", "simclr_dist", "eval"]}
 
 
 @pytest.fixture

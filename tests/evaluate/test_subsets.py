@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.errors import DataError
 from simclr_dist.evaluate.protocols.subsets import balanced_subset, describe_subsets, keys_digest
+from simclr_dist.system.errors import DataError
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -17,14 +17,14 @@ from torch import distributed
 
 import ranks
 from evaluated import CARD, draw_images
-from simclr_dist.distributed import World, set_timeout
-from simclr_dist.errors import DataError
-from simclr_dist.evaluate.curve import Curve
+from simclr_dist.encoder.file import export_encoder, untrained_encoder
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.options import Settings
+from simclr_dist.evaluate.result.curve import Curve
 from simclr_dist.evaluate.watch import Orders, watch
-from simclr_dist.export import export_encoder, untrained_encoder
-from simclr_dist.run import write_status
+from simclr_dist.method.distributed import World, set_timeout
+from simclr_dist.run.folder import write_status
+from simclr_dist.system.errors import DataError
 
 Make = Callable[..., Path]
 SETTINGS = Settings(k=10, workers=0)
@@ -289,11 +289,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("module", ["simclr_dist.evaluate.__main__", "simclr_dist.cli"])
+@pytest.mark.parametrize("module", ["simclr_dist.evaluate.__main__", "simclr_dist.cli.main"])
 def test_mistakes_are_one_line_without_torch(run: Path, tmp_path: Path, module: str) -> None:
     probe = f"import json, sys; from {module} import main\n"
     probe += "for case in json.loads(sys.argv[1]): print(main(case), 'torch' in sys.modules, flush=True)"
-    verb = ["eval"] if module == "simclr_dist.cli" else []
+    verb = ["eval"] if module == "simclr_dist.cli.main" else []
     cases = [[*verb, *(str(run) if part == "RUN" else part for part in case)] for case in MISTAKES]
     shards = ["--train", "a", "--test", "b"]
     command = [sys.executable, "-c", probe, json.dumps([[*case, *shards] for case in cases])]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from simclr_dist.config import Config
+from simclr_dist.config.settings import Config
 from simclr_dist.data import memory
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import Portion, StepDataset
-from simclr_dist.learner import Learner, Piece
 from simclr_dist.train import loop
+from simclr_dist.train.learner import Learner, Piece
 
 
 def is_rank(rank: int | None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from simclr_dist.checkpoint import load_newest, save, saved_steps
+from simclr_dist.run.checkpoint import load_newest, save, saved_steps
 
 SIZE = 500_000  # numbers in a checkpoint: 2 MB
 LONGEST = 0.12  # seconds from the first save of a loop to its end

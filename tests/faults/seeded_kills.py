@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import training_runs as runs
-from simclr_dist import ledger
+from simclr_dist.run import claim as ledger
 
 
 def killed_again_and_again(folder: Path, world_size: int, *, kills: int, seed: int) -> dict[str, int]:

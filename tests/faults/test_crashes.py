@@ -16,10 +16,10 @@ from faults import hooks
 from faults.commands import Command, running, simclr_dist
 from faults.seeded_kills import killed_again_and_again
 from faults.straight import EVERY, STEPS
-from simclr_dist import ledger
-from simclr_dist.checkpoint import saved_steps
-from simclr_dist.errors import DataError, StoppedError, TakenOverError
-from simclr_dist.run import newest_step, recorded, write_status
+from simclr_dist.run import claim as ledger
+from simclr_dist.run.checkpoint import saved_steps
+from simclr_dist.run.folder import newest_step, recorded, write_status
+from simclr_dist.system.errors import DataError, StoppedError, TakenOverError
 from training_runs import until
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from faults.small_disk import PAGE, SmallDisk
-from simclr_dist.atomic import append, write_atomically
-from simclr_dist.checkpoint import load_newest, save, saved_steps
-from simclr_dist.errors import SaveError
-from simclr_dist.monitor import Monitor
+from simclr_dist.run.checkpoint import load_newest, save, saved_steps
+from simclr_dist.system.errors import SaveError
+from simclr_dist.system.files import append, write_atomically
+from simclr_dist.train.monitor import Monitor
 
 TIMING = {"speed/images_per_second": 10.0, "speed/data_wait_percent": 1.0, "speed/memory_gib": 0.5, "speed/seconds_left": 9.0}
 

@@ -9,11 +9,11 @@ import pytest
 import training_runs as runs
 from faults.small_disk import SmallDisk
 from faults.straight import STEPS
-from simclr_dist.checkpoint import load_newest, saved_steps
-from simclr_dist.config import load_config
-from simclr_dist.config_reader import write_yaml
-from simclr_dist.errors import SaveError
-from simclr_dist.run import newest_step, truncate_metrics
+from simclr_dist.config.load import load_config
+from simclr_dist.config.strict_yaml import write_yaml
+from simclr_dist.run.checkpoint import load_newest, saved_steps
+from simclr_dist.run.folder import newest_step, truncate_metrics
+from simclr_dist.system.errors import SaveError
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults import killed_saves, traced
-from simclr_dist.checkpoint import load_newest, save, saved_steps
+from simclr_dist.run.checkpoint import load_newest, save, saved_steps
 
 KILLS = int(os.environ.get("SIMCLR_DIST_KILLS", "15"))  # of the save loop
 

@@ -13,8 +13,8 @@ import training_runs as runs
 from faults import hooks
 from faults.commands import running, simclr_dist, wait_for_ranks
 from faults.straight import STEPS
-from simclr_dist.checkpoint import load_newest, saved_steps
-from simclr_dist.errors import PREEMPTED
+from simclr_dist.run.checkpoint import load_newest, saved_steps
+from simclr_dist.system.errors import PREEMPTED
 from training_runs import until
 
 pytestmark = pytest.mark.slow

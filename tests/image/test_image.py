@@ -12,7 +12,7 @@ import yaml
 from image import small
 from image.store import REPOSITORY, Container, Store, why_not
 from simclr_dist import __version__
-from simclr_dist.config import load_config
+from simclr_dist.config.load import load_config
 
 DOCKER = REPOSITORY / "docker"
 

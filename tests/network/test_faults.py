@@ -12,7 +12,7 @@ import pytest
 import training_runs
 from network.namespaces import Network, why_not
 from network.training import INTERVAL, NODES, PORT, TIMEOUT_SECONDS, Run
-from simclr_dist.errors import PREEMPTED
+from simclr_dist.system.errors import PREEMPTED
 from slurm.training import alone, assert_same
 
 pytestmark = pytest.mark.slow

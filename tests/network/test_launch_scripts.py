@@ -13,7 +13,7 @@ from signal import SIGTERM
 import pytest
 
 import training_runs
-from simclr_dist.errors import PREEMPTED
+from simclr_dist.system.errors import PREEMPTED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 LISTENS = "0A"  # a socket's state in /proc/net/tcp

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import training_runs
 from network.namespaces import Network, NodeProcess
-from simclr_dist import ledger
-from simclr_dist.run import newest_step
+from simclr_dist.run import claim as ledger
+from simclr_dist.run.folder import newest_step
 from slurm.training import STEP
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_multi.sh"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import training_runs
-from simclr_dist import ledger
+from simclr_dist.run import claim as ledger
 from slurm.cluster import Cluster
 from slurm.training import STEP, Run
 

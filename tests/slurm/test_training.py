@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import training_runs
-from simclr_dist.run import read_status
+from simclr_dist.run.folder import read_status
 from slurm.cluster import Cluster, why_not
 from slurm.training import Run, alone
 

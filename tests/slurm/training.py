@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import training_runs
-from simclr_dist import ledger
+from simclr_dist.run import claim as ledger
 from slurm.cluster import Cluster
 
 # Steps of 0.2 s and more on two ranks of one thread.
@@ -45,7 +45,7 @@ class Run:
 
     def command(self, *arguments: str, check: bool = True) -> str:
         """`simclr-dist ARGUMENTS` on the login node; returns what it printed."""
-        done = self.cluster.login(sys.executable, "-m", "simclr_dist.cli", *arguments, cwd=self.folder, check=False)
+        done = self.cluster.login(sys.executable, "-m", "simclr_dist", *arguments, cwd=self.folder, check=False)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_dist.data.colour import colour_views
-from simclr_dist.data.draws import ViewSettings, draw_views, preset_views
 from simclr_dist.data.reader import Sample
+from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.draws import ViewSettings, draw_views, preset_views
 from simclr_dist.evaluate.features.crops import RandomCrops
 from simclr_dist.evaluate.features.extraction import Images
 

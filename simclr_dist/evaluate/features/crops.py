@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_dist.data.draws import ViewSettings, draw_views
 from simclr_dist.data.reader import Sample
-from simclr_dist.data.views import crop_view
+from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.draws import ViewSettings, draw_views
 from simclr_dist.evaluate.features.extraction import Images
 
 TRAINING_VIEW = 2  # pre-training draws views 0 and 1

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.steps import mind_parent_only
-from simclr_dist.data.views import eval_view, normalise
-from simclr_dist.distributed import all_gather_rows, rank, world_size
-from simclr_dist.errors import DataError, RankError
+from simclr_dist.data.views.crops import eval_view, normalise
 from simclr_dist.evaluate.features import workers as processes
+from simclr_dist.method.distributed import all_gather_rows, rank, world_size
+from simclr_dist.system.errors import DataError, RankError
 
 RAW_PIXELS = "raw_pixels"
 _PIXEL_SIZE = 32

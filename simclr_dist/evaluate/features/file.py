@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simclr_dist.atomic import replacing
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
+from simclr_dist.system.files import replacing
 
 FORMAT = "simclr_dist features 1"
 

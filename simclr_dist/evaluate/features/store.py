@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.errors import DataError
 from simclr_dist.evaluate.features.file import About, Embedding, FeatureTable, read_about, read_features, write_features
+from simclr_dist.system.errors import DataError
 
 
 def features_folder(result: Path) -> Path:

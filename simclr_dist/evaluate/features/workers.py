@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simclr_dist import stopping
+from simclr_dist.system import signals
 
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
@@ -25,7 +25,7 @@ def read(loader: DataLoader[T], abandoned: Tensor) -> Iterator[T]:
     """The loader's batches. `abandoned` (one number in shared memory) becomes 1 when a batch in the making is not wanted."""
     batches: Iterator[T] | None = None
     try:
-        with _deferred(abandoned), stopping.blocked():
+        with _deferred(abandoned), signals.blocked():
             batches = iter(loader)
         with contextlib.suppress(StopIteration):
             while True:
@@ -52,7 +52,7 @@ def _deferred(abandoned: Tensor) -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():  # where handlers run and can be set
         # Blocking would not do: another thread would get the signal, and the handler would run in this one all the same.
-        for number in stopping.SIGNALS:
+        for number in signals.SIGNALS:
             if callable(handler := signal.getsignal(number)):
                 handlers[number] = handler
                 signal.signal(number, handle)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simclr_dist.errors import DataError
 from simclr_dist.evaluate.options import MAX_ITER
+from simclr_dist.system.errors import DataError
 
 # Half decades, strong to weak, in the order of the warm starts: between two of them accuracy moves by tenths of a point.
 # Features are standardised and the cross-entropy is a mean, so 10 leaves little but the bias of 512 correlated columns

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
 
 RESAMPLES = 1000
 DENSE = 100  # classes, up to which every cell of a confusion matrix is written

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simclr_dist.atomic import write_atomically
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.errors import DataError
+from simclr_dist.system.errors import DataError
+from simclr_dist.system.files import write_atomically
 
 Rows = NDArray[np.int64]
 KEYS_IN_RESULT = 1000

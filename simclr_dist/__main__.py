@@ -1,0 +1,8 @@
+"""`python -m simclr_dist VERB ...`, also under torchrun."""
+
+import sys
+
+from simclr_dist.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What a user names as the source of images, told apart: folders, tables, archives, lists."""
+
+import os
+from pathlib import Path
+
+from simclr_dist.convert.sources.archives import archive_source
+from simclr_dist.convert.sources.folders import folder_source, walk
+from simclr_dist.convert.sources.lists import list_source
+from simclr_dist.convert.sources.originals import Problem, Source, is_image_name, split_names
+from simclr_dist.convert.sources.tables import table_source
+from simclr_dist.system.errors import ConfigError, DataError, printable
+
+_TABLES = (".parquet", ".arrow")
+_ARCHIVES = (".tar", ".zip")
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_MANIFEST = "manifest.parquet"
+
+
+def find_source(source: str | Path, *, image_column: str | None = None, label_column: str | None = None) -> Source:
+    """List the images of `source` without reading them.
+
+    `source` is a folder with a folder for each class (labels by sorted name), a flat folder of images (label -1), a file
+    .parquet, .arrow (file or stream), .tar, .zip or .csv, a folder of Parquet or Arrow files or of archives, or a pattern for
+    such files like `data/train-*.parquet`. Tables are read as Hugging Face writes them: image bytes in `image` or `img`, an
+    integer `label` (null and -1: none), class names in the schema; `image_column` and `label_column` ('none': no labels) name
+    others, also of a list. See `archive_source` and `list_source` for those.
+
+    Raises DataError when there is nothing to read or when it is unclear what to read; ConfigError for a column where there are
+    none.
+    """
+    source = Path(source)
+    # Not Path's own, which raise for a name that is longer than any file's.
+    if not os.path.exists(source) and "*" in source.name:  # noqa: PTH110 (as said above)
+        paths = sorted(source.parent.glob(source.name))
+        kinds = {path.suffix.lower() for path in paths}
+        if not kinds or not (kinds <= {_TABLES[0]} or kinds <= {_TABLES[1]} or kinds <= set(_ARCHIVES)):
+            kind = ".parquet, .arrow or .tar"
+            raise DataError(f"{source}: this pattern must match {kind} files and nothing else; it matches {len(paths)} files")
+        root, names = source.parent.resolve(), [path.name for path in paths]
+    elif os.path.isfile(source):  # noqa: PTH113 (the same)
+        root, names = source.resolve().parent, [source.resolve().name]
+    elif os.path.isdir(source):  # noqa: PTH112 (the same)
+        return _folder(source, image_column, label_column)
+    else:
+        raise DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")
+
+    kind = Path(names[0]).suffix.lower()
+    if kind in _TABLES:
+        return table_source(root, names, image_column, label_column)
+    if kind == ".csv":
+        return list_source(root / names[0], image_column, label_column)
+    _refuse_columns(source, image_column, label_column)
+    if kind in _ARCHIVES:
+        return archive_source(source, [root / name for name in names])
+    if kind in _PACKED:
+        raise DataError(f"{source}: is compressed; unpack that first (images are read by their place), or make it a .zip")
+    raise DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")
+
+
+def _folder(source: Path, image_column: str | None, label_column: str | None) -> Source:
+    root = source.resolve()
+    names, rejected, skipped = walk(root)
+    # What datasets.map leaves beside a table is another table, made of it.
+    made = {name for name in names if name.endswith(".arrow") and name.split("/")[-1].startswith("cache-")}
+    tables = [name for name in names if name.lower().endswith(_TABLES) and name not in made]
+    archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
+    if _MANIFEST in tables and archives:
+        raise DataError(f"{source}: is a folder of shards already; to shard them anew, name its tars, like '{source}/*.tar'")
+    if tables:
+        kinds = {Path(name).suffix.lower() for name in tables}
+        if len(kinds) > 1:
+            raise DataError(f"{source}: holds .parquet and .arrow files; name those of one kind, like '{source}/*.parquet'")
+        splits = split_names(tables, folders=False)
+        if len(splits) > 1:
+            end = kinds.pop()
+            raise DataError(
+                f"{source}: holds several splits ({', '.join(splits)}); name one, like '{source}/*{splits[0]}*{end}'"
+            )
+        found = table_source(root, tables, image_column, label_column)
+        left = tuple(Problem(printable(name), "made by datasets.map") for name in sorted(made))
+        return Source(found.classes, found.chunks, found.rejected, left)
+    _refuse_columns(source, image_column, label_column)
+    if archives and not any(map(is_image_name, names)):
+        found = archive_source(source, [root / name for name in archives])
+        others = set(names) - set(archives)
+        left = tuple(Problem(printable(name), "no archive") for name in sorted(others))
+        return Source(found.classes, found.chunks, (*rejected, *found.rejected), (*skipped, *left, *found.skipped))
+    return folder_source(source, root, names, rejected, skipped)
+
+
+def _refuse_columns(source: Path, image_column: str | None, label_column: str | None) -> None:
+    for option, value in (("--image-column", image_column), ("--label-column", label_column)):
+        if value is not None:
+            raise ConfigError(f"{option}: {value!r} has no effect on {source}, which has no columns")

@@ -1,0 +1,108 @@
+"""A CSV file that lists images and labels."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from simclr_dist.convert.sources.archives import why_unsafe
+from simclr_dist.convert.sources.folders import file_chunks
+from simclr_dist.convert.sources.originals import Problem, Source
+from simclr_dist.convert.sources.tables import NO_LABEL
+from simclr_dist.system.errors import DataError, printable
+
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+LABEL_COLUMNS = ("label", "class")
+
+_LONGEST_LABEL = 20
+
+
+def list_source(path: Path, image_column: str | None = None, label_column: str | None = None) -> Source:
+    """The images that a CSV file (UTF-8, commas) lists, in its order, with paths relative to its folder.
+
+    The first row is a header when one of its cells is in `PATH_COLUMNS`, or when a column is asked for; without a header the
+    columns are path and label, or path alone. Labels are integers from -1 (or empty: none), or names of classes, numbered as
+    sorted. Paths that are absolute or lead out of the folder, and paths that come again, are rejected. Raises DataError for
+    a file that is no such list, where it is unclear which column is the label, and for labels that are partly numbers, partly
+    names.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable CSV file in UTF-8 ({error})") from None
+    if not rows:
+        raise DataError(f"{path}: is empty")
+    width = len(rows[0][1])
+    image, label = 0, 1 if width > 1 else None
+    if image_column or label_column not in (None, NO_LABEL) or any(cell.lower() in PATH_COLUMNS for cell in rows[0][1]):
+        image, label = _header(path, rows[0][1], image_column, label_column)
+        rows = rows[1:]
+    elif width > 2:
+        raise DataError(f"{path}: {width} columns and no header; name the columns in a first row, like path,label")
+    elif label_column == NO_LABEL:
+        label = None
+    for line, row in rows:
+        if len(row) != width:
+            raise DataError(f"{path}: line {line} has {len(row)} columns, the first line {width}")
+    classes, labels = _labels(path, [(line, row[label].strip()) for line, row in rows] if label is not None else [])
+
+    files: list[tuple[str, int]] = []
+    rejected: list[Problem] = []
+    seen: set[str] = set()
+    for number, (line, row) in enumerate(rows):
+        name = "/".join(part for part in row[image].split("/") if part not in ("", "."))
+        reason = why_unsafe(row[image]) or ("no path" if not name else "listed twice" if name in seen else None)
+        if reason:
+            rejected.append(Problem(printable(f"{path.name}:{line}: {row[image]}"), reason))
+        else:
+            seen.add(name)
+            files.append((name, labels[number] if labels else -1))
+    if not files:
+        first = f"; the first: {rejected[0].name} ({rejected[0].reason})" if rejected else ""
+        raise DataError(f"{path}: lists no image that can be used{first}")
+    return Source(classes, file_chunks(str(path.resolve().parent), files, only_inside=True), tuple(rejected))
+
+
+def _header(path: Path, header: list[str], image_column: str | None, label_column: str | None) -> tuple[int, int | None]:
+    """Numbers of the path's and the label's column."""
+    names = [cell.strip() for cell in header]
+    lower = [name.lower() for name in names]
+
+    def place(wanted: str | None, option: str, known: Sequence[str]) -> int | None:
+        if wanted is not None and wanted not in names:
+            raise DataError(f"{path}: no column {wanted!r} ({option}); its first line has {', '.join(names)}")
+        return names.index(wanted) if wanted is not None else next((lower.index(name) for name in known if name in lower), None)
+
+    image = place(image_column, "--image-column", PATH_COLUMNS)
+    if image is None:
+        raise DataError(f"{path}: which column is the path? Name one of {', '.join(names)} with --image-column")
+    if label_column == NO_LABEL:
+        return image, None
+    label = place(label_column, "--label-column", LABEL_COLUMNS)
+    if label is None and len(names) > 1:
+        others = ", ".join(name for number, name in enumerate(names) if number != image)
+        raise DataError(f"{path}: which column is the label? Choose with --label-column (of {others}, or {NO_LABEL})")
+    return image, label
+
+
+def _labels(path: Path, cells: list[tuple[int, str]]) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, () for integers, and the labels of (line, text)."""
+    numbers = [(line, text) for line, text in cells if text.removeprefix("-").isdecimal()]
+    names = [(line, text) for line, text in cells if text and not text.removeprefix("-").isdecimal()]
+    if not names:
+        labels = [int(text[:_LONGEST_LABEL]) if text else -1 for _, text in cells]
+        for (line, text), label in zip(cells, labels, strict=True):
+            if not -1 <= label < 2**31 or len(text) > _LONGEST_LABEL:
+                shown = text[:_LONGEST_LABEL]
+                raise DataError(f"{path}: line {line}: {shown} is no label; it takes an integer from 0, or -1")
+        return (), labels
+    if numbers:
+        (line, name), (other, digits) = names[0], numbers[0]
+        raise DataError(
+            f"{path}: line {line}: label {printable(name)!r} is a name, and {digits[:_LONGEST_LABEL]} in line {other} a number;"
+            " give numbers to all or names to all (like 'class 7'), and leave the cell empty for no label"
+        )
+    classes = sorted({text for _, text in cells if text})
+    number = {name: i for i, name in enumerate(classes)} | {"": -1}
+    return tuple(map(printable, classes)), [number[text] for _, text in cells]

@@ -1,0 +1,1 @@
+"""Shards behind a URL: fetched, kept on the local disk, and fetched ahead."""

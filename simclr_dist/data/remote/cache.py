@@ -1,0 +1,288 @@
+"""Remote shards on the local disk: whole, within a limit, shared by the processes of a machine without a server of theirs.
+
+Locks are flock's, which the kernel takes from a process that dies; a shard is written under another name and renamed. So a
+kill at any moment leaves shards that are whole, no lock, and at most a `.part` file that the next process to need room
+removes. A shard is named by what it holds: the same images at another address are found again.
+"""
+
+import fcntl
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.remote.fetch import Patience, fetch, join
+from simclr_dist.system.errors import ConfigError, UnreachableError, redact
+
+FOLDER_VARIABLE = "SIMCLR_DIST_CACHE"
+GIB_VARIABLE = "SIMCLR_DIST_CACHE_GIB"
+DEFAULT_GIB = 100.0
+
+_POLL = 0.05
+_held: set[int] = set()  # descriptors of locks that a child of this process must not keep alive
+
+
+def _close_held() -> None:
+    for descriptor in tuple(_held):
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_held)
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where remote shards are kept, how much of them, and how long a failing server is asked again."""
+
+    folder: Path
+    limit: int
+    patience: Patience = field(default_factory=Patience)
+
+
+def cache_settings(folder: str = "", gib: float | None = None, *, patience: Patience | None = None) -> CacheSettings:
+    """What is not given comes from SIMCLR_DIST_CACHE and SIMCLR_DIST_CACHE_GIB, else the user's cache folder and 100 GiB.
+
+    `~` and `$VARIABLE` are expanded. Raises ConfigError for a variable that is not set, and a limit that is no number.
+    """
+    named = folder or os.environ.get(FOLDER_VARIABLE, "")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    # On clusters the place is known when the job runs: $SLURM_TMPDIR.
+    place = os.path.expanduser(os.path.expandvars(named or f"{base}/simclr_dist/shards"))  # noqa: PTH111
+    if "$" in place:
+        raise ConfigError(f"data.cache: {named!r} holds a variable that is not set; set it, or name the folder")
+    if gib is None:
+        try:
+            gib = float(os.environ.get(GIB_VARIABLE, DEFAULT_GIB))
+        except ValueError:
+            gib = 0.0
+        if not 0 < gib < float("inf"):
+            raise ConfigError(f"{GIB_VARIABLE}: {os.environ[GIB_VARIABLE]!r} is not a number of GiB above 0")
+    return CacheSettings(Path(place).absolute(), int(gib * 2**30), patience or Patience())
+
+
+class ShardCache:
+    """The shards of a remote manifest as local files. Safe for any number of processes, and for threads of each."""
+
+    def __init__(self, manifest: Manifest, settings: CacheSettings) -> None:
+        self._manifest = manifest
+        self._settings = settings
+        self._ends = manifest.shard_sizes.cumsum()
+        self._names: dict[int, str] = {}
+        largest = int(manifest.shard_bytes.max())
+        self.check_room(largest, f"its largest shard has {largest / 2**30:.3g}")
+        try:
+            (settings.folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data.cache: {settings.folder}: cannot be made: {error.strerror}; name another folder") from None
+        with self._lock("room"):
+            pass  # says now if this disk knows no locks
+
+    def check_room(self, needed: int, why: str) -> None:
+        """Raises ConfigError when `needed` bytes are more than the limit."""
+        if needed > self._settings.limit:
+            raise ConfigError(
+                f"data.cache_gib: {self._settings.limit / 2**30:.3g} GiB are too few for {redact(str(self._manifest.folder))}:"
+                f" {why} GiB; raise it"
+            )
+
+    def url(self, shard: int) -> str:
+        """Where the shard comes from."""
+        return join(str(self._manifest.folder), self._manifest.shards[shard])
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is here, whole."""
+        return self._path(shard).exists()
+
+    def open(self, shard: int, needed: Collection[int] = ()) -> int:
+        """A descriptor of the shard's file, fetched first where it is missing; while it is open no process evicts the shard.
+
+        `needed` are shards that must not make room for it. Raises UnreachableError when it cannot be fetched, or the limit
+        leaves no room for it.
+        """
+        while True:
+            if (descriptor := self.open_if_here(shard)) is not None:
+                return descriptor
+            self._obtain(shard, needed)
+
+    def open_if_here(self, shard: int) -> int | None:
+        """The same, or None where it would have to be fetched."""
+        try:
+            descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UnreachableError(f"data.cache: {self._path(shard)}: cannot be read: {error.strerror}") from None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with suppress(OSError):  # of another user: then it counts as older than it is
+            os.utime(descriptor)
+        return descriptor
+
+    def fetch_ahead(self, shard: int, needed: Collection[int], stopped: Callable[[], bool]) -> bool:
+        """Fetch a shard that will be needed, unless another process does so, or all that is here is needed sooner.
+
+        Returns whether there is, or may soon be, more to fetch. Raises UnreachableError as `open`.
+        """
+        with self._lock(self._name(shard), wait=False) as got:
+            if not got or self.has(shard):
+                return True
+            return self._fetch(shard, needed, wait=False, stopped=stopped)
+
+    def again(self, shard: int) -> None:
+        """Fetch a shard whose bytes are wrong anew, once as long as it is here; the next `open` opens what there is then."""
+        marker = self._marker(shard, "again")
+        with self._lock(self._name(shard)):
+            if not marker.exists():
+                marker.touch()
+                self._path(shard).unlink(missing_ok=True)
+
+    def _name(self, shard: int) -> str:
+        if shard not in self._names:
+            m, end = self._manifest, int(self._ends[shard])
+            rows = slice(end - int(m.shard_sizes[shard]), end)
+            about = hashlib.sha256(f"{m.shards[shard]}\n{m.shard_bytes[shard]}\n".encode())
+            for part in (m.offset[rows], m.size[rows]):
+                about.update(part.astype("<i8").tobytes())
+            about.update(m.sha256[rows].tobytes())
+            self._names[shard] = about.hexdigest()[:40]
+        return self._names[shard]
+
+    def _path(self, shard: int) -> Path:
+        return self._settings.folder / f"{self._name(shard)}.tar"
+
+    def _marker(self, shard: int, kind: str) -> Path:
+        return self._settings.folder / f"{self._name(shard)}.{kind}"
+
+    def _obtain(self, shard: int, needed: Collection[int]) -> None:
+        began, failed = time.time(), self._marker(shard, "failed")
+        with self._lock(self._name(shard)):
+            if self.has(shard):
+                return
+            with suppress(FileNotFoundError):
+                if failed.stat().st_mtime > began:  # while this process waited: it would only fail in the same way
+                    raise UnreachableError(failed.read_text(encoding="utf-8"))
+            self._fetch(shard, needed, wait=True)
+
+    def _fetch(self, shard: int, needed: Collection[int], *, wait: bool, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """With the shard's lock held. False where there was no room and `wait` was not."""
+        size = int(self._manifest.shard_bytes[shard])
+        try:
+            for leftover in self._settings.folder.glob(
+                f"{self._name(shard)}.*.part"
+            ):  # of one who had this lock, and was killed
+                leftover.unlink(missing_ok=True)
+            part = self._reserve(shard, size, {self._name(other) for other in needed}, wait)
+            if part is None:
+                return False
+            try:
+                with part.open("r+b") as file:
+                    fetch(self.url(shard), file, size=size, patience=self._settings.patience, stopped=stopped)
+                with self._lock("room"):  # who counts what is there must not miss it on its way from one name to the other
+                    part.rename(self._path(shard))
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise UnreachableError(
+                f"data.cache: {self._settings.folder}: {error.strerror}; name a folder with room, or lower data.cache_gib"
+            ) from None
+        except UnreachableError as error:
+            if not stopped():
+                with suppress(OSError):
+                    self._marker(shard, "failed").write_text(str(error), encoding="utf-8")
+            raise
+        return True
+
+    def _reserve(self, shard: int, size: int, needed: set[str], wait: bool) -> Path | None:
+        """An empty file as long as the shard, which so counts as room that is taken; older shards make way for it."""
+        folder, began = self._settings.folder, time.monotonic()
+        while True:
+            with self._lock("room"):
+                taken = self._make_room(self._settings.limit - size, needed)
+                if taken + size <= self._settings.limit:
+                    part = folder / f"{self._name(shard)}.{secrets.token_hex(4)}.part"
+                    with part.open("xb") as file:
+                        file.truncate(size)
+                    return part
+            if not wait:
+                return None
+            if time.monotonic() - began > self._settings.patience.seconds:
+                raise UnreachableError(
+                    f"data.cache_gib: {self._settings.limit / 2**30:.3g} GiB in {folder} are all of shards that are being"
+                    f" read, and {redact(self.url(shard))} is needed too; raise it"
+                )
+            time.sleep(_POLL)
+
+    def _make_room(self, most: int, needed: set[str]) -> int:
+        """Remove leftovers, then the longest unused shards that nobody reads, until at most `most` bytes are left.
+
+        Returns how many are. Under the lock "room".
+        """
+        shards, taken = [], 0
+        for entry in os.scandir(self._settings.folder):
+            with suppress(FileNotFoundError):
+                name, _, kind = entry.name.partition(".")
+                if kind == "tar":
+                    about = entry.stat()
+                    shards.append((about.st_mtime, about.st_size, name))
+                    taken += about.st_size
+                elif kind.endswith("part"):
+                    size = entry.stat().st_size
+                    with self._lock(name, wait=False) as left:  # by a process that was killed
+                        if left:
+                            Path(entry.path).unlink(missing_ok=True)
+                        else:
+                            taken += size
+        for _, size, name in sorted(shards):
+            if taken <= most:
+                break
+            if name not in needed and self._evict(name):
+                taken -= size
+        return taken
+
+    def _evict(self, name: str) -> bool:
+        path = self._settings.folder / f"{name}.tar"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind in ("tar", "again", "failed"):
+                (self._settings.folder / f"{name}.{kind}").unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    @contextmanager
+    def _lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of that name; yields whether it is held, which without `wait` it may not be."""
+        path = self._settings.folder / "locks" / name
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _held.add(descriptor)
+        except OSError as error:
+            raise UnreachableError(f"data.cache: {path}: cannot be opened: {error.strerror}; name another folder") from None
+        try:
+            got = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                got = False
+            except OSError as error:
+                raise UnreachableError(
+                    f"data.cache: {path}: this disk cannot lock files ({error.strerror}); name a folder on a local disk"
+                ) from None
+            yield got
+        finally:
+            _held.discard(descriptor)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked just now
+            os.close(descriptor)

@@ -1,0 +1,226 @@
+"""The colour of a view, as `draws` decided it: jitter, gray, blur and normalisation of a batch, on any device.
+
+Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. All that is
+used are element-wise operations, per-sample sums of fixed shape, and on the CPU products of one sample's own: on one machine
+a view has the same bits whichever samples share its batch, and neither TF32 nor autocast touches it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr_dist.data.views.crops import normalise_pixels
+from simclr_dist.data.views.draws import ViewDraws, ViewSettings
+
+# Dozens of passes over the pixels: a piece and its scratch should stay in a core's own cache.
+_CACHE_FLOATS = 2**18
+_HUE = 3
+# A Gaussian's taps below this are left out and shared among the others: together they are below 2e-6.
+_LEAST_TAP = 5e-7
+_BLOCK = 16
+
+
+class _Terms(NamedTuple):
+    """What the pixels of n views are multiplied with, worked out for the whole batch at once."""
+
+    hue_at: NDArray[np.int64]
+    """[n]: the place of hue among the four operations; 4 without hue, 5 without any."""
+    gray: NDArray[np.bool_]
+    """[n]"""
+    reach: NDArray[np.int64]
+    """[n]: how many taps of the blur beside the middle one are not 0."""
+    numbers: NDArray[np.float32]
+    """[n, 13 + taps]: at each of four places the shares of image, gray image and mean; the shift of hue; the taps."""
+
+    def part(self, views: slice | NDArray[np.int64]) -> _Terms:
+        return _Terms(*(field[views] for field in self))  # type: ignore[arg-type]
+
+
+def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Tensor:
+    """The rest of a view: uint8 [n, 3, s, s] of any device -> float32 [n, 3, s, s], contiguous, normalised.
+
+    Jitter with each sample's own factors and order, gray, Gaussian blur with its own sigma. `draws` holds the n samples
+    in the order of `crops`; its boxes and flips are not read.
+    """
+    count, _, size, _ = crops.shape
+    assert len(draws.jitter) == count, "one draw for each crop"
+    views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    terms = _terms(draws, size)
+    step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (3 * size * size)
+    step = max(step, 1)
+    for start in range(0, count, step):
+        piece = slice(start, start + step)
+        _colour(crops[piece], terms.part(piece), settings, views[piece])
+    return views
+
+
+def _terms(draws: ViewDraws, size: int) -> _Terms:
+    hue_at = np.where(draws.factors[:, _HUE] != 0, (draws.order == _HUE).argmax(axis=1), 4)
+    factor = np.take_along_axis(draws.factors, draws.order, axis=1)
+    kept = np.where(draws.order == _HUE, np.float32(1), factor)
+    to_gray, to_mean = (np.where(draws.order == operation, 1 - factor, np.float32(0)) for operation in (2, 1))
+    taps = _half_kernels(draws.blur_sigma, size // 10 // 2)
+    return _Terms(
+        np.where(draws.jitter, hue_at, 5),
+        draws.gray,
+        np.count_nonzero(taps[:, 1:], axis=1),
+        np.concatenate([kept, to_gray, to_mean, draws.factors[:, _HUE:], taps], axis=1),
+    )
+
+
+def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor) -> None:
+    """Writes the views.
+
+    Samples are sorted by the place of hue in their order: then, at each of the four places, hue and the other three
+    operations (blends of one form) are slices of the batch, and nothing is masked or scattered. Then they are sorted by
+    gray and by width of blur, for the same reason.
+    """
+    by_hue = np.argsort(terms.hue_at, kind="stable")
+    by_blur = np.lexsort((-terms.reach, ~terms.gray))
+    jitter, blur = terms.part(by_hue), terms.part(by_blur)
+    bounds = np.searchsorted(jitter.hue_at, np.arange(6)).tolist()
+    jittered, grayed = bounds[5], np.count_nonzero(terms.gray)
+    # Few transfers, and none waits for the device.
+    numbers = _to_device(jitter.numbers[:, :13], crops.device)[..., None, None]
+    taps = _to_device(blur.numbers[:, 13:], crops.device)[..., None, None]
+
+    x = _in_order(crops, by_hue).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    for place in range(4):
+        start, end = bounds[place], bounds[place + 1]
+        _shift_hue(x[start:end], numbers[start:end, 12])
+        for rest in (slice(0, start), slice(end, jittered)):
+            shares = [numbers[rest, term : term + 1] for term in (place, 4 + place, 8 + place)]
+            has_gray, has_mean = (jitter.numbers[rest, term + place].any() for term in (4, 8))
+            _blend(x[rest], shares[0], shares[1] if has_gray else None, shares[2] if has_mean else None)
+    x = _in_order(x, np.argsort(by_hue)[by_blur])
+    if grayed:
+        x[:grayed] = _gray(x[:grayed])
+    for part in (slice(0, grayed), slice(grayed, len(x))):
+        if blurred := np.count_nonzero(blur.reach[part]):
+            here = slice(part.start, int(part.start + blurred))
+            _blur(x[here], taps[here], blur.reach[here])
+    normalise_pixels(_in_order(x, np.argsort(by_blur)), settings.mean, settings.std, out=views)
+
+
+def _in_order(x: Tensor, order: NDArray[np.int64]) -> Tensor:
+    """The samples of x [n, 3, s, s] in another order."""
+    if (order[:-1] < order[1:]).all():
+        return x
+    memory = x.permute(0, 2, 3, 1) if x.is_contiguous(memory_format=torch.channels_last) else x
+    ordered = memory.index_select(0, _to_device(order, x.device))  # far faster on memory as it lies
+    return ordered if memory is x else ordered.permute(0, 3, 1, 2)
+
+
+def _to_device(values: NDArray[np.float32] | NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
+
+
+def _gray(x: Tensor) -> Tensor:
+    """Luma of ITU-R 601 with torchvision's digits: [n, 3, s, s] -> [n, 1, s, s]."""
+    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+def _blend(x: Tensor, kept: Tensor, to_gray: Tensor | None, to_mean: Tensor | None) -> None:
+    """In place: brightness, contrast or saturation, by shares of the image, its gray image and that one's mean.
+
+    Shares [n, 1, 1, 1]; None where all are 0, which gives the same bits.
+    """
+    if not len(x):
+        return
+    gray = None if to_gray is None and to_mean is None else _gray(x)
+    x.mul_(kept)
+    if gray is not None and to_mean is not None:
+        # A mean of means, for rows are too short to be split among threads: the sum's order never depends on the batch.
+        x.add_(gray.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True).mul_(to_mean))
+    if gray is not None and to_gray is not None:
+        x.add_(gray.mul_(to_gray))
+    x.clamp_(0, 1)
+
+
+def _shift_hue(x: Tensor, shift: Tensor) -> None:
+    """In place: turns the hue of HSV by `shift` ([n, 1, 1], 1 = the whole circle).
+
+    Value and spread (value x saturation) stay, so a channel is value - spread x a trapezoid of its distance to the hue
+    that lacks it. The hue itself, in sixths of the circle from red, is +-(value + green + blue - red - 2 least) / spread,
+    with the sign of green - blue: no comparison, which would be torch's slowest operation here.
+    """
+    if not len(x):
+        return
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(red, green)
+    torch.maximum(value, blue, out=value)
+    least = torch.minimum(red, green)
+    torch.minimum(least, blue, out=least)
+    sixths = (value - red).add_(green).add_(blue).sub_(least, alpha=2)
+    torch.copysign(sixths, green - blue, out=sixths)
+    spread = torch.sub(value, least, out=least).clamp_min_(1e-30)
+    turn = torch.addcdiv(shift, sixths, spread, value=1 / 6)
+    # Distances count from the lacking hue plus a half, plus 1 to be positive, so that 1/2 after the point is no distance.
+    for channel, opposite in ((red, 1 / 2), (green, 1 / 6), (blue, -1 / 6)):
+        torch.add(turn, opposite + 1.5, out=channel)
+    distance = x.frac_().sub_(0.5).abs_()
+    share = torch.add(x.new_full((), 2), distance, alpha=-6, out=x).clamp_(0, 1)
+    torch.addcmul(value[:, None], share, spread[:, None], value=-1, out=x)
+
+
+def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
+    """Gaussian weights from the centre outwards, [n, radius + 1]; the whole symmetric kernel sums to 1. Sigma 0: 1, 0, 0..."""
+    wide = np.maximum(sigma[:, None].astype(np.float64), 1e-3)
+    half = np.exp(-0.5 * (np.arange(radius + 1) / wide) ** 2)
+    kernels: NDArray[np.float64] = half / (2 * half.sum(axis=1, keepdims=True) - 1)
+    kernels[kernels < _LEAST_TAP] = 0
+    kernels /= 2 * kernels.sum(axis=1, keepdims=True) - kernels[:, :1]
+    return kernels.astype(np.float32)
+
+
+def _blur(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> None:
+    """In place: rows, then columns, each sample with its own half kernel; borders are reflected.
+
+    x [n, 3, s, s]; taps [n, radius + 1, 1, 1]; `reach` [n], falling: the taps of each that are not 0.
+    """
+    if x.device.type == "cpu":
+        # Sample by sample, in memory of its own: products of the same shape and alignment, so the same bits in any company.
+        with torch.autocast("cpu", enabled=False):
+            for image, half, radius in zip(x, taps[..., 0, 0], reach.tolist(), strict=True):
+                image.copy_(_blur_by_products(image, half[: radius + 1]))
+    else:
+        x.copy_(_blur_by_taps(x, taps, reach))
+
+
+def _blur_by_taps(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> Tensor:
+    size, radius = x.shape[-1], int(reach[0])
+    wide = [int(np.count_nonzero(reach >= away)) for away in range(radius + 1)]
+    for dim, padding in ((-2, (0, 0, radius, radius)), (-1, (radius, radius, 0, 0))):
+        padded = F.pad(x, padding, mode="reflect")
+        x = padded.narrow(dim, radius, size) * taps[:, 0:1]
+        for away in range(1, radius + 1):
+            part = slice(wide[away])
+            before, after = (padded[part].narrow(dim, radius + side * away, size) for side in (-1, 1))
+            x[part].addcmul_(before + after, taps[part, away : away + 1])
+    return x
+
+
+def _blur_by_products(image: Tensor, half: Tensor) -> Tensor:
+    """[3, s, s] with one half kernel [radius + 1]: a band matrix times blocks of _BLOCK rows with their surroundings."""
+    size, radius = image.shape[-1], len(half) - 1
+    blocks, width = -(-size // _BLOCK), _BLOCK + 2 * radius
+    filled = blocks * _BLOCK - size
+    # Rows that are one longer than the matrix's move the kernel on by one from row to row.
+    skewed = half.new_zeros(_BLOCK, width + 1)
+    skewed[:, : 2 * radius + 1] = torch.cat([half.flip(0), half[1:]])
+    band = skewed.view(-1)[: _BLOCK * width].view(1, _BLOCK, width).expand(blocks, -1, -1)
+
+    padded = F.pad(F.pad(image, (0, 0, radius, radius), mode="reflect"), (0, 0, 0, filled))
+    down = image.new_empty(3, blocks, _BLOCK, size)
+    for channel in range(3):
+        torch.bmm(band, padded[channel].unfold(0, width, _BLOCK).transpose(1, 2), out=down[channel])
+    down = down.view(3, -1, size)[:, :size]
+    padded = F.pad(F.pad(down, (radius, radius, 0, 0), mode="reflect"), (0, filled)).flatten(0, 1)
+    across = torch.bmm(padded.unfold(1, width, _BLOCK).transpose(0, 1), band.transpose(1, 2))
+    return across.transpose(0, 1).reshape(3, size, -1)[..., :size]

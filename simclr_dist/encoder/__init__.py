@@ -1,0 +1,1 @@
+"""The product: encoders out and in, published ones, ONNX."""

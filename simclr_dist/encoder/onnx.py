@@ -1,0 +1,79 @@
+"""An encoder as one ONNX file that gives what torch gives: tried before it is written."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+from simclr_dist.encoder.file import load_encoder
+from simclr_dist.system.errors import ConfigError, DataError
+from simclr_dist.system.files import write_atomically
+
+TOLERANCE = 1e-4  # of the largest |h|; float32 sums in another order differ by some 1e-6
+
+_NEEDED = ("onnx", "onnxruntime", "onnxscript")
+CURE = f"pip install {' '.join(_NEEDED)}"  # for a clone and an installed package alike
+_MOST = 2**31 - 2**20  # bytes of weights: protobuf ends at 2 GiB, and the graph takes some
+
+
+def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h") -> float:
+    """Write an exported encoder as ONNX; returns the largest difference from torch, relative to the largest |h|.
+
+    Input "images": float32 [n, 3, s, s], any n, s = card["image_size"], normalised with card["mean"] and card["std"]. Output:
+    float32 [n, card["feature_size"]], named "h" whatever the `layer` (as of `load_encoder`). The card is in the file's metadata
+    under "card", as JSON. ONNX Runtime and torch see the same noise images, in batches of 1 and 3, before the file is written.
+
+    Raises ConfigError for a name that does not end in .onnx and where onnx, onnxruntime or onnxscript is not installed;
+    DataError for a file that is not an encoder of ours (see `load_encoder`), a model above ONNX's 2 GiB, outputs that
+    differ by more than TOLERANCE, and a file that cannot be written.
+    """
+    out = Path(out_path)
+    if out.suffix != ".onnx":
+        raise ConfigError(f"export: {str(out_path)!r} must end in .onnx")
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"export: ONNX needs {', '.join(missing)}; {CURE}")
+    encoder = load_encoder(encoder_path, layer=layer)
+    card = encoder.card
+    assert isinstance(card, dict)
+    if (size := sum(tensor.nbytes for tensor in encoder.state_dict().values())) > _MOST:
+        raise DataError(f"{encoder_path}: {size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB")
+    side = card["image_size"]
+    program = torch.onnx.export(
+        encoder,
+        (torch.zeros(2, 3, side, side),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["h"],
+        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+    )
+    assert program is not None
+    program.model.metadata_props["card"] = json.dumps(card, sort_keys=True)
+    content = program.model_proto.SerializeToString()
+    difference = _difference(encoder, content, side)
+    if not difference <= TOLERANCE:
+        raise DataError(f"{encoder_path}: ONNX Runtime's output differs from torch's by {difference:.1e}; nothing was written")
+    try:
+        write_atomically(out, content)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
+    return difference
+
+
+def _difference(encoder: torch.nn.Module, content: bytes, side: int) -> float:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; without it, hints on standard error
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    differences = []
+    for count in (1, 3):
+        images = torch.randn(count, 3, side, side, generator=generator)
+        with torch.inference_mode():
+            h = encoder(images)
+        (found,) = session.run(None, {"images": images.numpy()})
+        differences.append(float((torch.from_numpy(found) - h).abs().max() / h.abs().max().clamp_min(1e-30)))
+    return max(differences)

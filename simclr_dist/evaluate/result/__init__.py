@@ -1,0 +1,1 @@
+"""The result of an evaluation: JSON, page, table, TensorBoard."""

@@ -1,0 +1,211 @@
+"""An evaluation as one HTML page that needs nothing beside itself: numbers, curves, neighbours, and how to repeat it."""
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from simclr_dist.evaluate.features.extraction import RAW_PIXELS
+from simclr_dist.evaluate.protocols.scores import confusions
+from simclr_dist.evaluate.result.charts import line_chart
+from simclr_dist.evaluate.result.earlier import comparable
+from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, UnwrittenError, leak
+from simclr_dist.evaluate.signals import flat, meanings
+from simclr_dist.system.errors import DataError
+from simclr_dist.system.files import write_atomically
+
+_LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
+_MOST_CLASSES = 40  # of a confusion matrix that can still be read
+_MOST_CONFUSIONS = 20  # that are listed where it cannot
+_STYLE = """
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --soft: #666; --line: #ddd; --cell: 31, 95, 168; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #17191c; --soft: #9a9a9a; --line: #3a3d42; --cell: 90, 150, 220; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 980px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.warning { border-left: .3rem solid #c60; padding-left: .7rem; font-weight: 600; }
+p.sub, .tick, caption, th { color: var(--soft); fill: var(--soft); font-weight: normal; }
+table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+td:first-child, th:first-child { text-align: left; } .best { font-weight: 600; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { width: 460px; max-width: 100%; }
+.signals td:last-child, .signals th:last-child { text-align: left; color: var(--soft); }
+.facts td { text-align: left; overflow-wrap: anywhere; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
+svg .tick { fill: var(--soft); } svg .title { font-size: 13px; }
+svg .grid { stroke: var(--line); } .scroll { overflow-x: auto; } img { max-width: 100%; }
+.confusion td { padding: .15rem .4rem; text-align: center; border: 0; font-size: 12px; }
+.confusion th { font-size: 12px; }
+pre { background: rgba(128, 128, 128, .12); padding: .7rem; overflow-x: auto; font-size: 13px; }
+"""
+
+
+_BEGIN = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    '<meta name="generator" content="simclr_dist">'
+)
+
+
+def write_page(path: Path, text: str, result: Result) -> None:
+    """Write the page's `text` beside `result`, which is there already; raises UnwrittenError when the disk does not take it."""
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        told = f"{path}: cannot write the page: {error.strerror or error}; the result itself is in {path.with_suffix('.json')}"
+        raise UnwrittenError(told, result, stored=True) from None
+
+
+def claim_page(path: Path) -> None:
+    """Raises DataError where `path` is there and is no page of ours, which `write_page` would replace."""
+    try:
+        with path.open("rb") as file:
+            ours = file.read(len(_BEGIN)).decode(errors="replace") in ("", _BEGIN)
+    except OSError:  # nothing there; or nothing that can be replaced, which write_page says
+        return
+    if not ours:
+        raise DataError(f"{path}: the page goes there, and it is no page of an evaluation; name another file with --out")
+
+
+def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
+    """The text of the page of `result`.
+
+    With `run`, the training's curves and those of its other results; `neighbours` is a PNG.
+    """
+    encoder = result["encoder"]
+    title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="sub">{escape(str(encoder["file"]))}; {result["train"]["labelled"]} training and'
+        f" {result['test']['labelled']} test images, {result['classes']} classes</p>",
+        *([f'<p class="warning">{escape(warning)}</p>'] if (warning := leak(result)) else []),
+        _accuracies(result),
+    ]
+    if charts := _charts(result, run):
+        parts += ["<h2>Curves</h2>", f'<div class="charts">{charts}</div>']
+    if neighbours:
+        picture = base64.b64encode(neighbours).decode()
+        parts += ["<h2>Nearest neighbours</h2>", f'<img alt="nearest neighbours" src="data:image/png;base64,{picture}">']
+    if signals := result.get("signals"):
+        good = meanings(signals)
+        rows = [[name.replace("_", " "), _number(value), good.get(name, "")] for name, value in flat(signals).items()]
+        table = _table(["signal of the test images", "value", "what is good"], rows)
+        parts += ["<h2>Of the features themselves</h2>", f'<div class="signals">{table}</div>']
+    parts += _confusions(result)
+    parts += ["<h2>How to repeat it</h2>", *_origin(result)]
+    body = "\n".join(parts)
+    return f"{_BEGIN}<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+
+
+def _accuracies(result: Result) -> str:
+    rows = []
+    for protocol, part in result["protocols"].items():
+        for name, measured in part["results"].items():
+            low, high = measured.get("interval") or (math.nan, math.nan)
+            interval = "" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
+            cells = [_number(measured.get(key)) for key in ("top1", "top5", "mean_per_class")]
+            rows.append([f"{protocol}: {_LABELS.get(name, name)}", cells[0], interval, *cells[1:]])
+    return _table(["protocol", "top-1 %", "95 % interval", "top-5 %", "mean per class %"], rows, strong=_LABELS[TRAINED])
+
+
+def _charts(result: Result, run: Path | None) -> str:
+    if run is None:
+        return ""
+    lines = _metrics(run)
+    loss = {name: _points(lines, name) for name in ("loss/nt_xent", "loss/dcl", "loss/chance")}
+    charts = [
+        line_chart("loss", {name.removeprefix("loss/"): points for name, points in loss.items() if points}),
+        line_chart("learning rate", {"rate": _points(lines, "optim/learning_rate")}),
+        line_chart("effective rank of z", {"rank": _points(lines, "embedding/effective_rank")}),
+    ]
+    steps = [(step, protocols) for step, (protocols, _) in sorted(comparable(run / "eval", result).items(), key=itemgetter(0))]
+    curves = {
+        name: [(step, protocols[name]["results"][TRAINED]["top1"]) for step, protocols in steps if name in protocols]
+        for name in result["protocols"]
+    }
+    charts.append(line_chart("test accuracy over checkpoints", curves, unit=" %"))
+    return "\n".join(charts)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    try:
+        text = (run / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a kill may have cut the last line short
+        if isinstance(entry, dict) and "step" in entry:
+            found.append(entry)
+    return found
+
+
+def _points(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def _confusions(result: Result) -> list[str]:
+    names = [str(name) for name in result.get("class_names") or range(result["classes"])]
+    parts = []
+    for protocol, part in result["protocols"].items():
+        matrix = part["results"].get(TRAINED, {}).get("confusion")
+        if not matrix:
+            continue
+        if len(matrix) > _MOST_CLASSES:
+            wrong = sorted((cell for cell in confusions(matrix) if cell[0] != cell[1]), key=lambda cell: -cell[2])
+            told = [[names[own], names[other], str(count)] for own, other, count in wrong[:_MOST_CONFUSIONS]]
+            parts.append(f"<h2>Most frequent confusions: {escape(protocol)}</h2>")
+            parts.append(_table(["true class", "predicted", "test images"], told))
+            continue
+        rows = []
+        for name, row in zip(names, matrix, strict=True):
+            total = sum(row) or 1
+            cells = "".join(f'<td style="background: rgba(var(--cell), {count / total:.2f})">{count}</td>' for count in row)
+            rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+        heads = "".join(f"<th>{escape(name[:8])}</th>" for name in names)
+        parts.append(f"<h2>Confusions: {escape(protocol)}</h2>")
+        caption = "<caption>rows: true class; columns: predicted</caption>"
+        parts.append(
+            f'<div class="scroll"><table class="confusion">{caption}<tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
+        )
+    return parts
+
+
+def _origin(result: Result) -> list[str]:
+    told = []
+    if command := result.get("command"):
+        told.append(f"<pre>{escape(shlex.join(command))}</pre>")
+    facts = {
+        "encoder": result["encoder"]["sha256"],
+        "started from": result["encoder"]["init"],
+        "training images": f"{result['train']['folder']} ({result['train']['digest']})",
+        "test images": f"{result['test']['folder']} ({result['test']['digest']})",
+        "hardware": ", ".join(f"{name} {value}" for name, value in result["hardware"].items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in result["versions"].items()),
+        "seconds": _number(result["seconds"]["total"]),
+    }
+    for protocol, part in result["protocols"].items():
+        facts[f"{protocol} settings"] = ", ".join(f"{name} {value}" for name, value in part["settings"].items())
+    table = _table(["", ""], [[name, str(value)] for name, value in facts.items()])
+    told.append(f'<div class="facts">{table}</div>')
+    return told
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str = "") -> str:
+    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    for row in rows:
+        kind = ' class="best"' if strong and row[0].endswith(f": {strong}") else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Starts ranks and outlives them: here, on several machines, under SLURM."""

@@ -1,0 +1,249 @@
+"""The verb `submit`: a config becomes a SLURM job, and a run folder is asked for its job."""
+
+import argparse
+import dataclasses
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simclr_dist.config.strict_yaml import pairs
+from simclr_dist.launch.slurm import scheduler
+from simclr_dist.launch.slurm.logs import tails
+from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict
+from simclr_dist.run import claim as ledger
+from simclr_dist.system.errors import ConfigError
+from simclr_dist.system.files import write_atomically
+from simclr_dist.train.profiling import Profile as StepProfile
+from simclr_dist.train.profiling import parse_profile
+
+if TYPE_CHECKING:  # pyarrow and submitit, which --help need not wait for
+    from simclr_dist.launch.slurm.batch import Evaluation, Submission
+
+_ACTIONS = ("status", "logs", "cancel", "resume")
+_EVALUATION = {"eval", "train", "test", "eval_profile"}
+_PROFILING = {"profile_steps", "profile_rank"}
+_OPTIONS = {  # what each form takes
+    "submit": {"profile", "dry_run", "local", "allow_setup", *_EVALUATION, *_PROFILING},
+    "resume": {"profile", "dry_run", "allow_setup", *_EVALUATION, *_PROFILING},
+    "logs": {"follow", "eval"},
+    "status": set[str](),
+    "cancel": set[str](),
+}
+_FOLLOW_SECONDS = 5.0  # between two questions whether a job has ended
+
+USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eval --train SHARDS --test SHARDS]
+                          [--profile-steps STEPS] [--key value ...]
+       simclr-dist submit status | logs [-f] | cancel | resume RUN"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `simclr-dist submit`; `run` takes what they leave, the run folder and settings."""
+    parser.usage = USAGE
+    add = parser.add_argument
+    add("config", metavar="CONFIG", nargs="?", help="YAML file; or status, logs, cancel, resume, with a run folder")
+    add("--profile", metavar="FILE", help="what is asked of SLURM (examples: launch/profiles)")
+    add("--dry-run", action="store_true", help="show the batch script and the resolved config; needs no SLURM")
+    add("--local", action="store_true", help="run the same job on this machine, with the profile's ranks of one node, or one")
+    add("--eval", action="store_true", help="add a job that evaluates the run's encoders; with logs: that job's")
+    add("--train", metavar="SHARDS", help="with --eval: labelled shards that kNN and the probe learn from")
+    add("--test", metavar="SHARDS", help="with --eval: labelled shards that the accuracy is measured on")
+    add("--eval-profile", metavar="FILE", help="with --eval: its own profile (default: one rank of the training's)")
+    add("--allow-setup", action="store_true", help="accept a profile's set-up lines: shell commands that the job runs")
+    add("--profile-steps", metavar="STEPS", help="train's --profile: trace 3 steps of each start (or 10:13) into RUN/profile")
+    add("--profile-rank", metavar="R", help="with --profile-steps: the rank, or all (default: 0)")
+    add("-f", "--follow", action="store_true", help="with logs: go on until the job has ended")
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Do what the command line says; returns the exit code. Raises UserError."""
+    if arguments.config is None:
+        raise ConfigError("usage: simclr-dist submit CONFIG --profile FILE, or submit status RUN; --help says more")
+    action = arguments.config if arguments.config in _ACTIONS else "submit"
+    for option in sorted(set.union(*_OPTIONS.values()) - _OPTIONS[action]):
+        if getattr(arguments, option):
+            raise ConfigError(f"--{option.replace('_', '-')}: has no effect on {action}; leave it out")
+    if action == "submit":
+        return _submit(arguments, rest)
+    if not rest or rest[0].startswith("-"):
+        raise ConfigError(f"submit {action}: which run? Its folder comes next: simclr-dist submit {action} RUN")
+    folder, overrides = Path(rest[0]).absolute(), rest[1:]
+    if action == "resume":
+        return _resume(arguments, folder, overrides)
+    if overrides:
+        raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
+    from simclr_dist.launch.slurm.submission import read_record
+
+    record = read_record(folder)
+    if action == "logs":
+        return _logs(folder, record, evaluation=arguments.eval, follow=arguments.follow)
+    scheduler.require("squeue", "scancel")
+    if action == "cancel":
+        return _cancel(folder, record)
+    from simclr_dist.launch.slurm.status import describe
+
+    print(describe(folder, record))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from simclr_dist.launch.slurm.submission import prepare
+
+    if arguments.dry_run and arguments.local:
+        raise ConfigError("--dry-run: contradicts --local; take one of the two")
+    if arguments.profile is not None:
+        if re.fullmatch(r"\d+(:\d+)?", arguments.profile) and not Path(arguments.profile).exists():
+            raise ConfigError(f"--profile: {arguments.profile!r}: names what is asked of SLURM; steps go to --profile-steps")
+        profile = load_profile(arguments.profile, allow_setup=arguments.allow_setup or arguments.local)
+    elif arguments.local:
+        profile = Profile(gpus_per_node=0)
+    else:
+        raise ConfigError("--profile: is missing; it names a file like those in launch/profiles")
+    if arguments.local:
+        profile = _here(profile)
+    submission = prepare(
+        arguments.config,
+        overrides,
+        profile,
+        evaluation=_evaluation(arguments, profile, None),
+        profiled=_profiled(arguments),
+    )
+    if arguments.local:
+        from simclr_dist.launch.slurm.local import run_here
+
+        return run_here(submission)
+    return _send(submission, dry_run=arguments.dry_run)
+
+
+def _resume(arguments: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> int:
+    from simclr_dist.launch.slurm.submission import prepare, read_record
+
+    record = read_record(folder)
+    if arguments.profile is None:
+        where = f"{folder / 'submission.json'}: profile"
+        profile = profile_from_dict(record["profile"], where, allow_setup=arguments.allow_setup)
+    else:
+        profile = load_profile(arguments.profile, allow_setup=arguments.allow_setup)
+    if "run_folder" in dict(pairs(overrides)):
+        raise ConfigError("command line: --run-folder: a run that is resumed stays where it is")
+    if not Path(record["working_directory"]).is_dir():
+        raise ConfigError(f"{folder / 'submission.json'}: working_directory: {record['working_directory']!r} is no more")
+    submission = prepare(
+        str(folder / "slurm" / "config.yaml"),
+        overrides,
+        profile,
+        evaluation=_evaluation(arguments, profile, record["evaluation"], f"{folder / 'submission.json'}: evaluation"),
+        profiled=_profiled(arguments),
+        run=folder,
+        working_directory=Path(record["working_directory"]),
+    )
+    asked = {"source": record["config"], "overrides": (*record["overrides"], *overrides)}
+    return _send(dataclasses.replace(submission, **asked), dry_run=arguments.dry_run)
+
+
+def _evaluation(
+    arguments: argparse.Namespace, profile: Profile, before: Mapping[str, Any] | None, where: str = ""
+) -> "Evaluation | None":
+    """What the command line asks for, or else what was asked for `before`."""
+    from simclr_dist.launch.slurm.batch import Evaluation
+
+    given = {
+        name: getattr(arguments, name) for name in ("train", "test", "eval_profile") if getattr(arguments, name) is not None
+    }
+    if not arguments.eval and before is None:
+        for name in given:
+            raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --eval")
+        return None
+    shards = dict(before or {}) | given
+    for name in ("train", "test"):
+        if name not in shards:
+            raise ConfigError(f"--eval: --{name} is missing; it names a folder of labelled shards")
+    if "eval_profile" in given:
+        own = load_profile(given["eval_profile"], allow_setup=arguments.allow_setup)
+    elif before is not None and arguments.profile is None:
+        own = profile_from_dict(before["profile"], f"{where}.profile", allow_setup=arguments.allow_setup)
+    else:
+        own = dataclasses.replace(profile, nodes=1, gpus_per_node=min(profile.gpus_per_node, 1), tasks_per_node=1)
+    return Evaluation(shards["train"], shards["test"], own)
+
+
+def _profiled(arguments: argparse.Namespace) -> StepProfile | None:
+    """The steps that are to be profiled: `--profile` itself names what is asked of SLURM."""
+    if arguments.profile_steps is None:
+        if arguments.profile_rank is not None:
+            raise ConfigError("--profile-rank goes with --profile-steps STEPS: say how many steps")
+        return None
+    rank = "0" if arguments.profile_rank is None else arguments.profile_rank
+    return parse_profile(arguments.profile_steps, rank, option="--profile-steps")
+
+
+def _here(profile: Profile) -> Profile:
+    """What of a profile counts on this machine; says what does not."""
+    here = dataclasses.replace(profile, nodes=1, setup=(), container=None, container_runtime=None, container_mounts=())
+    for key in ("nodes", "setup", "container"):
+        if (value := getattr(profile, key)) != getattr(here, key):
+            print(f"simclr-dist: --local leaves out {key}: {value!r}", file=sys.stderr)
+    return here
+
+
+def _send(submission: "Submission", *, dry_run: bool) -> int:
+    from simclr_dist.launch.slurm import batch
+    from simclr_dist.launch.slurm.submission import check_device, submit
+
+    check_device(submission)
+    if dry_run:
+        print(batch.dry_run(submission), end="")
+        return 0
+    jobs = submit(submission)
+    profile = submission.profile
+    print(f"job {jobs[0]}: {submission.run}, {profile.nodes} x {profile.tasks} ranks")
+    for job in jobs[1:]:
+        print(f"job {job}: its evaluation, once job {jobs[0]} is done")
+    print(f"next: simclr-dist submit status {shlex.quote(str(submission.run))}")
+    return 0
+
+
+def _cancel(run: Path, record: Mapping[str, Any]) -> int:
+    jobs = [job for job in (record["job_id"], record["eval_job_id"]) if job is not None]
+    found = dict(zip(jobs, scheduler.states(jobs), strict=True))
+    for job, state in found.items():
+        if state.over:
+            print(f"job {job} has ended already: {state}")
+    alive = [job for job, state in found.items() if not state.over]
+    if not alive:
+        return 0
+    marker = run / "cancelled"
+    # First: a job that is being stopped right now must not start itself again.
+    write_atomically(marker, " ".join(alive).encode() + b"\n")
+    if refused := scheduler.cancel(alive):
+        marker.unlink()
+        raise ConfigError(f"{run}: not cancelled: {refused}")
+    ledger.record(run, "cancelled", jobs=alive)
+    print(
+        f"cancelled: job {' and '.join(alive)}; `simclr-dist submit resume {shlex.quote(str(run))}` goes on from the last save"
+    )
+    return 0
+
+
+def _logs(run: Path, record: Mapping[str, Any], *, evaluation: bool, follow: bool) -> int:
+    job = record["eval_job_id" if evaluation else "job_id"]
+    if job is None:
+        raise ConfigError(f"{run}: no evaluation was submitted; simclr-dist submit ... --eval does that")
+    if follow:
+        scheduler.require("squeue")
+    logs = tails(run / "slurm", job, sys.stdout, sys.stderr)
+    written = [log.copy() for log in logs]
+    asked, state = -math.inf, None
+    while follow and (state is None or not state.over):
+        if time.monotonic() - asked >= _FOLLOW_SECONDS:
+            asked, state = time.monotonic(), scheduler.state(job)
+        else:
+            time.sleep(0.2)
+        written += [log.copy() for log in logs]  # after the question: a job that has ended has written all
+    if not any(written):
+        print(f"job {job} has written nothing: {state or scheduler.state(job)}", file=sys.stderr)
+    return 0

@@ -1,0 +1,1 @@
+"""SimCLR on plain arguments, over all ranks."""

@@ -1,0 +1,143 @@
+"""NT-Xent (Chen et al. 2020, equation 1) and its decoupled form (Yeh et al. 2022, DCL)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr_dist.method.distributed import all_gather, rank, world_size
+from simclr_dist.method.loss.tiles import Similarities, gather_views
+
+if TYPE_CHECKING:
+    from simclr_dist.method.loss import fused
+
+
+def nt_xent_reference(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+    """The definition, for one process, with the whole matrix: the oracle of the tests.
+
+    Shapes: z_a, z_b float [n, d], rows i are the two views of image i. Returns the mean over the 2n anchors.
+    """
+    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
+    similarity = z @ z.T / temperature
+    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    positive = torch.arange(len(z), device=z.device).roll(len(z_a))
+    return F.cross_entropy(similarity, positive)
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent over the embeddings of all ranks.
+
+    Each rank passes its own n images' embeddings (the same n on every rank); each of the 2N anchors of the global batch
+    has its partner as positive and 2(N - 1) negatives. The value is the global mean, the same on every rank. The gradient
+    carries a factor world_size, so that the average which DDP takes over ranks is the gradient of that mean: the gradient
+    of one process that holds the whole batch. Computed in float32 (float64 stays) whatever autocast says.
+
+    `decoupled` leaves the positive out of the denominator (DCL). `scale` multiplies the loss: 2 for that of SimCLR's official
+    code, which adds the means over the two views.
+    """
+
+    def __init__(self, temperature: float = 0.1, *, decoupled: bool = False, scale: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.decoupled = decoupled
+        self.scale = scale
+        self._asked = False  # whether the ranks were found to agree
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """z_a, z_b: float [n, d], row i of each a view of image i; need not be normalised. Returns a scalar.
+
+        Raises ValueError when shapes or types differ, between the views or between the ranks, and then on every rank (on CUDA,
+        where asking the others costs a wait for the device, they are asked at the first call only).
+        """
+        self._check(z_a, z_b)
+        with torch.autocast(z_a.device.type, enabled=False), _full_precision():
+            z = torch.cat([z_a, z_b])
+            z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+            loss: Tensor = _NTXent.apply(z, self.temperature, self.decoupled)
+            return self.scale * loss
+
+    def _check(self, z_a: Tensor, z_b: Tensor) -> None:
+        good = z_a.dim() == 2 and z_a.shape == z_b.shape and z_a.dtype == z_b.dtype
+        if world_size() > 1 and not (z_a.is_cuda and self._asked):
+            mine = [*z_a.shape, z_a.dtype == torch.float64] if good else [-1, -1, -1]
+            shapes = all_gather(torch.tensor(mine, device=z_a.device)).tolist()
+            if any(shape != shapes[0] for shape in shapes):
+                said = ", ".join(
+                    f"[{n}, {d}]{' float64' * is_double}" if n >= 0 else "what is none" for n, d, is_double in shapes
+                )
+                raise ValueError(f"every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass {said}")
+            self._asked = good
+        if not good:
+            found = f"{list(z_a.shape)} {z_a.dtype} and {list(z_b.shape)} {z_b.dtype}"
+            raise ValueError(f"z_a and z_b must be [n, d], both the same, but are {found}")
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products with float32's digits, also where somebody has allowed less."""
+    # Per backend: torch.get_float32_matmul_precision fails once somebody has used these.
+    mkldnn: Any = torch.backends.mkldnn  # whose `matmul` is not in its type
+    products = torch.backends.cuda.matmul, mkldnn.matmul
+    before = [backend.fp32_precision for backend in products]
+    try:
+        for backend in products:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(products, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _similarities(z: Tensor, columns: Tensor, first: int, temperature: float) -> "Similarities | fused.Similarities":
+    if z.is_cuda and z.dtype == torch.float32 and z.shape[1] <= 256 and find_spec("triton"):
+        from simclr_dist.method.loss import fused
+
+        return fused.Similarities(z, columns, first, temperature)
+    return Similarities(z, columns, first, temperature)
+
+
+class _NTXent(torch.autograd.Function):
+    """Mean NT-Xent of normalised rows.
+
+    With L_i the log-sum-exp over the negatives of i, p_i its positive's logit, l_i = softplus(L_i - p_i) and
+    a_i = sigmoid(L_i - p_i) (decoupled: l_i = L_i - p_i, a_i = 1), the gradient of row i is
+
+        dl/dz_i = 1/(2N tau) * (sum_j [a_i exp(s_ij - L_i) + a_j exp(s_ij - L_j)] z_j - (a_i + a_pos) z_pos)
+
+    so once every rank knows L and a of all rows, each has the whole gradient of its own rows. It is finished in the forward:
+    the backward needs no collective, and only the gradient is kept. Summing over negatives only keeps the digits that
+    1 - softmax loses once the loss is small.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, temperature: float, decoupled: bool) -> Tensor:
+        n = len(z) // 2
+        columns = gather_views(z)
+        similarities = _similarities(z, columns, rank() * n, temperature)
+        positive = (z * z.roll(n, 0)).sum(1) / temperature
+        # One image alone has no negatives: loss and gradient are 0, not nan.
+        lse = similarities.log_sum_exp().clamp_min(torch.finfo(z.dtype).min / 4)
+        if decoupled and len(columns) > 2:
+            losses, log_a = lse - positive, torch.zeros_like(lse)
+        else:
+            losses, log_a = F.softplus(lse - positive), F.logsigmoid(lse - positive)
+        losses, log_weight = all_gather(torch.stack([losses, log_a - lse]).view(2, 2, n)).permute(1, 2, 0, 3).reshape(2, -1)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = similarities.weighted_sum(log_a - lse, log_weight)
+            a = log_a.exp()
+            gradient -= (a + a.roll(n))[:, None] * z.roll(n, 0)
+            gradient *= world_size() / (len(columns) * temperature)
+        ctx.save_for_backward(gradient)
+        loss: Tensor = losses.mean()
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None

@@ -1,0 +1,1 @@
+"""The first run: images, training and result, without any data."""

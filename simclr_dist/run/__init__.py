@@ -1,0 +1,1 @@
+"""A run folder: who holds it, its checkpoints, and what became of it."""

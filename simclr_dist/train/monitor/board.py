@@ -1,0 +1,97 @@
+"""TensorBoard as the run's dashboard: what stands where, and the file that holds it."""
+
+import io
+import os
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.utils.tensorboard import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
+
+from simclr_dist.system.files import append
+
+SAMPLE = 256  # images of rank 0 whose cosines the histograms show
+_BINS = 64
+
+# Tags are regular expressions that TensorBoard matches from a tag's beginning. Charts whose tags a run has none of stay empty.
+LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
+    "learning": {
+        "loss, and its level by chance: log(2N - 1)": ("Multiline", ["loss/(nt_xent|dcl)$", "loss/chance$"]),
+        "similarity of partners and of others": ("Multiline", ["similarity/(positive|negative)$"]),
+        "partner among the nearest 1 and 5 of the batch": ("Multiline", ["retrieval/"]),
+        "accuracy of the representation, % (probe, evaluation job)": ("Multiline", ["probe/", "eval/"]),
+    },
+    "embedding": {
+        "alignment: distance of partners": ("Multiline", ["embedding/alignment$"]),
+        "uniformity: 0 is collapse": ("Multiline", ["embedding/uniformity$"]),
+        "effective rank: 1 is collapse": ("Multiline", ["embedding/effective_rank$"]),
+    },
+    "optimizer": {
+        "learning rate": ("Multiline", ["optim/learning_rate$"]),
+        "trust ratios of LARS": ("Multiline", ["lars/trust_ratio_"]),
+        "gradient norm": ("Multiline", ["optim/gradient_norm$"]),
+        "share of steps clipped": ("Multiline", ["optim/clipped_share$"]),
+        "skipped steps, and most in a row": ("Multiline", ["optim/(skipped_steps|longest_skip)$"]),
+    },
+    "speed": {
+        "images/s, between slowest and fastest rank": (
+            "Margin",
+            ["speed/images_per_second", "ranks/images_per_second_min", "ranks/images_per_second_max"],
+        ),
+        "own work a step, ms: slowest rank, and the others": ("Multiline", ["ranks/own_ms"]),
+        "waiting for data, %: rank 0, and the worst": ("Multiline", ["(speed|ranks)/data_wait_percent"]),
+        "memory, GiB: rank 0, and the most": ("Multiline", ["(speed|ranks)/memory_gib"]),
+        "seconds a checkpoint": ("Multiline", ["run/checkpoint_seconds$"]),
+        "restarts": ("Multiline", ["run/restarts$"]),
+    },
+}
+
+
+def layout() -> Any:
+    """The dashboard of TensorBoard's tab "Custom scalars", as a summary."""
+    return custom_scalars({room: {title: list(chart) for title, chart in charts.items()} for room, charts in LAYOUT.items()})
+
+
+def cosines(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the first 256 images at most, [n, d] each: the [n] cosines of partners, and those [n * (n - 1)] of other images."""
+    a, b = (F.normalize(z[:SAMPLE].float(), dim=1) for z in (z_a, z_b))
+    matrix = a @ b.T
+    return matrix.diagonal(), matrix[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
+
+
+def cosine_histogram(name: str, values: Tensor) -> Any:
+    """A summary of cosines, in bins of equal width from -1 to 1; what is not a number is left out."""
+    values = values[values.isfinite()].double().cpu()
+    counts = torch.histc(values, _BINS, -1 - 1e-6, 1 + 1e-6)
+    limits = torch.linspace(-1, 1, _BINS + 1)[1:]
+    least, most = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+    sums = float(values.sum()), float(values.square().sum())
+    return histogram_raw(name, least, most, len(values), *sums, limits.tolist(), counts.tolist())
+
+
+class EventFile:
+    """TensorBoard's file of this start. Written at once and in this thread, unlike SummaryWriter's: that one ends for good,
+    with a traceback, when the disk is full for a moment, and a kill takes what waits in its queue."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._opening = [
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)),
+        ]
+
+    def add(self, summaries: Iterable[Any], step: int) -> None:
+        """All of the summaries or none; OSError when the disk does not take them."""
+        records = io.BytesIO()
+        for event in [*self._opening, *(Event(wall_time=time.time(), step=step, summary=summary) for summary in summaries)]:
+            RecordWriter(records).write(event.SerializeToString())
+        self.path.parent.mkdir(exist_ok=True)
+        append(self.path, records.getvalue())
+        self._opening = []

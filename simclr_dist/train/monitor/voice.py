@@ -1,0 +1,161 @@
+"""The voice of a run: console and train.log, metrics.jsonl, TensorBoard, and the alarms in status.json."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard.summary import image, scalar, text
+from tqdm import tqdm
+
+from simclr_dist.run.folder import write_status
+from simclr_dist.system.files import append
+from simclr_dist.train.monitor.alarms import Alarms
+from simclr_dist.train.monitor.board import EventFile, cosine_histogram, cosines, layout
+
+
+class Monitor:
+    """Rank 0's voice; on the other ranks every method does nothing.
+
+    On a terminal a progress bar, else one plain line an interval; train.log gets the lines in both cases. What a full disk or
+    a closed console does not take is lost, which is said once for each file and counted; the run goes on. Alarms (`alarms`
+    has their rules, which need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json while they last.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        active: bool,
+        total_steps: int,
+        first_step: int,
+        tensorboard: bool = True,
+        warmup_steps: int = 0,
+        hosts: Sequence[str] = (),
+    ) -> None:
+        self._active = active
+        self._lost: Counter[str] = Counter()
+        if not active:
+            return
+        self._run = run
+        self._log = run / "train.log"
+        self._metrics = run / "metrics.jsonl"
+        self._alarms = Alarms(warmup_steps=warmup_steps, hosts=hosts)
+        self._board: EventFile | None = None
+        if tensorboard:
+            # Events of a killed run from after its checkpoint are purged, so the curves stay monotone.
+            self._board = EventFile(run / "tb", purge_step=first_step + 1)
+            self._first_step = first_step
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._total = total_steps
+
+    @property
+    def lost_lines(self) -> int:
+        """Lines and TensorBoard entries that could not be written so far."""
+        return self._lost.total()
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        if self._active:
+            self._note(line)
+            self._try("standard output", lambda: _print(line))
+
+    def card(self, markdown: str) -> None:
+        """What the run is, beside the layout of the dashboard, for TensorBoard."""
+        if self._active and self._board is not None:
+            self._show(self._board, [layout(), text("run", markdown)], self._first_step)
+
+    def images(self, name: str, grid: Tensor, step: int) -> None:
+        """A picture for TensorBoard, float [3, h, w] in 0..1."""
+        if self._active and self._board is not None:
+            self._show(self._board, [image(name, grid, dataformats="CHW")], step)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._active and self._bar is not None:
+            self._bar.update()
+
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        timing: Mapping[str, float],
+        z: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """The metrics after `step` steps; `timing` apart, since it alone differs when a run is repeated.
+
+        `z`, the embeddings [n, d] of this rank's two views, are for the histograms of cosines.
+        """
+        if not self._active:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        entry = json.dumps({"step": step, **finite, "timing": dict(timing)})
+        self._try(str(self._metrics), lambda: append(self._metrics, f"{entry}\n".encode()))
+        if self._board is not None:
+            summaries = [scalar(name, value) for name, value in {**metrics, **timing}.items()]
+            if z is not None:
+                partners, others = cosines(*z)
+                summaries += [cosine_histogram("cosine/partners", partners), cosine_histogram("cosine/others", others)]
+            self._show(self._board, summaries, step)
+        loss = metrics["loss/nt_xent"] if "loss/nt_xent" in metrics else metrics["loss/dcl"]
+        line = (
+            f"step {step}/{self._total}  loss {loss:.4f} (chance {metrics['loss/chance']:.2f})"
+            f"  pos {metrics['similarity/positive']:.3f}"
+            f"  top-1 {100 * metrics['retrieval/top1']:.0f} %  lr {metrics['optim/learning_rate']:.2e}"
+            f"  {timing['speed/images_per_second']:.0f} img/s  data {timing['speed/data_wait_percent']:.0f} %"
+            f"  mem {timing['speed/memory_gib']:.2f} GiB  ETA {_clock(timing['speed/seconds_left'])}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f} {timing['speed/images_per_second']:.0f} img/s")
+            self._note(line)
+        else:
+            self.say(line)
+        if changes := self._alarms.see(step, metrics, timing):
+            for change in changes:
+                self.say(change.line)
+            write_status(self._run, "running", None, alarms=[dataclasses.asdict(alarm) for alarm in self._alarms.active])
+
+    def close(self) -> None:
+        """End the progress bar, and say how much was lost."""
+        if self._active and self._bar is not None:
+            self._bar.close()
+        if self._lost:
+            _warn(", ".join(f"{name}: {count} times nothing could be written" for name, count in self._lost.items()))
+
+    def _note(self, line: str) -> None:
+        self._try(str(self._log), lambda: append(self._log, f"{line}\n".encode()))
+
+    def _show(self, board: EventFile, summaries: Iterable[Any], step: int) -> None:
+        self._try(str(board.path), lambda: board.add(summaries, step))
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._lost[name] += 1
+            if self._lost[name] == 1:
+                _warn(f"{name}: cannot be written: {error.strerror}; what it cannot take is lost, and training goes on")
+
+
+def _print(line: str) -> None:
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _warn(line: str) -> None:
+    with suppress(OSError):  # the disk that is full may be the one that has the console's file
+        tqdm.write(f"WARNING: {line}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,562 @@
+"""Settings: strict YAML, one clear line for every mistake, and the numbers that are derived from them."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simclr_dist.config import settings as config_schema
+from simclr_dist.config.load import MAY_CHANGE_ON_RESUME, config_from_dict, difference, load_config
+from simclr_dist.config.settings import Config, DataConfig, OptimConfig
+from simclr_dist.config.strict_yaml import read_yaml, write_yaml
+from simclr_dist.config.together import CONTIGUOUS_OPTIMIZERS, REFUSED_OPTIMIZERS, THIRD_PARTY_OPTIMIZERS, check_fits
+from simclr_dist.system.errors import ConfigError
+
+LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"
+
+# Every knob is an interface that someone has to keep: a new one is added here on purpose.
+OPTIONS = [
+    "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision",
+    "activation_checkpointing", "channels_last", "compile", "deterministic",
+    "max_skipped_steps", "check_ranks_every", "timeout_minutes",
+    "first_step_timeout_minutes", "data.shards", "data.reader", "data.workers", "data.window",
+    "data.on_bad_sample", "data.max_bad_samples", "data.in_memory", "data.cache", "data.cache_gib", "data.retry_minutes",
+    "data.samples", "data.shuffle_buffer", "data.allow_pipe", "views.preset", "views.image_size", "views.crop_scale",
+    "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
+    "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
+    "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",
+    "model.projector_depth", "model.projector_hidden", "model.projector_dim", "model.projector_batch_norm",
+    "loss.temperature", "loss.decoupled", "loss.scale", "optim.name", "optim.base_lr", "optim.lr_rule",
+    "optim.weight_decay", "optim.momentum",
+    "optim.trust_coefficient", "optim.warmup_epochs", "optim.warmup_steps", "optim.clip_norm", "checkpoint.every",
+    "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every", "log.every", "log.tensorboard",
+    "log.views_every_epochs", "probe.every_epochs", "probe.shards", "probe.images",
+]  # fmt: skip
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def changed(config: Config, key: str, value: Any) -> Config:
+    section, _, name = key.rpartition(".")
+    if section:
+        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+    return dataclasses.replace(config, **{key: value})
+
+
+def least_with(key: str, value: Any) -> str:
+    """The least config with one key set."""
+    values = read_yaml(LEAST, "here")
+    section, _, name = key.rpartition(".")
+    (values.setdefault(section, {}) if section else values)[name] = value
+    return write_yaml(values)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "x.yaml"
+    path.write_text(LEAST)
+    return path
+
+
+def refusal(path: Path, text: str | None = None, *overrides: str) -> str:
+    """The one line that a config is refused with."""
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_every_option_is_known_here() -> None:
+    assert list(leaves(Config().to_dict())) == OPTIONS
+
+
+def test_every_option_says_what_it_is() -> None:
+    found = 0
+    for node in ast.parse(inspect.getsource(config_schema)).body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            for setting, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(setting, ast.AnnAssign) and "default_factory" not in ast.unparse(setting):
+                    found += 1
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert documented, f"{node.name}.{ast.unparse(setting.target)} has no docstring"
+    assert found == len(OPTIONS)
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("3.e4", 3e4),
+        (".5", 0.5),
+        ("-1.5E+3", -1500.0),
+        ("1e3", 1000.0),
+        ("12", 12),
+        ("-3", -3),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("2024-01-02", "2024-01-02"),
+        ("[0.2, 1]", [0.2, 1]),
+    ],
+)
+def test_yaml_scalars(text: str, value: Any) -> None:
+    read = read_yaml(text, "here")
+    assert read == value
+    assert type(read) is type(value)
+
+
+@given(st.one_of(st.text(), st.floats(allow_nan=False, allow_infinity=False), st.integers(), st.booleans(), st.none()))
+def test_yaml_reads_what_it_wrote(value: Any) -> None:
+    assert read_yaml(write_yaml({"key": value}), "here") == {"key": value}
+
+
+@pytest.mark.parametrize("text", ["1e5", "3e-4", "no", "2024", "0x1f", "1:30", "null", "~", ".inf", "a: b", "x #1"])
+def test_yaml_writes_text_that_looks_like_something_else_so_that_it_stays_text(text: str) -> None:
+    assert read_yaml(write_yaml({"key": text}), "here") == {"key": text}
+    assert yaml.safe_load(write_yaml({"key": text})) == {"key": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (LEAST + "seed: 1\nseed: 2\n", "key 'seed' stands twice"),
+        (LEAST + "loss: {temperature: 0.1, temperature: 0.2}\n", "key 'temperature' stands twice"),
+        (LEAST + "loss: [1\n", "not valid YAML"),
+        (LEAST + "- a\n", "not valid YAML"),
+        (LEAST + "? [a]\n: b\n", "a key is not text"),
+        (LEAST + "seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        (LEAST + "seed: !!int x\n", "not valid YAML"),
+        (LEAST + "seed: !!timestamp x\n", "not valid YAML"),
+        (LEAST + "seed: " + "[" * 1000 + "\n", "not valid YAML"),
+        ("- run_folder\n", "expected `key: value` lines, found list"),
+        ("", "expected `key: value` lines, found NoneType"),
+        ("just text", "expected `key: value` lines, found str"),
+    ],
+)
+def test_bad_yaml_is_refused(file: Path, text: str, reason: str) -> None:
+    line = refusal(file, text)
+    assert line.startswith(f"{file}: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "run_folder: r\nepochs: 1\n  data: x\n",
+            "line 3, column 7 (`data: x`): not valid YAML: mapping values are not allowed here",
+        ),
+        ("run_folder: r\nloss: [1\n", "line 3, column 1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\nb: \x07\n", "line 2, column 4 (`b:`): not valid YAML: character #x0007 is not allowed"),
+        ("a: 1\na: 2\n", "line 2, column 1 (`a: 2`): not valid YAML: key 'a' stands twice"),
+        (
+            "a: 1\n" + "b" * 99 + ": c: d\n",
+            f"line 2, column 103 (`{'b' * 57}...`): not valid YAML: mapping values are not allowed here",
+        ),
+    ],
+)
+def test_bad_yaml_is_shown_with_its_place(file: Path, text: str, told: str) -> None:
+    assert refusal(file, text) == f"{file}: {told}"
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    missing, folder, binary = tmp_path / "none.yaml", tmp_path, tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in ((missing, "No such file"), (folder, "Is a directory"), (binary, "decode")):
+        line = refusal(path)
+        assert line.startswith(f"{path}: cannot read the config: ")
+        assert reason in line
+
+
+# Keys and types
+
+
+def test_a_misspelt_key_is_met_with_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    line = refusal(Path("configs/x.yaml"), LEAST + "loss: {temprature: 0.1}\n")
+    assert line == "configs/x.yaml: loss.temprature: unknown key; did you mean 'loss.temperature'?"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "right"),
+    [
+        ("temperature: 0.1\n", "temperature", "loss.temperature"),
+        ("momentum: 0.9\n", "momentum", "optim.momentum"),
+        ("model: {global_batch_size: 3}\n", "model.global_batch_size", "global_batch_size"),
+        ("global_batchsize: 3\n", "global_batchsize", "global_batch_size"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_met_with_the_right_one(file: Path, text: str, key: str, right: str) -> None:
+    assert refusal(file, LEAST + text) == f"{file}: {key}: unknown key; did you mean '{right}'?"
+
+
+def test_a_key_like_no_other_has_no_suggestion(file: Path) -> None:
+    assert refusal(file, LEAST + "qqqqqq: 1\n") == f"{file}: qqqqqq: unknown key"
+    assert refusal(file, LEAST + "1: 2\n") == f"{file}: 1: unknown key"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("seed", True, "True is not a whole number"),
+        ("seed", 1.0, "1.0 is not a whole number"),
+        ("seed", "x", "'x' is not a whole number"),
+        ("seed", {"a": 1}, "{'a': 1} is not a whole number"),
+        ("seed", None, "None is not a whole number"),
+        ("loss.temperature", "warm", "'warm' is not a number"),
+        ("loss.temperature", False, "False is not a number"),
+        ("compile", 1, "1 is not true or false"),
+        ("compile", "no", "'no' is not true or false"),
+        ("run_folder", 3, "3 is not text"),
+        ("data", None, "expected settings below it, found None"),
+        ("data", [1], "expected settings below it, found [1]"),
+        ("views.interpolation", "bicubik", "did you mean 'bicubic'?"),
+        ("views.interpolation", 3, "3 is not one of bicubic, bilinear"),
+        ("views.crop_scale", 0.2, "0.2 is not a list of 2 numbers"),
+        ("views.crop_scale", [0.1, 0.2, 0.3], "is not a list of 2 numbers"),
+        ("views.crop_scale", ["a", 1], "'a' is not a number"),
+        ("device", "gpu", "'gpu' is not one of auto, cpu, cuda"),
+        ("model.encoder", "resnet5", "did you mean 'resnet50'?"),
+        ("model.encoder", ["resnet50"], "is not one of"),
+        ("model.width", True, "True is not one of 1, 2, 4"),
+        ("model.width", 2.0, "2.0 is not one of 1, 2, 4"),
+        ("model.width", 3, "3 is not one of 1, 2, 4"),
+    ],
+)
+def test_wrong_types_are_refused(file: Path, key: str, value: Any, reason: str) -> None:
+    line = refusal(file, least_with(key, value))
+    assert line.startswith(f"{file}: {key}: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("key", [key for key, value in leaves(Config().to_dict()).items() if isinstance(value, float)])
+def test_a_number_is_finite(file: Path, key: str, value: str) -> None:
+    assert "is not a finite number" in refusal(file, None, f"--{key}", value)
+
+
+def test_whole_numbers_are_numbers_and_lists_are_tuples(file: Path) -> None:
+    config = load_config(file, ["--loss.temperature", "1", "--views.crop_scale", "[0, 1]", "--views.crop_scale=[0.5, 1]"])
+    assert type(config.loss.temperature) is float
+    assert config.views.crop_scale == (0.5, 1.0)
+
+
+def test_optional_settings_can_be_set_and_left(file: Path) -> None:
+    config = load_config(file, ["--views.interpolation", "bilinear", "--views.flip", "0", "--views.crop_scale", "null"])
+    assert (config.views.interpolation, config.views.flip, config.views.crop_scale) == ("bilinear", 0.0, None)
+    assert load_config(file, ["--views.interpolation", "null"]).views.interpolation is None
+
+
+# Ranges and contradictions
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**64),
+        ("global_batch_size", 0),
+        ("micro_batches", 0),
+        ("max_skipped_steps", 0),
+        ("timeout_minutes", 0),
+        ("first_step_timeout_minutes", -1.0),
+        ("check_ranks_every", -1),
+        ("timeout_minutes", 1e300),
+        ("run_folder", ""),
+        ("steps", 0),
+        ("data.shards", ""),
+        ("data.workers", -1),
+        ("data.window", 0),
+        ("data.max_bad_samples", -1),
+        ("data.shuffle_buffer", 0),
+        ("data.shards", "pipe:cat x.tar"),
+        ("data.samples", 5),
+        ("data.shuffle_buffer", 5),
+        ("data.allow_pipe", True),
+        ("data.cache", "x"),
+        ("data.cache_gib", 5),
+        ("data.retry_minutes", 2),
+        ("views.image_size", 7),
+        ("views.crop_scale", [0, 1]),
+        ("views.crop_scale", [0.5, 0.2]),
+        ("views.crop_scale", [0.5, 1.1]),
+        *((f"views.{name}", value) for name in ("flip", "jitter", "gray", "blur") for value in (-0.1, 1.1)),
+        *((f"views.{name}", -0.1) for name in ("brightness", "contrast", "saturation", "hue")),
+        ("views.hue", 0.6),
+        ("model.projector_depth", -1),
+        ("model.projector_hidden", 0),
+        ("model.projector_dim", 0),
+        ("loss.temperature", 0),
+        ("loss.temperature", -0.1),
+        ("optim.name", "larz"),
+        ("optim.name", ""),
+        ("optim.name", "torch_optimizer.sgdx"),
+        ("optim.base_lr", -1),
+        ("optim.weight_decay", -1),
+        ("optim.momentum", -0.1),
+        ("optim.momentum", 1),
+        ("optim.trust_coefficient", -1),
+        ("optim.warmup_epochs", -1),
+        ("optim.warmup_steps", -1),
+        ("optim.clip_norm", -1),
+        ("checkpoint.every", 0),
+        ("checkpoint.keep_last", 0),
+        ("checkpoint.keep_every", -1),
+        ("checkpoint.export_every", -1),
+        ("log.every", 0),
+    ],
+)
+def test_values_out_of_range_are_refused(file: Path, key: str, value: Any) -> None:
+    line = refusal(file, least_with(key, value))
+    assert line.startswith(f"{file}: {key}: ")
+    assert repr(float(value) if isinstance(value, int) and f"{value}.0" in line else value)[1:-1] in line
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_epochs_out_of_range_are_refused(file: Path, value: int) -> None:
+    assert "epochs: " in refusal(file, LEAST.replace("steps: 20", f"epochs: {value}"))
+
+
+def test_the_bounds_themselves_are_taken(file: Path) -> None:
+    bounds = {
+        "seed": 2**64 - 1, "micro_batches": 4096, "data.workers": 0, "views.hue": 0.5, "views.flip": 1, "views.blur": 0,
+        "views.crop_scale": [1, 1], "model.projector_depth": 0, "optim.weight_decay": 0, "optim.momentum": 0,
+        "optim.clip_norm": 0, "optim.warmup_steps": 0, "steps": 1,
+    }  # fmt: skip
+    load_config(file, [part for key, value in bounds.items() for part in (f"--{key}", json.dumps(value))])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["--epochs", "3"], ["steps: 20, epochs: 3.0", "exactly one"]),
+        (["--steps", "null"], ["steps: None, epochs: None", "exactly one"]),
+        (["--model.init", "file"], ["model.init_file", "'file'"]),
+        (["--model.init_file", "x.safetensors"], ["model.init_file", "'x.safetensors'", "'random'"]),
+        (["--global_batch_size", "10", "--micro_batches", "4"], ["micro_batches: 4", "global_batch_size 10"]),
+        (["--optim.name", "torch_optimizer.lars", "--optim.weight_decay", "0"], ["optim.name", "weight_decay 0"]),
+        (["--model.init", "imagenet", "--model.width", "2"], ["model.init: 'imagenet'", "width 1"]),
+        (["--model.init", "imagenet_or_random", "--model.stem", "small"], ["model.init", "stem imagenet"]),
+        (["--model.init", "imagenet", "--model.encoder", "resnet10"], ["model.init", "resnet10"]),
+    ],
+)
+def test_contradictions_are_refused(file: Path, overrides: list[str], parts: list[str]) -> None:
+    line = refusal(file, None, *overrides)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
+def test_refused_optimizers_come_with_the_reason(file: Path, name: str) -> None:
+    line = refusal(file, None, "--optim.name", f"torch_optimizer.{name}")
+    assert f"optim.name: 'torch_optimizer.{name}' is refused: {REFUSED_OPTIMIZERS[name]}" in line
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", *(f"torch_optimizer.{name}" for name in THIRD_PARTY_OPTIMIZERS)])
+def test_the_other_optimizers_are_taken(file: Path, name: str) -> None:
+    assert load_config(file, ["--optim.name", name, "--channels_last", "false"]).optim.name == name
+
+
+@pytest.mark.parametrize("name", CONTIGUOUS_OPTIMIZERS)
+def test_an_optimizer_that_fails_on_channels_last_is_refused_with_it(file: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="set channels_last to false"):
+        load_config(file, ["--optim.name", f"torch_optimizer.{name}"])
+
+
+# The command line
+
+
+def test_the_command_line_beats_the_file_and_the_last_one_wins(file: Path) -> None:
+    file.write_text(LEAST + "seed: 1\nloss: {temperature: 0.2}\n")
+    assert load_config(file).seed == 1
+    config = load_config(file, ["--seed", "2", "--seed=3", "--loss.temperature=3e-1"])
+    assert (config.seed, config.loss.temperature, config.steps) == (3, 0.3, 20)
+    assert config.data.shards == "data/x", "a section keeps what was not set anew"
+
+
+def test_hyphens_stand_for_underscores(file: Path) -> None:
+    config = load_config(file, ["--global-batch-size", "64", "--data.on-bad-sample=replace", "--run-folder", "my-run_1"])
+    assert (config.global_batch_size, config.data.on_bad_sample, config.run_folder) == (64, "replace", "my-run_1")
+
+
+@pytest.mark.parametrize("text", ["2024", "3e4", "no", "runs/my run #1", "runs/a: b", "[x", "'quoted'", "-x"])
+def test_text_settings_take_any_text(file: Path, text: str) -> None:
+    assert load_config(file, ["--run_folder", text]).run_folder == text
+    assert load_config(file, [f"--run_folder={text}"]).run_folder == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["--seed"], "command line: --seed: its value is missing"),
+        (["--seed", "1", "--loss.temperature"], "command line: --loss.temperature: its value is missing"),
+        (["seed", "1"], "command line: 'seed': expected --key value"),
+        (["--seed", "1", "2"], "command line: '2': expected --key value"),
+        (["--sead", "1"], "command line: sead: unknown key; did you mean 'seed'?"),
+        (["--seed", "x"], "command line: seed: 'x' is not a whole number"),
+        (["--seed", "--log.every"], "command line: seed: '--log.every' is not a whole number"),
+        (["--seed="], "command line: seed: None is not a whole number"),
+        (["--data", "x"], "command line: data: expected settings below it, found 'x'"),
+        (["--seed.x", "1"], "command line: seed: {'x': 1} is not a whole number"),
+    ],
+)
+def test_bad_command_lines_are_refused(file: Path, overrides: list[str], line: str) -> None:
+    assert refusal(file, None, *overrides) == line
+
+
+def test_bad_yaml_on_the_command_line_is_refused(file: Path) -> None:
+    assert refusal(file, None, "--views.crop_scale", "[1").startswith("command line: --views.crop_scale: not valid YAML: ")
+
+
+def test_a_value_out_of_range_on_the_command_line_is_not_blamed_on_the_file_alone(file: Path) -> None:
+    line = refusal(file, None, "--loss.temperature", "0")
+    assert line == f"{file} with the command line: loss.temperature: 0.0 must be above 0"
+
+
+# What is derived
+
+
+@pytest.mark.parametrize(
+    ("batch", "base_lr", "rule", "peak"),
+    [
+        (4096, 0.3, "linear", 4.8),  # the paper's, for long runs
+        (4096, 0.075, "sqrt", 4.8),  # the paper's, for small batches and short runs
+        (256, 0.3, "linear", 0.3),
+        (512, 0.3, "linear", 0.6),
+        (256, 0.075, "sqrt", 1.2),
+        (4096, 2e-3, "constant", 2e-3),
+    ],
+)
+def test_the_peak_learning_rate_comes_from_the_global_batch(batch: int, base_lr: float, rule: Any, peak: float) -> None:
+    config = Config(global_batch_size=batch, micro_batches=4, optim=OptimConfig(base_lr=base_lr, lr_rule=rule))
+    assert math.isclose(config.peak_lr, peak)
+
+
+def test_lengths_in_steps() -> None:
+    by_epochs = Config(global_batch_size=100, epochs=2.5, optim=OptimConfig(warmup_epochs=0.5))
+    assert (by_epochs.steps_per_epoch(1099), by_epochs.total_steps(1099), by_epochs.warmup_steps(1099)) == (10, 25, 5)
+    by_steps = Config(global_batch_size=100, steps=7, optim=OptimConfig(warmup_steps=3, warmup_epochs=99))
+    assert (by_steps.total_steps(1099), by_steps.warmup_steps(1099)) == (7, 3)
+    assert Config(global_batch_size=100, steps=7, optim=OptimConfig(warmup_steps=0)).warmup_steps(1099) == 0
+    imagenet = Config(global_batch_size=4096, epochs=100)
+    assert (imagenet.total_steps(1_281_167), imagenet.warmup_steps(1_281_167)) == (31_200, 3120)
+
+
+def test_a_global_batch_must_fit_the_data_and_the_processes() -> None:
+    config = Config(
+        global_batch_size=24, micro_batches=2, steps=3, data=DataConfig(shards="s"), optim=OptimConfig(warmup_steps=0)
+    )
+    for world_size in (1, 2, 3, 4, 6, 12):
+        check_fits(config, 24, world_size)
+    with pytest.raises(ConfigError, match="global_batch_size: 24 is larger than the 23 images of s"):
+        check_fits(config, 23, 1)
+    with pytest.raises(ConfigError, match=r"24 is not divided by 5 processes x 2 micro_batches; 20 would be$"):
+        check_fits(config, 100, 5)
+    with pytest.raises(ConfigError, match=r"not divided by 13 processes x 2 micro_batches; 26 would be$"):
+        check_fits(config, 100, 13)
+    with pytest.raises(ConfigError, match="a warm-up of 4 steps is longer than the run of 3"):
+        check_fits(changed(config, "optim.warmup_steps", 4), 100, 1)
+    with pytest.raises(ConfigError, match=r"epochs: 0\.1 of 24 images .* is not one step"):
+        check_fits(dataclasses.replace(config, steps=None, epochs=0.1), 24, 1)
+
+
+# Kept and compared
+
+
+def test_to_dict_goes_through_yaml_and_json_and_back(file: Path) -> None:
+    overrides = ["--views.crop_scale", "[0.2, 1]", "--optim.weight_decay", "1e-16", "--run_folder", "1e5", "--seed", str(2**63)]
+    config = load_config(file, overrides)
+    assert config_from_dict(config.to_dict(), "here") == config
+    assert config_from_dict(json.loads(json.dumps(config.to_dict())), "here") == config
+    assert config_from_dict(read_yaml(write_yaml(config.to_dict()), "here"), "here") == config
+    with pytest.raises(ConfigError, match=r"old run: optim\.lr_rul: unknown key; did you mean 'optim\.lr_rule'"):
+        config_from_dict({"optim": {"lr_rul": "x"}}, "old run")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ("reader: stream", r"data\.samples: None must be set for data\.reader: stream"),
+        ("reader: stream, samples: 0", r"data\.samples: 0 is too small"),
+        ("reader: stream, samples: 9, window: 3", r"data\.window: 3 has no effect with data\.reader: stream"),
+        ("reader: stream, samples: 9, shards: 'pipe:x'", r"data\.shards: 'pipe:x' runs a shell command; set data\.allow_pipe"),
+        ("shards: 's3://b/x', retry_minutes: 5", r"data\.retry_minutes: 5\.0 must be less than timeout_minutes, 5\.0"),
+        ("shards: 's3://b/x', retry_minutes: 0", r"data\.retry_minutes: 0\.0 must be above 0"),
+        ("shards: 's3://b/x', cache_gib: -1", r"data\.cache_gib: -1\.0 must be above 0"),
+        ("shards: 'https://me:secret@b/x'", r"data\.shards: 'https://\*\*\*@b/x' holds a user, password, query or fragment"),
+        ("shards: 'https://b/x?sig=secret'", r"data\.shards: 'https://b/x\?\*\*\*' holds a user, password, query or fragment"),
+    ],
+)
+def test_data_settings_that_contradict_each_other(tmp_path: Path, values: str, line: str) -> None:
+    (tmp_path / "c.yaml").write_text(LEAST.replace("shards: data/x", values if "shards" in values else f"shards: x, {values}"))
+    with pytest.raises(ConfigError, match=rf"^[^\n]*{line}[^\n]*$") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "secret" not in str(caught.value)
+
+
+def test_data_settings_that_go_together(tmp_path: Path) -> None:
+    for values in (
+        "shards: 's3://b/x', cache: /scratch, cache_gib: 5, retry_minutes: 2, window: 3",
+        "shards: 'https://b/x-{0..9}.tar', reader: stream, samples: 9, shuffle_buffer: 5, cache: /scratch",
+        "shards: 'pipe:cat x', reader: stream, samples: 9, allow_pipe: true",
+    ):
+        (tmp_path / "c.yaml").write_text(LEAST.replace("shards: data/x", values))
+        load_config(tmp_path / "c.yaml")
+
+
+def test_what_may_change_on_resume_are_real_settings() -> None:
+    assert set(OPTIONS) >= MAY_CHANGE_ON_RESUME
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_difference_names_each_setting_that_decides_the_result(key: str) -> None:
+    old = Config()
+    value = leaves(old.to_dict())[key]
+    new = {bool: not value, int: 99, float: 0.123, str: "other", type(None): 5}[type(value)]
+    expected = [] if key in MAY_CHANGE_ON_RESUME else [f"{key}: {value} -> {new}"]
+    assert difference(old, changed(old, key, new)) == expected
+    assert difference(old, old) == []
+
+
+def test_what_decides_the_result_must_not_change() -> None:
+    deciding = {
+        "seed",
+        "global_batch_size",
+        "micro_batches",
+        "precision",
+        "data.window",
+        "data.on_bad_sample",
+        "loss.temperature",
+    }
+    of_sections = {key for key in OPTIONS if key.startswith(("views.", "model.", "optim."))}
+    assert not (deciding | of_sections) & MAY_CHANGE_ON_RESUME
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3  # type: ignore[misc]

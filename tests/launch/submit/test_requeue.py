@@ -1,0 +1,127 @@
+"""Which jobs start again, which end, and that a request which was not heard is made again."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simclr_dist.launch.slurm import requeue, scheduler
+from simclr_dist.launch.slurm.requeue import MAX_IDLE_STOPS, go_on, settle
+from simclr_dist.run import claim as ledger
+from simclr_dist.run.folder import write_status
+from simclr_dist.system.errors import PREEMPTED
+
+
+class Slurm:
+    """What the scheduler says of the job, and what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fate: str | None = None
+        self.refusals: list[str] = []
+        self.asked = 0
+        monkeypatch.setattr(scheduler, "overtaken", lambda _: self.fate)
+        monkeypatch.setattr(scheduler, "requeue", self._requeue)
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+
+    def _requeue(self, _: str) -> str | None:
+        self.asked += 1
+        return self.refusals.pop() if self.refusals else None
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    return Slurm(monkeypatch)
+
+
+def events(run: Path) -> list[str]:
+    return [entry["event"] for entry in ledger.entries(run)]
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "final", "exit_code"),
+    [
+        ("preempted", 75, False, None),
+        ("crashed", 1, False, None),
+        ("crashed", 137, False, None),
+        (None, 143, False, None),
+        (None, 75, False, None),
+        ("failed", 75, True, 2),  # srun's code is the highest of all tasks'
+        ("diverged", 143, True, 3),
+        ("done", 143, True, 0),  # a signal on the way out
+        ("done", 75, True, 0),
+        (None, 2, True, 2),
+        (None, 3, True, 3),
+    ],
+)
+def test_what_a_task_s_end_means(
+    tmp_path: Path, slurm: Slurm, state: str | None, code: int, final: bool, exit_code: int | None
+) -> None:
+    if state:
+        own = {"preempted": 75, "crashed": 1, "failed": 2, "diverged": 3, "done": 0}[state]
+        write_status(tmp_path, state, own, reason="as it was")
+    verdict = settle(tmp_path, "train", "7", code, 3)
+    assert verdict.final == final
+    assert not final or verdict.code == exit_code
+    assert verdict.crash == (not final and code != PREEMPTED)
+
+
+def test_a_status_of_an_earlier_start_is_not_this_one_s(tmp_path: Path, slurm: Slurm) -> None:
+    write_status(tmp_path, "failed", 2, reason="yesterday")
+    status: dict[str, Any] = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps(status | {"time": requeue._began() - 60}))
+    assert not settle(tmp_path, "train", "7", 75, 3).final
+
+
+def test_cancelled_jobs_end(tmp_path: Path, slurm: Slurm) -> None:
+    (tmp_path / "cancelled").write_text("7 8\n")
+    assert settle(tmp_path, "train", "7", 75, 3).final
+    assert not settle(tmp_path, "train", "9", 75, 3).final, "the next job of the run was not cancelled"
+    slurm.fate = "cancelled"
+    assert settle(tmp_path, "train", "9", 75, 3).final
+    slurm.fate = "requeued"
+    assert not settle(tmp_path, "train", "9", 1, 0).final, "whatever it was: SLURM has started it again"
+
+
+@pytest.mark.parametrize(("code", "limit"), [(1, 3), (75, MAX_IDLE_STOPS)])
+def test_what_brings_nothing_new_is_given_up(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, code: int, limit: int
+) -> None:
+    ledger.record(tmp_path, "submitted", job="7")
+    for start in range(limit):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        verdict = settle(tmp_path, "train", "7", code, 3)
+        assert not verdict.final, start
+        assert go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+    assert settle(tmp_path, "train", "7", code, 3).final
+    assert events(tmp_path)[-1] == "gave_up"
+    assert settle(tmp_path, "train", "7", code, 3).final, "the batch script asks again, after the task"
+    assert events(tmp_path).count("gave_up") == 1
+    ledger.record(tmp_path, "submitted", job="8")
+    assert not settle(tmp_path, "train", "8", code, 3).final, "a new submission starts counting anew"
+
+
+def test_progress_starts_the_count_anew(tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for start in range(12):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        (tmp_path / "checkpoints" / f"step-{start // 2:08d}.json").touch()
+        verdict = settle(tmp_path, "train", "7", 1, 2)
+        assert not verdict.final, start
+        go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+
+
+def test_of_many_tasks_one_asks_and_the_batch_script_asks_again(tmp_path: Path, slurm: Slurm) -> None:
+    verdict = settle(tmp_path, "train", "7", 75, 3)
+    slurm.refusals = ["the controller is away"]
+    assert not go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=True), "the mark stands"
+    assert slurm.asked == 1
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=False), "who made the mark may have been killed"
+    assert slurm.asked == 2
+    assert events(tmp_path).count("requeued") == 1
+
+
+def test_processes_know_when_they_began() -> None:
+    assert 0 < time.time() - requeue._began() < 24 * 3600

@@ -1,0 +1,216 @@
+"""SLURM's programs as small scripts that answer, refuse, hang or are not there."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from simclr_dist.launch.slurm import scheduler
+from simclr_dist.launch.slurm.scheduler import GONE, UNKNOWN, JobState
+from simclr_dist.system.errors import ConfigError
+from stand_ins import StandIns
+
+SHOWN = (
+    "JobId=7 JobName=a JobState=FAILED Reason=b UserId=me(1) Priority=1 JobState={state} Reason={reason} Dependency=(null)"
+    " Requeue=1 Restarts={restarts} BatchFlag=1 ExitCode=0:0 RunTime=00:01:05 TimeLimit=1-00:00:00 Partition=main"
+    " ReqNodeList=(null) ExcNodeList=n9 NodeList={nodes} BatchHost=n1\n"
+)
+HANGS = "#!/bin/sh\n/bin/sleep 30\n"
+FORGOTTEN = "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n"
+AWAY = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
+
+
+def says(text: str) -> str:
+    return f"#!/bin/sh\n/bin/cat <<'END'\n{text.rstrip()}\nEND\n".replace("{", "{{").replace("}", "}}")
+
+
+def shown(state: str, *, reason: str = "None", restarts: int = 0, nodes: str = "n[1-2]") -> str:
+    return says(SHOWN.format(state=state, reason=reason, restarts=restarts, nodes=nodes))
+
+
+def test_squeue_is_asked_first(no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_slurm.write("squeue", '#!/bin/sh\necho "$@" "$SQUEUE_STATES" > {folder}/asked\necho "RUNNING|None|n[1-2]|1-02:03:04"\n')
+    no_slurm.write("scontrol", HANGS)
+    monkeypatch.setenv("SQUEUE_STATES", "PENDING")  # a user's habit must not hide the job
+    found = scheduler.state("7")
+    assert found == JobState("RUNNING", "", "n[1-2]", "1-02:03:04", "squeue")
+    assert str(found) == "RUNNING on n[1-2] 1-02:03:04, says squeue"
+    assert not found.over
+    asked = (no_slurm.folder / "asked").read_text()
+    assert "--jobs=7 " in asked
+    assert "PENDING" not in asked
+
+
+def test_then_scontrol(no_slurm: StandIns) -> None:
+    no_slurm.write("squeue", HANGS)
+    no_slurm.write("scontrol", shown("PENDING", reason="Dependency", nodes="(null)"))
+    began = time.monotonic()
+    assert scheduler.state("7") == JobState("PENDING", "Dependency", "", "00:01:05", "scontrol")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("COMPLETED|n1|00:01:00", JobState("COMPLETED", "", "n1", "00:01:00", "sacct")),
+        ("CANCELLED by 1000|None assigned|00:00:00", JobState("CANCELLED", "by 1000", "", "00:00:00", "sacct")),
+    ],
+)
+def test_then_sacct_which_remembers(no_slurm: StandIns, line: str, expected: JobState) -> None:
+    no_slurm.write("squeue", FORGOTTEN)
+    no_slurm.write("scontrol", FORGOTTEN)
+    no_slurm.write("sacct", says(line))
+    assert scheduler.state("7") == expected
+    assert scheduler.state("7").over
+
+
+@pytest.mark.parametrize("sacct", [None, HANGS, "#!/bin/sh\nexit 0\n", AWAY])
+def test_a_job_that_nobody_remembers_is_gone(no_slurm: StandIns, sacct: str | None) -> None:
+    no_slurm.write("squeue", FORGOTTEN)
+    if sacct is not None:
+        no_slurm.write("sacct", sacct)
+    assert scheduler.state("7").name == GONE
+    assert scheduler.state("7").over
+
+
+@pytest.mark.parametrize("program", [AWAY, HANGS, None, "#!/bin/sh\nexit 0\n"])
+def test_when_nobody_answers_the_state_is_unknown_soon(no_slurm: StandIns, program: str | None) -> None:
+    if program is not None:
+        for name in ("squeue", "scontrol", "sacct"):
+            no_slurm.write(name, program)
+    began = time.monotonic()
+    first, second = scheduler.states(["7", "8"])
+    assert time.monotonic() - began < 20, "each is given seconds, not the minutes that it would take"
+    assert first == second
+    assert first.name == UNKNOWN
+    assert not first.over
+    for name in ("squeue", "scontrol", "sacct"):
+        assert f"{name}: " in first.reason
+
+
+def test_what_hangs_is_ended_with_its_children(no_slurm: StandIns) -> None:
+    no_slurm.write("scancel", "#!/bin/sh\n/bin/sleep 60 &\necho $! > {folder}/child\nwait\n")
+    refused = scheduler.cancel(["7"], seconds=0.5)
+    assert refused == "scancel: no answer in 0.5 s"
+    child = Path(f"/proc/{(no_slurm.folder / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 5
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_cancel(no_slurm: StandIns) -> None:
+    no_slurm.write("scancel", '#!/bin/sh\necho "$@" > {folder}/asked\n')
+    assert scheduler.cancel(["7", "8"]) is None
+    assert (no_slurm.folder / "asked").read_text() == "7 8\n"
+    no_slurm.write(
+        "scancel", "#!/bin/sh\necho 'scancel: error: Kill job error on job id 7: Access/permission denied' >&2\nexit 1"
+    )
+    assert scheduler.cancel(["7"]) == "scancel: Kill job error on job id 7: Access/permission denied"
+
+
+# scontrol: `show` answers {folder}/shown if it is there; `requeue` counts, and does what the test says with the count in $n.
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then [ -f {folder}/shown ] && exec /bin/cat {folder}/shown; exit 1; fi
+n=$(/bin/cat {folder}/requeues 2>/dev/null || echo 0); n=$((n + 1)); echo $n > {folder}/requeues
+"""
+
+
+def requeues(slurm: StandIns) -> int:
+    path = slurm.folder / "requeues"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def test_requeue_is_accepted(no_slurm: StandIns) -> None:
+    no_slurm.write("scontrol", SCONTROL)
+    assert scheduler.requeue("7") is None
+    assert requeues(no_slurm) == 1
+
+
+def test_requeue_waits_for_a_controller_that_is_away(no_slurm: StandIns) -> None:
+    away = "if [ $n -lt 3 ]; then echo 'Unexpected message received for job 7' >&2; exit 1; fi\n"
+    no_slurm.write("scontrol", SCONTROL + away)
+    assert scheduler.requeue("7", seconds=8) is None
+    assert requeues(no_slurm) == 3
+
+
+def test_requeue_gives_up_in_time(no_slurm: StandIns) -> None:
+    no_slurm.write("scontrol", SCONTROL + "echo 'Unable to contact slurm controller' >&2; exit 1\n")
+    assert scheduler.requeue("7", seconds=1) == "scontrol: Unable to contact slurm controller"
+    assert 2 <= requeues(no_slurm) <= 12
+
+
+@pytest.mark.parametrize(
+    "words", ["Invalid job id specified", "Requested operation is presently disabled", "Access/permission denied"]
+)
+def test_a_refusal_is_final(no_slurm: StandIns, words: str) -> None:
+    no_slurm.write("scontrol", SCONTROL + f"echo '{words} for job 7' >&2; exit 1\n")
+    assert scheduler.requeue("7", seconds=2) == f"scontrol: {words} for job 7"
+    assert requeues(no_slurm) == 1
+
+
+def test_requeued_by_somebody_else_is_as_good(no_slurm: StandIns) -> None:
+    no_slurm.write("scontrol", SCONTROL + "echo 'Job is pending execution for job 7' >&2; exit 1\n")
+    assert scheduler.requeue("7", seconds=2) is None
+
+
+def test_without_scontrol_as_in_a_container(no_slurm: StandIns) -> None:
+    assert scheduler.requeue("7") == "scontrol: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "restarts", "own", "fate"),
+    [
+        ("RUNNING", "None", 0, 0, None),
+        ("COMPLETING", "None", 0, 0, "cancelled"),
+        ("CANCELLED", "None", 2, 2, "cancelled"),
+        ("COMPLETING", "TimeLimit", 1, 1, None),
+        ("COMPLETING", "None", 1, 0, "requeued"),
+        ("PENDING", "BeginTime", 3, 2, "requeued"),
+    ],
+)
+def test_who_has_ended_the_job(
+    no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, restarts: int, own: int, fate: str | None
+) -> None:
+    if own:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(own))
+    no_slurm.write("scontrol", SCONTROL)
+    (no_slurm.folder / "shown").write_text(SHOWN.format(state=state, reason=reason, restarts=restarts, nodes="n1"))
+    assert scheduler.overtaken("7") == fate
+    assert scheduler.requeue("7") == ("the job was cancelled" if fate == "cancelled" else None)
+    assert requeues(no_slurm) == (fate is None)  # SLURM would revive a cancelled job
+
+
+def test_signals_to_the_job_do_not_end_the_request(no_slurm: StandIns) -> None:
+    """A requeue has SIGTERM sent to every process of the job, also to the scontrol that asks for it."""
+    program = f"""#!{sys.executable}
+import os, pathlib, signal
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    os.kill(os.getpid(), number)
+pathlib.Path("{no_slurm.folder}/end").touch()
+"""  # no shell: dash takes up signals that its parent has blocked
+    no_slurm.write("scontrol", program)
+    assert scheduler.requeue("7", seconds=1) is None
+    assert (no_slurm.folder / "end").exists()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()  # ours are open again
+
+
+def test_a_signal_meanwhile_reaches_this_process(no_slurm: StandIns) -> None:
+    no_slurm.write("scontrol", SCONTROL + "/bin/sleep 0.5\n")
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert scheduler.requeue("7") is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+
+def test_no_slurm_is_one_line(no_slurm: StandIns) -> None:
+    with pytest.raises(ConfigError, match=r"^SLURM is not here: no squeue on PATH; do this on a login node of the cluster$"):
+        scheduler.require("squeue")

@@ -1,0 +1,219 @@
+"""`simclr-dist check`: every check is seen to fail on what it is there for, broken for real."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import ranks
+import training_runs
+from simclr_dist.config.settings import Config, DataConfig, OptimConfig
+from simclr_dist.data.manifest import load_manifest
+from simclr_dist.method.distributed import World
+from simclr_dist.preflight.check import disks, machines
+from simclr_dist.preflight.check.command import run_checks
+from simclr_dist.preflight.check.findings import Finding, failed, table
+
+
+def _rows(findings: Sequence[Finding]) -> list[list[str]]:
+    return [[f.check, f.level, f.found, f.cure] for f in findings]
+
+
+def _config(folder: Path) -> Config:
+    data = DataConfig(shards=str(folder / "shards"))
+    optim = OptimConfig(warmup_steps=0)
+    return Config(run_folder=str(folder / "runs/new"), global_batch_size=8, steps=1, data=data, optim=optim)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    training_runs.make_shards(tmp_path)
+    return tmp_path
+
+
+def _all_but_gradient(here: World, config: Config) -> list[list[str]]:
+    only = ("versions", "network", "clock", "shards", "folder")
+    return _rows(run_checks(config, here, only)[0])
+
+
+def test_two_sound_ranks(folder: Path) -> None:
+    before = sorted(str(path) for path in folder.rglob("*"))
+    first, second = ranks.run(_all_but_gradient, 2, _config(folder))
+    assert first == second
+    assert [(check, level) for check, level, _, _ in first] == [
+        ("versions", "ok"), ("network", "ok"), ("network", "ok"), ("network", "ok"), ("clock", "ok"), ("shards", "ok"),
+        ("folder", "ok"),
+    ]  # fmt: skip
+    assert "plan --bandwidth" in first[3][2]
+    assert sorted(str(path) for path in folder.rglob("*")) == before, "nothing is left behind"
+
+
+def test_a_file_in_the_way_of_the_run_folder(folder: Path) -> None:
+    (folder / "runs").write_text("no folder")
+    [[finding], _] = disks.folder(_config(folder), World(0, 1, 0, torch.device("cpu")), 1000.0)
+    assert (finding.level, finding.found) == ("failure", f"rank 0: {folder}/runs: Not a directory")
+
+
+def _another_version(here: World) -> list[list[str]]:
+    with mock.patch.object(machines, "__version__", "0.0.9" if here.rank else "0.1.0"):
+        return _rows(machines.versions(here))
+
+
+def test_another_version_on_one_rank() -> None:
+    for rows in ranks.run(_another_version, 2):
+        [[check, level, found, cure]] = rows
+        assert (check, level) == ("versions", "failure")
+        assert "simclr_dist: 0.1.0 on" in found
+        assert "0.0.9 on" in found
+        assert "(rank 1)" in found
+        assert "constraints.txt" in cure
+
+
+def _another_clock(here: World) -> list[list[str]]:
+    real = machines.time.time
+    with mock.patch.object(machines.time, "time", side_effect=lambda: real() + 90 * here.rank):
+        return _rows(machines.clock(here))
+
+
+def test_a_clock_that_is_wrong() -> None:
+    for rows in ranks.run(_another_clock, 2):
+        assert rows[0][1] == "warning"
+        assert "(rank 1) is 90." in rows[0][2]
+        assert "NTP" in rows[0][3]
+
+
+def _closed_port(here: World) -> list[list[str]]:
+    """Each rank names a port on which nobody listens."""
+    real = machines.all_gather_objects
+
+    def closed(value: Any) -> list[Any]:
+        return [(host, 1) for host, _ in real(value)] if isinstance(value, tuple) else real(value)
+
+    with mock.patch.object(machines, "all_gather_objects", closed):
+        return _rows(machines._ports(here))
+
+
+def test_a_port_that_is_closed() -> None:
+    for rows in ranks.run(_closed_port, 2):
+        assert [level for _, level, _, _ in rows] == ["failure"] * 2
+        assert "cannot reach" in rows[0][2]
+        assert "open the ports" in rows[0][3]
+
+
+def _unknown_name(here: World) -> list[list[str]]:
+    with mock.patch.object(socket, "gethostname", return_value=f"no-such-host-{here.rank}.invalid"):
+        return _rows(machines._names(here))
+
+
+def test_a_name_that_nobody_knows() -> None:
+    for rows in ranks.run(_unknown_name, 2):
+        assert {level for _, level, _, _ in rows} == {"warning"}
+        assert any("no-such-host-0.invalid does not know no-such-host-1.invalid" in found for _, _, found, _ in rows)
+
+
+def _shards(here: World, config: Config, other: str) -> list[list[str]]:
+    """Rank 1 finds its shards elsewhere."""
+    if here.rank and other:
+        config = dataclasses.replace(config, data=DataConfig(shards=other))
+    return _rows(disks.shards(config, here))
+
+
+def test_shards_that_are_not_whole_everywhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = _config(folder)
+    there = tmp_path_factory.mktemp("node2")
+    subprocess.run(["cp", "-r", str(folder / "shards"), str(there)], check=True)
+    for rows in ranks.run(_shards, 2, config, str(there / "shards")):
+        assert rows[0][1] == "ok", rows
+    manifest = load_manifest(there / "shards")
+    tars = [there / "shards" / name for name in manifest.shards]
+    for shard, offset in zip(manifest.shard, manifest.offset, strict=True):  # a flipped bit in each image of this node
+        with tars[shard].open("r+b") as tar:
+            tar.seek(int(offset) + 20)
+            flipped = tar.read(1)[0] ^ 1
+            tar.seek(int(offset) + 20)
+            tar.write(bytes([flipped]))
+    for rows in ranks.run(_shards, 2, config, str(there / "shards")):
+        assert rows[0][1] == "failure", rows
+        assert "sha256" in rows[0][2]
+        assert "(rank 1)" in rows[0][2]
+    tars[0].unlink()
+    for rows in ranks.run(_shards, 2, config, str(there / "shards")):
+        assert rows[0][1] == "failure"
+        assert tars[0].name in rows[0][2]
+
+
+def test_a_batch_that_the_shards_cannot_fill_is_not_blamed_on_them(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Said once for all ranks; shards that are not whole are said first."""
+    config, images = _config(folder), len(load_manifest(folder / "shards").key)
+    there = tmp_path_factory.mktemp("node2") / "shards"
+    for batch, found, cure in (
+        (2 * images, f"global_batch_size: {2 * images} is larger than the {images} images of", "lower global_batch_size"),
+        (7, "global_batch_size: 7 is not divided by 2 processes x 1 micro_batches; 6 would be", "change that setting"),
+    ):
+        for rows in ranks.run(_shards, 2, dataclasses.replace(config, global_batch_size=batch), ""):
+            [[_, level, said, cured]] = rows
+            assert level == "failure"
+            assert said.startswith(found)
+            assert cured.startswith("nothing is wrong with the shards: ")
+            assert cure in cured
+    for rows in ranks.run(_shards, 2, dataclasses.replace(config, global_batch_size=2 * images), str(there)):
+        assert "copy them anew" in rows[0][3]
+
+
+def _folder(here: World, config: Config, other: str) -> list[list[str]]:
+    if here.rank and other:
+        config = dataclasses.replace(config, run_folder=other)
+    with mock.patch.object(disks, "_VISIBLE_SECONDS", 0.3):
+        return _rows(disks.folder(config, here, 1e6)[0])
+
+
+def test_a_run_folder_that_is_not_shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("node2")
+    for rows in ranks.run(_folder, 2, _config(folder), str(elsewhere / "run")):
+        assert rows[0][1] == "failure"
+        assert "(rank 1): does not see what rank 0 wrote in" in rows[0][2]
+        assert "share" in rows[0][3]
+    assert not list(folder.glob(".check-*"))
+
+
+def test_a_run_folder_that_cannot_be_written() -> None:
+    config = Config(run_folder="/proc/run", global_batch_size=8, steps=1, data=DataConfig(shards="none"))
+    for rows in ranks.run(_folder, 2, config, ""):
+        assert rows[0][1] == "failure"
+        assert rows[0][2].startswith("rank 0: /proc: ")
+
+
+def test_the_table() -> None:
+    findings = [Finding("clock", "warning", "late", "NTP"), Finding("folder", "failure", "not shared", "share it")]
+    assert table(findings).splitlines()[1:3] == ["                    cure: NTP", "failure  folder     not shared"]
+    assert table(findings).endswith("2 checks: 1 failed, 1 with a warning")
+    assert failed(findings)
+    assert not failed(findings[:1])
+
+
+@pytest.mark.slow
+def test_the_command(folder: Path) -> None:
+    """Under the launcher, with two ranks: 0 when all is well, 1 when something is not."""
+    training_runs.write_config(folder, folder / "shards")
+    program = [sys.executable, "-m", "simclr_dist", "check", "config.yaml", "--processes", "2"]
+    environment = {**os.environ, "PATH": "/nonexistent"}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the distributed gradient is one process's" in done.stdout
+    assert done.stdout.rstrip().endswith("9 checks: 0 failed, 0 with a warning")
+    next((folder / "shards").glob("*.tar")).write_bytes(b"")
+    done = subprocess.run(
+        [*program, "--only", "shards"], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "2 checks: 2 failed" in done.stdout, "one of each rank"

@@ -1,0 +1,104 @@
+"""Stop signals: noted, not obeyed at once; held back for a child that is not ready; ignored by reading processes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from simclr_dist.system.errors import LAST_WORD
+
+NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+
+
+def python(code: str, *, blocked: bool = False) -> subprocess.Popen[str]:
+    """A child that runs `code`, after it has been given the module."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "import os, signal, sys, time\nfrom simclr_dist.system import signals\n" + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(child: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, error = child.communicate(timeout=20)
+    return child.returncode, out, error
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_is_noted(number: signal.Signals) -> None:
+    child = python(f"signals.listen(); os.kill(os.getpid(), {int(number)}); time.sleep(0.01); print(signals.asked())")
+    assert ended(child) == (0, f"{int(number)}\n", "")
+    assert signal.Signals(number).name.startswith("SIG")
+
+
+def test_the_second_ctrl_c_ends_a_process_that_stands_alone() -> None:
+    twice = "signals.listen(); [os.kill(os.getpid(), 2) for _ in range(2)]; time.sleep(0.01); print('on')"
+    assert "KeyboardInterrupt" in ended(python(twice))[2]
+    for variable in ("WORLD_SIZE", LAST_WORD):
+        watched = python(f"os.environ['{variable}'] = '2'\n" + twice)
+        assert ended(watched) == (0, "on\n", ""), (
+            "its parent passes on what a terminal sends to both: it hears each Ctrl-C twice"
+        )
+
+
+def test_a_signal_before_listen_waits_for_it() -> None:
+    """The parent blocks the signals: one that comes while the child imports is neither its end nor lost."""
+    parent = (
+        "import subprocess\n"
+        "with signals.blocked():\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(0.5);'\n"
+        "        'from simclr_dist.system import signals; signals.listen(); time.sleep(0.01); print(signals.asked())'],\n"
+        "        stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "child.terminate()\n"
+        "print(child.communicate()[0].decode(), child.returncode)\n"
+    )
+    assert ended(python(parent)) == (0, "15\n 0\n", "")
+
+
+def test_blocked_gives_the_signals_back() -> None:
+    child = python(
+        "signals.listen()\nwith signals.blocked():\n    os.kill(os.getpid(), 15); time.sleep(0.01); print(signals.asked())\n"
+        "time.sleep(0.01); print(signals.asked())"
+    )
+    assert ended(child) == (0, "0\n15\n", "")
+
+
+def test_work_without_state_ends_at_once() -> None:
+    child = python(
+        "signals.exit_when_asked(75, 'stopped by {signal}')\n"
+        "try:\n    print('ready', flush=True); time.sleep(20)\nfinally:\n    print('cleaned up')"
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    began = time.monotonic()
+    child.send_signal(signal.SIGUSR2)
+    child.send_signal(signal.SIGTERM)  # SLURM sends two
+    code, out, error = ended(child)
+    assert (code, out) == (75, "cleaned up\n")
+    assert error in ("stopped by SIGUSR2\n", "stopped by SIGTERM\n"), "once, whichever came first"
+    assert time.monotonic() - began < 10
+
+
+def test_reading_processes_mind_their_parent_only() -> None:
+    start = "signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS); signals.mind_parent_only(); time.sleep(0.1)\n"
+    child = python(start + "[os.kill(os.getpid(), n) for n in signals.SIGNALS]; time.sleep(0.1); print('on')")
+    assert ended(child) == (0, "on\n", "")
+    child = python(start + "print('ready', flush=True); time.sleep(20); print('on')")
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.terminate()
+    assert ended(child) == (0, "", "")
+
+
+def test_every_way_into_training_listens_before_torch() -> None:
+    """Else a signal in the seconds of the import would be the end."""
+    for module in ("simclr_dist.train.__main__", "simclr_dist.cli.main"):
+        code = (
+            f"import {module} as entry\nentry.signals.listen = lambda: (print('torch' in sys.modules), os._exit(0))\n"
+            "entry.main(['train', 'missing.yaml'] if 'cli' in entry.__name__ else ['missing.yaml'])"
+        )
+        assert ended(python(code)) == (0, "False\n", "")

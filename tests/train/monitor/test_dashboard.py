@@ -1,0 +1,146 @@
+"""TensorBoard's own view of a run, asked over its HTTP interface; and what the pictures cost in between: nothing."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import training_runs as runs
+from host_sync import no_host_sync
+from simclr_dist.train import loop
+from simclr_dist.train.__main__ import main
+from simclr_dist.train.monitor.board import LAYOUT, SAMPLE, cosine_histogram, cosines
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_shards(tmp_path_factory.mktemp("images"))
+
+
+@contextlib.contextmanager
+def server(folder: Path, log: Path) -> Iterator[str]:
+    """TensorBoard on a free port of the loopback; its address."""
+    options = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false", "--reload_interval", "0"]
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *options], stdout=output, stderr=output)
+    try:
+        runs.until(lambda: process.poll() is not None or bool(re.search(r"at (http://\S+)", log.read_text())), 500.0)
+        found = re.search(r"at (http://\S+)", log.read_text())
+        assert found, log.read_text()
+        yield found[1].rstrip("/") + "/"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(address: str, route: str, **query: Any) -> Any:
+    with urllib.request.urlopen(f"{address}data/{route}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
+        body = answer.read()
+    return json.loads(body) if answer.headers["Content-Type"].startswith("application/json") else body
+
+
+def test_the_board_of_a_resumed_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 5's checkpoint, with steps that are to be purged, and gone on."""
+    monkeypatch.chdir(tmp_path)
+    changes: dict[str, Any] = {"log": {"every": 1, "tensorboard": True, "views_every_epochs": 1}}
+    config = str(runs.write_config(Path(), shards, steps=10, **changes))
+    assert main([config]) == 0
+    for path in [*Path("run/checkpoints").glob("*10*"), *Path("run/encoders").iterdir()]:
+        path.unlink()
+    assert main([config, "--steps", "9"]) == 0
+    with server(Path("run/tb"), tmp_path / "tensorboard.log") as address:
+        deadline = time.monotonic() + 120
+        while not (names := ask(address, "runs")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert names == ["."]
+
+        tags = set(ask(address, "plugin/scalars/tags")["."])
+        points = ask(address, "plugin/scalars/scalars", tag="loss/nt_xent", run=".")
+        assert [step for _, step, _ in points] == list(range(1, 10)), "step 10 of the killed start is gone"
+        assert ask(address, "plugin/scalars/scalars", tag="run/restarts", run=".")[-1][2] == 1
+
+        layout = ask(address, "plugin/custom_scalars/layout")
+        charts = {chart["title"]: chart for room in layout["category"] for chart in room["chart"]}
+        assert [room["title"] for room in layout["category"]] == list(LAYOUT)
+        for title, chart in charts.items():
+            if "multiline" in chart:
+                wanted = chart["multiline"]["tag"]
+                found = {
+                    tag
+                    for regex in wanted
+                    for tag in ask(address, "plugin/custom_scalars/scalars", tag=regex, run=".")["tag_to_events"]
+                }
+                assert found or wanted == ["probe/", "eval/"], title
+            else:
+                (series,) = chart["margin"]["series"]
+                assert set(series.values()) <= tags
+
+        pictures = ask(address, "plugin/images/tags")["."]
+        assert list(pictures) == ["views"]
+        shown = ask(address, "plugin/images/images", tag="views", run=".", sample=0)
+        assert [picture["step"] for picture in shown] == [0, 8], "8 steps an epoch"
+        assert ask(address, f"plugin/images/individualImage?{shown[0]['query']}&")[:4] == b"\x89PNG"
+
+        assert set(ask(address, "plugin/histograms/tags")["."]) == {"cosine/partners", "cosine/others"}
+        steps = ask(address, "plugin/histograms/histograms", tag="cosine/others", run=".")
+        assert [step for _, step, _ in steps] == list(range(1, 10))
+        assert sum(count for _, _, count in steps[-1][2]) == pytest.approx(24 * 23)
+
+        (tag,) = ask(address, "plugin/text/tags")["."]
+        text = ask(address, "plugin/text/text", tag=tag, run=".")[-1]["text"]
+        for word in ("205 images, 8 steps an epoch", "global_batch_size: 24", "command"):
+            assert word in text
+
+
+def test_cosines_of_a_sample() -> None:
+    torch.manual_seed(0)
+    z_a, z_b = torch.randn(2, SAMPLE + 50, 8).unbind()
+    partners, others = cosines(z_a, z_b)
+    whole = torch.nn.functional.cosine_similarity(z_a[:SAMPLE, None], z_b[None, :SAMPLE], dim=2)
+    torch.testing.assert_close(partners, whole.diagonal())
+    assert (len(partners), len(others)) == (SAMPLE, SAMPLE * (SAMPLE - 1))
+    torch.testing.assert_close(others.double().sum(), whole.double().sum() - whole.diagonal().double().sum())
+    alone = cosines(z_a[:1], z_b[:1])
+    assert [len(part) for part in alone] == [1, 0]
+
+
+def test_a_histogram_keeps_its_ends_and_leaves_out_what_is_no_number() -> None:
+    values = torch.tensor([-1.0, 1.0, 1.0 + 1e-7, 0.1, float("nan")])
+    (value,) = cosine_histogram("x", values).value
+    assert value.histo.num == 4
+    assert sum(value.histo.bucket) == 4
+    assert (value.histo.bucket[0], value.histo.bucket[-1]) == (1, 2)
+    (empty,) = cosine_histogram("x", torch.empty(0)).value
+    assert sum(empty.histo.bucket) == 0
+
+
+def test_no_host_sync_between_two_lines(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real loop, under a guard in every step that neither logs nor saves."""
+    monkeypatch.chdir(tmp_path)
+    guarded = []
+    load = loop.load_steps
+    guard = contextlib.ExitStack()
+
+    def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for done, views in enumerate(load(*args, **kwargs)):
+            if done and (done + 1) % 4:
+                guarded.append(done + 1)
+                guard.enter_context(no_host_sync())
+            yield views
+            guard.close()
+
+    monkeypatch.setattr(loop, "load_steps", watched)
+    changes: dict[str, Any] = {"log": {"every": 4, "tensorboard": True}, "checkpoint": {"every": 8}, "check_ranks_every": 0}
+    with guard:
+        assert main([str(runs.write_config(Path(), shards, steps=8, **changes))]) == 0
+    assert guarded == [2, 3, 5, 6, 7]
