@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from simclr_dist.encoder.names import encoders
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.result.report import summary
 from simclr_dist.launch.torchrun import torchrun
@@ -17,7 +18,7 @@ def accuracy(run: Path, program: list[str], seed: int) -> dict[str, dict[str, fl
     """Train into `run` (or find it done) and evaluate; percent."""
     if code := torchrun(2, [*program, str(CONFIG), "--run_folder", str(run), "--seed", str(seed)], run):
         sys.exit(code)
-    encoder = max((run / "encoders").glob("step-*.safetensors"))
+    encoder = encoders(run)[-1]
     return summary(evaluate(encoder, DATA / "train", DATA / "test", workers=0))
 
 

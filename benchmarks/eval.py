@@ -34,13 +34,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from simclr_dist.evaluate.features.file import read_features
-from simclr_dist.evaluate.options import TEMPERATURE, K
 from simclr_dist.evaluate.protocols.knn import weighted_knn
 from simclr_dist.evaluate.protocols.linear import linear_probe
+from simclr_dist.evaluate.settings import Settings
 
 DIM = 512  # of features that are made, in CLASSES
 CLASSES = 10
 L2S = (1e-1, 1e-2, 1e-3, 1e-4)
+K, TEMPERATURE = Settings.k, Settings.temperature
 
 Contestant = Callable[[], Tensor]
 

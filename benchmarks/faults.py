@@ -30,7 +30,7 @@ import training_runs as runs
 from faults import killed_saves
 from faults.commands import Command, running, simclr_dist
 from faults.seeded_kills import killed_again_and_again
-from simclr_dist.run import claim as ledger
+from simclr_dist.run.claim import heartbeat
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
 
@@ -157,7 +157,7 @@ def _wait_for(command: Command, run: Path, generation: int, *, newer_by: int) ->
     def there() -> bool:
         assert command.process.poll() is None, command.output
         starts = [entry for entry in runs.events(run, "start") if entry["generation"] == generation]
-        beat = ledger.heartbeat(run)
+        beat = heartbeat(run)
         return bool(starts) and beat.get("generation") == generation and beat["step"] >= starts[0]["step"] + newer_by
 
     runs.until(there, 300)

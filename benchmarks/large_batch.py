@@ -20,7 +20,8 @@ from torch import Tensor
 
 from simclr_dist.config.settings import ENCODERS, Config, ModelConfig, OptimConfig
 from simclr_dist.method.distributed import World
-from simclr_dist.train.learner import build_learner, cut, training_step
+from simclr_dist.train.learner import build_learner, cut
+from simclr_dist.train.loop import training_step
 
 
 def measure(*, device: str, batch: int, image_size: int, model: dict[str, Any], repetitions: int, **settings: Any) -> Result:

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
-from simclr_dist.method.distributed import world
+from simclr_dist.method.distributed import process_group
 from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.method.loss.tiles import Similarities
 
@@ -248,7 +248,7 @@ def rank_of(rank: int, name: str, n: int, exact_file: str, processes: int, folde
     torch.set_num_threads(1)
     expendable()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    with world("cpu"):
+    with process_group("cpu"):
         call = lightly(gather=True) if name == "lightly" else CONTESTANTS[name].make()
         call(*views(TINY, "cpu"))
         own = slice(rank * n // processes, (rank + 1) * n // processes)

@@ -27,7 +27,8 @@ from simclr_dist.config.settings import Config, DataConfig, LogConfig, ModelConf
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.method.distributed import World
 from simclr_dist.train.describe import view_settings
-from simclr_dist.train.learner import Learner, build_learner, step_metrics, training_step
+from simclr_dist.train.learner import Learner, build_learner, step_metrics
+from simclr_dist.train.loop import training_step
 from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
 
@@ -68,13 +69,13 @@ def main() -> None:
 def _watching(learner: Learner, views: torch.Tensor, config: Config, device: torch.device, run: Path, pairs: int) -> float:
     """Prints the table; returns the seconds of a step."""
     monitor = Monitor(run, active=True, total_steps=10**6, first_step=0)
-    watch, clock, silent = learner.own_work, Clock(device, learner.own_work), io.StringIO()
+    watch, clock, silent = learner.local_timer, Clock(device, learner.local_timer), io.StringIO()
     number = 0
 
     def block(watched: bool) -> tuple[float, float, float]:
         """CPU seconds, wall seconds, and those within the monitoring at the end."""
         nonlocal number
-        learner.own_work = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]  # without: no clock at all
+        learner.local_timer = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]  # without: no clock at all
         steps: Any = range(config.log.every)
         _wait(device)
         cpu, wall = time.process_time(), time.perf_counter()

@@ -32,7 +32,7 @@ import ranks
 from measured import config, loss_peak, one_step, step_peak, views, wire
 from network.namespaces import Network, why_not
 from simclr_dist.config.settings import Config, ModelConfig, ViewsConfig
-from simclr_dist.method.distributed import World, all_gather, world
+from simclr_dist.method.distributed import World, all_gather, process_group
 from simclr_dist.preflight.plan.memory import loss_bytes, rank_memory
 from simclr_dist.preflight.plan.trace import footprint
 from simclr_dist.preflight.plan.traffic import step_traffic
@@ -118,7 +118,7 @@ def memory(told: argparse.Namespace) -> None:
         task = base | {"micro_batches": pieces, "activation_checkpointing": checkpointing, "precision": told.precision}
         task["device"] = told.device
         of = configured(task)
-        planned = rank_memory(of, footprint(of, told.image_size), told.image_size, 1, on_cuda=told.device == "cuda")
+        planned = rank_memory(of, footprint(of, told.image_size), 1, on_cuda=told.device == "cuda")
         peak = max(size for phase, size in planned.phases.items() if phase != "views")
         predicted = (peak - planned.weights - (planned.optimizer or 0) - planned.views) / MIB
         name = f"step, {pieces} pieces{', checkpointing' if checkpointing else ''}"
@@ -149,7 +149,7 @@ def timed_config() -> Config:
 
 def times_of_steps() -> None:
     """On each of two nodes: medians of steps, of a small all-gather, and bytes by the device's own counter; rank 0 prints."""
-    with world("cpu", 5) as here:
+    with process_group("cpu", 5) as here:
         of = timed_config()
         learner, flag = build_learner(of, here), StopAgreement(here.device)
         view_a, view_b = views(of, of.global_batch_size // here.size)

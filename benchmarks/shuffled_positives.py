@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from simclr_dist.cli.train import main
 from simclr_dist.data.steps import Views, coloured
 from simclr_dist.data.views.draws import ViewSettings
-from simclr_dist.train import __main__ as train
 from simclr_dist.train import loop
 
 
@@ -24,4 +24,4 @@ def views_of_different_images(views: Views, settings: ViewSettings, device: torc
 
 if __name__ == "__main__":
     with mock.patch.object(loop, "coloured", views_of_different_images):
-        sys.exit(train.main(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:]))

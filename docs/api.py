@@ -17,7 +17,7 @@ def main(into: Path) -> None:
     warnings.filterwarnings("ignore", "Error parsing type annotation")  # it needs what only a type checker imports
     rooms = [f"simclr_dist.{module.name}" for module in pkgutil.iter_modules(simclr_dist.__path__)]
     # Kernels are in a language of their own, which needs Triton.
-    pdoc.pdoc("simclr_dist", *rooms, r"!simclr_dist\.loss\.fused", output_directory=into)
+    pdoc.pdoc("simclr_dist", *rooms, r"!simclr_dist\.method\.loss\.fused", output_directory=into)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""submitit on one page: a training job that survives preemption and time limits. To be copied and changed.
+"""`simclr-dist submit` from Python: for a script that submits many runs, or finds out what to ask of SLURM.
 
     python launch/submit.py CONFIG RUN_FOLDER --nodes 2 --gpus 8 --partition main --hours 12
 
-`simclr-dist submit` does the same with profiles, checks, an evaluation job, and status, logs, cancel and resume by run folder.
+To be copied and changed. `simclr-dist submit status`, logs, cancel and resume know the run by its folder.
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
-import submitit
-
-from simclr_dist.launch.slurm.job import Job
+from simclr_dist.launch.slurm.profile import profile_from_dict
+from simclr_dist.launch.slurm.submission import check_device, prepare, submit
+from simclr_dist.system.errors import UserError
 
 
 def main() -> None:
-    """Submit one job and say its number."""
+    """Submit one job and print its number."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("run", type=Path)
@@ -26,32 +24,23 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=8, help="a rank")
     parser.add_argument("--partition", default="main")
     parser.add_argument("--hours", type=float, default=12)
-    told = parser.parse_args()
-    run = told.run.resolve()
-
-    # One task is one rank, of which the job object is the parent: it passes signals on, and asks for the requeue when the
-    # ranks have saved. submitit's own way, checkpoint(), is called by one rank alone, and not at all on SIGTERM.
-    job = Job(
-        kind="train",
-        run=str(run),
-        command=["simclr_dist.train", str(Path(told.config).resolve()), "--run_folder", str(run)],
-        working_directory=str(Path.cwd()),
-    )
-    rescue = f"{shlex.quote(sys.executable)} -m simclr_dist.launch.slurm.rescue {shlex.quote(str(run))}"
-    executor = submitit.AutoExecutor(run / "slurm", cluster="slurm", slurm_max_num_timeout=1_000_000)
-    executor.update_parameters(
-        name=run.name,
-        nodes=told.nodes,
-        tasks_per_node=told.tasks or max(told.gpus, 1),
-        cpus_per_task=told.cpus,
-        timeout_min=int(60 * told.hours),
-        slurm_partition=told.partition,
-        slurm_signal_delay_s=120,  # SIGUSR2 so long before the time limit: a step and a checkpoint must fit
-        slurm_srun_args=["--kill-on-bad-exit=1"],
-        slurm_teardown=[f"exec {rescue} $?"],  # requeues for ranks that have died
-        slurm_additional_parameters={"requeue": True, **({"gpus-per-node": told.gpus} if told.gpus else {})},
-    )
-    print(f"job {executor.submit(job).job_id}: {run}")
+    options = parser.parse_args()
+    keys = {  # those of launch/profiles; None leaves a key to SLURM
+        "nodes": options.nodes,
+        "gpus_per_node": options.gpus,
+        "tasks_per_node": options.tasks,
+        "cpus_per_task": options.cpus,
+        "partition": options.partition,
+        "time": int(60 * options.hours),  # minutes
+    }
+    try:
+        profile = profile_from_dict(keys, "command line")
+        submission = prepare(options.config, ["--run_folder", str(options.run)], profile)
+        check_device(submission)
+        (job,) = submit(submission)
+    except UserError as error:
+        parser.error(str(error))
+    print(f"job {job}: {submission.run}")
 
 
 if __name__ == "__main__":

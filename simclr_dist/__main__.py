@@ -2,7 +2,8 @@
 
 import sys
 
+from simclr_dist.cli.exits import leave_with
 from simclr_dist.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave_with(main()))

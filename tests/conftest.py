@@ -1,14 +1,33 @@
-"""One thread, as the ranks have: the same sums wherever a test runs, and no fight over a machine's few cores."""
+"""One thread, as the ranks have: the same sums wherever a test runs, and no fight over a machine's few cores. And quick starts:
+most of what the tests take is Python importing torch."""
 
+import gc
 import os
-from collections.abc import Generator
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # they would compile the package anew, each of them
+_STARTUP = str(Path(__file__).with_name("startup"))
+os.environ["PYTHONPATH"] = os.pathsep.join([_STARTUP, *filter(None, [os.environ.get("PYTHONPATH")])])
+gc.disable()  # until all is imported
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from simclr_dist.system import signals  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the collector need not look at it again."""
+    gc.freeze()
+    gc.enable()
+    if "forkserver" in sys.modules:  # ours, and not the standard library's
+        sys.modules["forkserver"].start()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -19,3 +38,14 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may skip: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def stop_signals_as_before() -> Iterator[None]:
+    """Commands set handlers for their process, and note its signals; here that is the process of all tests."""
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
+    signals._requested, signals._requested_at, signals._interrupted = 0, None, False

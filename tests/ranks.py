@@ -1,24 +1,20 @@
 """Real processes for the distributed tests: a function on every rank of a gloo world, in bounded time."""
 
-import multiprocessing
 import os
 import socket
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from simclr_dist.method.distributed import World, world
-
-# A server that has imported torch once forks the ranks: 0.1 s a rank and not 3, and each is still a fresh process.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["simclr_dist.train.learner", "torch.distributed.nn", "torch._dynamo"])
+from forkserver import CONTEXT, Command
+from simclr_dist.method.distributed import World, process_group
 
 
 def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -30,7 +26,7 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         ranks = [
-            _CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, port, folder), daemon=True)
+            CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, port, folder), daemon=True)
             for rank in range(world_size)
         ]
         deadline = time.monotonic() + timeout
@@ -46,6 +42,19 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         codes = [process.exitcode for process in ranks]
         assert codes == [0] * world_size, f"exit codes {codes} of {world_size} ranks (-9: ended by the harness)\n{failures}"
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
+
+
+def commands(main: Callable[[Sequence[str]], int], arguments: Sequence[object], world_size: int) -> tuple[list[int], str, str]:
+    """`main(arguments)` on `world_size` ranks: their exit codes, and what they have printed to stdout and to stderr."""
+    world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    started = [Command(main, arguments, environment=world | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(world_size)]
+    try:
+        said = [command.communicate(timeout=300) for command in started]
+        return [command.wait() for command in started], "".join(out for out, _ in said), "".join(error for _, error in said)
+    finally:
+        for command in started:
+            with command:
+                command.kill()
 
 
 def _wait(ranks: list[BaseProcess], deadline: float) -> None:
@@ -74,14 +83,14 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     try:
-        with world("cpu", timeout_minutes=4) as here:
-            torch.save(function(here, *args), Path(folder, f"{rank}.pt"))
+        with process_group("cpu", timeout_minutes=4) as world:
+            torch.save(function(world, *args), Path(folder, f"{rank}.pt"))
     except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise SystemExit(1) from None
 
 
-def failing(here: World) -> None:
+def failing(world: World) -> None:
     """Rank 1 fails while the others wait for it."""
-    assert here.rank != 1, "as it should"
+    assert world.rank != 1, "as it should"
     torch.distributed.barrier()

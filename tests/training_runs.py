@@ -19,15 +19,13 @@ import torch
 import yaml
 from PIL import Image
 
+from forkserver import CONTEXT
+from simclr_dist.cli.train import main
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.launch.supervisor import children
 from simclr_dist.preflight.demo.images import CLASSES, render
-from simclr_dist.run import claim as ledger
-from simclr_dist.train.__main__ import main
-
-# As in ranks.py: a server that has imported torch once forks the ranks.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["simclr_dist.train.loop", "torch.distributed.nn", "torch._dynamo"])
+from simclr_dist.run.claim import heartbeat
+from simclr_dist.run.status import read_ledger
 
 SETTINGS: dict[str, Any] = {
     "run_folder": "run",
@@ -152,7 +150,7 @@ def started(
                 "MASTER_PORT": port,
             }
             variables = torchrun | dict(environment or {})
-            process = _CONTEXT.Process(target=_rank, args=(folder, variables, group, ["config.yaml", *arguments], hook))
+            process = CONTEXT.Process(target=_rank, args=(folder, variables, group, ["config.yaml", *arguments], hook))
             process.start()
             processes.append(process)
             until(lambda pid=process.pid, leader=group or process.pid: _group(pid) in (leader, None))
@@ -198,12 +196,12 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
 
 def steps_done(run: Path) -> int:
     """By the run's own sign of life; 0 before there is one."""
-    return int(ledger.heartbeat(run).get("step", 0))
+    return int(heartbeat(run).get("step", 0))
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
     """The ledger's entries of one kind, oldest first."""
-    return [entry for entry in ledger.entries(run) if entry["event"] == name]
+    return [entry for entry in read_ledger(run) if entry["event"] == name]
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -246,12 +244,12 @@ def listens(pid: int) -> bool:
     return any(line.startswith("SigCgt") and int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1 for line in lines)
 
 
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait; AssertionError after `seconds`."""
+def until(condition: Callable[[], bool], seconds: float = 120.0, pause: float = 0.01) -> None:
+    """Wait, asking every `pause` seconds; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def _rank(folder: Path, variables: dict[str, Any], group: int, arguments: list[str], hook: Callable[[], None] | None) -> None:

@@ -1,1 +1,1 @@
-"""What is typed: a file for each verb, one help text, the only exits."""
+"""Run the verbs that are typed, a file for each. Hold the one help text and the only exits."""

@@ -1,4 +1,4 @@
-"""What the command line says about itself: what each verb is for, examples, exit codes, and how to go on after Ctrl-C."""
+"""Hold the help: what each verb is for, examples, exit codes. It also says how to go on after Ctrl-C."""
 
 import argparse
 from collections.abc import Mapping
@@ -20,7 +20,13 @@ START = """from images to a measured encoder:
 
 `simclr-dist VERB --help` has examples for each verb."""
 
-_ABOUT = {
+ABOUT = {
+    "shard": """Write WebDataset tars and a Parquet manifest. Every image is decoded once; what is not an image is listed with
+its reason and left out. The same input, settings and seed give the same bytes, for any number of processes and parts.
+A run that was killed goes on when the same command is typed again.
+
+SRC is a folder of images, or of class folders; a .tar or .zip of one; a .parquet or .arrow file (Hugging Face's layout);
+a folder of such files, or a pattern in quotes; a .csv of path,label.""",
     "demo": """The first run, without any data: 6,000 images are drawn, sharded, trained on and evaluated, in some minutes on
 two CPU cores. Ends with a table of what was learned, a picture, and the commands that come next.""",
     "eval": """How good are an encoder's features? Every labelled image is read once, the encoder stays as it is, and kNN and
@@ -39,37 +45,28 @@ on by themselves. The later forms ask a run folder for its job.""",
 killed goes on when the same command is given again.""",
 }
 
-EXAMPLES = {
-    "demo": ["simclr-dist demo", "simclr-dist demo --folder runs/first --processes 1"],
-    "shard": [
-        "simclr-dist shard PHOTOS data/mine",
-        "simclr-dist shard PHOTOS data/mine --split 0.8/0.2 --short-side 256",
-        "simclr-dist shard images.parquet data/mine --strict",
-    ],
-    "train": [
-        "simclr-dist train configs/cifar10_cpu.yaml",
-        "simclr-dist train my.yaml --processes 2 --global_batch_size 512 --optim.name adamw",
-        "simclr-dist train my.yaml --nnodes 2 --rdzv-endpoint 10.0.0.1:29500",
-    ],
-    "eval": [
-        "simclr-dist eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test",
-        "simclr-dist eval --watch runs/mine --train data/mine/train --test data/mine/test",
-        "simclr-dist eval --arch resnet50 --weights published.pth --train data/mine/train --test data/mine/test",
-    ],
-    "finetune": [
-        "simclr-dist finetune runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test"
-        " --labels 0.01",
-    ],
-    "embed": ["simclr-dist embed runs/mine/encoders/step-00001000.safetensors PHOTOS features.parquet"],
-    "export": ["simclr-dist export runs/mine/encoders/step-00001000.safetensors encoder.onnx"],
-    "submit": [
-        "simclr-dist submit my.yaml --profile launch/profiles/gpu8.yaml --dry-run",
-        "simclr-dist submit my.yaml --profile launch/profiles/gpu8.yaml --eval --train data/mine/train --test data/mine/test",
-        "simclr-dist submit status runs/mine",
-    ],
-    "plan": ["simclr-dist plan configs/imagenet_resnet50.yaml --processes 8 --samples 1281167"],
-    "check": ["simclr-dist check", "simclr-dist check my.yaml --processes 4"],
-}
+_COMMANDS = """\
+demo
+demo --folder runs/first --processes 1
+shard PHOTOS data/mine
+shard PHOTOS data/mine --split 0.8/0.2 --short-side 256
+shard images.parquet data/mine --strict
+train configs/cifar10_cpu.yaml
+train my.yaml --processes 2 --global_batch_size 512 --optim.name adamw
+train my.yaml --nnodes 2 --rdzv-endpoint 10.0.0.1:29500
+eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test
+eval --watch runs/mine --train data/mine/train --test data/mine/test
+eval --arch resnet50 --weights published.pth --train data/mine/train --test data/mine/test
+finetune runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test --labels 0.01
+embed runs/mine/encoders/step-00001000.safetensors PHOTOS features.parquet
+export runs/mine/encoders/step-00001000.safetensors encoder.onnx
+submit my.yaml --profile launch/profiles/gpu8.yaml --dry-run
+submit my.yaml --profile launch/profiles/gpu8.yaml --eval --train data/mine/train --test data/mine/test
+submit status runs/mine
+plan configs/imagenet_resnet50.yaml --processes 8 --samples 1281167
+check
+check my.yaml --processes 4"""
+EXAMPLES = {verb: [f"simclr-dist {line}" for line in _COMMANDS.splitlines() if line.split()[0] == verb] for verb in ABOUT}
 
 # Said after Ctrl-C by verbs that have no better word of their own.
 _AFTER_CTRL_C = {
@@ -82,38 +79,28 @@ _AFTER_CTRL_C = {
 
 
 def interrupted(verb: str) -> str:
-    """The line that ends `verb` after Ctrl-C."""
+    """Return the line that ends `verb` after Ctrl-C."""
     return f"interrupted; {_AFTER_CTRL_C.get(verb, 'the same command starts again')}"
 
 
-def examples(verb: str) -> str:
-    """The block of examples that ends a verb's help."""
-    return "\n  ".join(["examples:", *EXAMPLES[verb]])
-
-
-def about(verb: str) -> str:
-    """What `verb` is for; '' where its parser says it."""
-    return _ABOUT.get(verb, "")
-
-
 def fill_in(parser: argparse.ArgumentParser, verbs: Mapping[str, argparse.ArgumentParser]) -> None:
-    """Give the program and its verbs their descriptions, examples and exit codes, kept in lines as they stand here.
+    """Give the program and its verbs their descriptions, examples and exit codes. Lines stay as they are here.
 
-    An option without a metavar gets N for a whole number, X for another, and not its own name in capitals.
+    An option without a metavar gets N for a whole number, X for another number, and not its own name in capitals.
     """
     parser.formatter_class = _Layout
     parser.epilog = f"{START}\n\n{EXIT_CODES}"
     for name, verb in verbs.items():
         verb.formatter_class = _Layout
-        verb.description = verb.description or about(name)
-        verb.epilog = examples(name)
+        verb.description = ABOUT[name]
+        verb.epilog = "\n  ".join(["examples:", *EXAMPLES[name]])
         for action in verb._actions:
             if action.option_strings and action.metavar is None and action.choices is None and action.nargs != 0:
                 action.metavar = {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""))
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter):
-    """Lines of descriptions and examples as they are, and room for the longest options."""
+    """Layout of the help. Lines of descriptions and examples stay as they are, and long options have room."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)

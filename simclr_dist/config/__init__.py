@@ -1,1 +1,1 @@
-"""Settings: their types, ranges and meanings, and where they are read from."""
+"""Read and check the settings of a run."""

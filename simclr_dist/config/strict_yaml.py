@@ -1,4 +1,4 @@
-"""Strict reading of settings into frozen dataclasses: from YAML, and from `--key value` pairs."""
+"""Read settings strictly, from YAML and `--key value` pairs."""
 
 import dataclasses
 import difflib
@@ -8,17 +8,20 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from simclr_dist.system.errors import ConfigError
-
-_SHOWN = 60  # characters of a line that is not YAML
+from simclr_dist.config.ranges import setting_types
+from simclr_dist.system.errors import ConfigError, reason_of
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans and numbers (PyYAML reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90), no key twice."""
+    """Reader of YAML 1.2's booleans and numbers that refuses double keys.
+
+    PyYAML alone reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90.
+    """
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
@@ -26,14 +29,14 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value:
             key = key_node.value
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, "a key is not text", key_node.start_mark)
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -48,16 +51,32 @@ _Loader.add_implicit_resolver(*_FLOAT)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text like 1e5, which _Loader would take for a number."""
+    """Writer that quotes text like 1e5, which _Loader reads as a number."""
 
 
 _Dumper.add_implicit_resolver(*_FLOAT)
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that `read_yaml` reads back as it was."""
-    # Plain lists for tuples: safe YAML knows no others.
+    """Write YAML that `read_yaml` reads back unchanged."""
+    # Through JSON, for lists in place of tuples: safe YAML has no tuples.
     return str(yaml.dump(json.loads(json.dumps(values)), Dumper=_Dumper, sort_keys=False))
+
+
+def read_settings(path: Path, kind: str, cure: str) -> dict[str, Any]:
+    """Read a YAML file. ConfigError names its `kind`; `cure` follows where no file has a similar name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error)
+        if isinstance(error, FileNotFoundError):
+            close = difflib.get_close_matches(path.stem, [other.stem for other in path.parent.glob("*.yaml")], n=1)
+            reason += f"; did you mean '{path.with_name(close[0])}.yaml'?" if close else f"; {cure}"
+        raise ConfigError(f"{path}: cannot read the {kind}: {reason}") from None
+    values = read_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -66,52 +85,46 @@ def read_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        index = mark.index if mark else 0
-        raise ConfigError(
-            f"{source}: {_place(text, index)}not valid YAML: {_one_line(error.problem or error.context)}"
-        ) from None
+        place, why = _place(text, mark.index if mark else 0), str(error.problem or error.context)
     except yaml.reader.ReaderError as error:
-        what = f"character #x{ord(text[error.position]):04x} is not allowed"
-        raise ConfigError(f"{source}: {_place(text, error.position)}not valid YAML: {what}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the others of `!!int x` and deep nesting
-        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+        place, why = _place(text, error.position), f"character #x{ord(text[error.position]):04x} is not allowed"
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the last three: `!!int x`, deep nesting
+        place, why = "", str(error)
+    raise ConfigError(f"{source}: {place}not valid YAML: {' '.join(why.split())}")
 
 
 def _place(text: str, index: int) -> str:
-    """Line and column (from 1) of a character, and its line; nothing for a text of one line: a value on the command line."""
+    """Name line and column (from 1) of a character. Empty for a command line's value."""
     if "\n" not in text:
         return ""
     before = text[:index].split("\n")
     line = text.split("\n")[len(before) - 1]
     shown = "".join(character if character.isprintable() else " " for character in line).strip()
-    if len(shown) > _SHOWN:
-        shown = shown[: _SHOWN - 3] + "..."
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
     return f"line {len(before)}, column {len(before[-1]) + 1}{f' (`{shown}`)' if shown else ''}: "
 
 
-def _one_line(said: object) -> str:
-    return " ".join(str(said).split())
+def merge(settings: Any, values: Any, source: str, *, options: Sequence[str] = ()) -> Any:
+    """Copy `settings` with nested `values` put in. Raises ConfigError, which may suggest one of `options`."""
+    return _merge(settings, values, source, [*setting_types(settings.__class__), *options])
 
 
-def merge(config: Any, values: Any, source: str, *, known: Sequence[str], prefix: str = "") -> Any:
-    """The dataclass `config` with `values` (nested dicts) put in, every key and type checked; ConfigError if not.
-
-    `known` are all dotted keys, to suggest the right one from.
-    """
+def _merge(settings: Any, values: Any, source: str, suggestions: Sequence[str], prefix: str = "") -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: {prefix[:-1]}: expected settings below it, found {values!r}")
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(settings))
     changes = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            raise ConfigError(f"{source}: {name}: unknown key{suggest(name, known)}")
-        current = getattr(config, key)
+            raise ConfigError(f"{source}: {name}: unknown key{suggest(name, suggestions)}")
+        current = getattr(settings, key)
         if dataclasses.is_dataclass(current):
-            changes[key] = merge(current, value, source, known=known, prefix=f"{name}.")
+            changes[key] = _merge(current, value, source, suggestions, f"{name}.")
         else:
             changes[key] = _convert(value, hints[key], f"{source}: {name}")
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(settings, **changes)
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -137,22 +150,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`--key value` and `--key=value`."""
-    rest = list(overrides)
-    while rest:
-        option = rest.pop(0)
+    """Split `--key value` and `--key=value` into (key, value)."""
+    words = iter(overrides)
+    for option in words:
         if not option.startswith("--"):
             raise ConfigError(f"command line: {option!r}: expected --key value")
         key, equals, value = option[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"command line: --{key}: its value is missing")
-            value = rest.pop(0)
-        yield key.replace("-", "_"), value
+        if (text := value if equals else next(words, None)) is None:
+            raise ConfigError(f"command line: --{key}: its value is missing")
+        yield key.replace("-", "_"), text
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting of nested dicts as (dotted key, value)."""
+    """Flatten nested dicts to (dotted key, value)."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -160,18 +170,18 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-# What others call it.
-_ELSEWHERE = {
+# Other programs' names of settings.
+_SYNONYMS = {
     "arch": "encoder", "backbone": "encoder", "batch_size": "global_batch_size", "learning_rate": "base_lr", "lr": "base_lr",
     "max_epochs": "epochs", "max_steps": "steps", "num_workers": "workers", "tau": "temperature", "wd": "weight_decay",
 }  # fmt: skip
 
 
-def suggest(word: str, known: Sequence[Any]) -> str:
-    """`; did you mean ...?` for the nearest of the known words, or nothing."""
-    names = [str(k) for k in known]
-    ours = _ELSEWHERE.get(word.rpartition(".")[2].replace("-", "_"))
-    if same := [name for name in names if name.rpartition(".")[2] == ours]:
+def suggest(word: str, names: Sequence[Any]) -> str:
+    """Return `; did you mean ...?` with the nearest name, or nothing."""
+    names = [str(name) for name in names]
+    synonym = _SYNONYMS.get(word.rpartition(".")[2].replace("-", "_"))
+    if same := [name for name in names if name.rpartition(".")[2] == synonym]:
         return f"; did you mean '{same[0]}'?"
     close = difflib.get_close_matches(word, names, n=1)
     if not close:  # the right name in the wrong section

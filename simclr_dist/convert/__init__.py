@@ -1,1 +1,1 @@
-"""Images of any source into shards."""
+"""Convert images of any source into shards."""

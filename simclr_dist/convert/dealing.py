@@ -1,28 +1,23 @@
-"""Which image goes to which side of a split, and in which order: pure functions of the seed."""
+"""Deal images to the sides of a split, and shuffle them. These are pure functions of the seed."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.data.order import Rows
 from simclr_dist.system.errors import DataError
 
 SPLIT_NAMES = ("train", "test")
 
 
 def deal(
-    index: NDArray[np.int64],
-    label: NDArray[np.int64],
-    sha256: NDArray[np.bytes_],
-    *,
-    total: int,
-    seed: int,
-    split: tuple[float, ...] | None,
-) -> dict[str, NDArray[np.int64]]:
-    """For each destination ('' for one alone) positions in the arrays, shuffled.
+    index: Rows, label: Rows, sha256: NDArray[np.bytes_], *, total: int, seed: int, split: tuple[float, ...] | None
+) -> dict[str, Rows]:
+    """Shuffle and deal the images. Returns positions in the arrays for each destination ('' for one alone).
 
     The arrays run over the good images, `index` below `total` rising. A split is stratified by label, and images with equal
     bytes are on one side. Raises DataError when a side gets none.
     """
-    # Sorting raw draws, as Generator's methods may change between numpy versions; and a draw for every image of the source,
+    # Raw draws are sorted, as Generator's methods may change between numpy versions. Every image of the source has a draw,
     # so that leaving one out does not reorder the others.
     generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
     places, sides = generator.random_raw(total)[index], generator.random_raw(total)[index]

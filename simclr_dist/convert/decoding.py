@@ -1,46 +1,36 @@
-"""First pass of a conversion: every image is decoded once. A chunk's records, and bytes that its source cannot give again,
-are a unit on disk: what is there is not done again."""
+"""Run the first pass of a conversion. It decodes every image once, and each chunk becomes a unit on disk."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from simclr_dist.convert.partial import Partial, StaleError, put
-from simclr_dist.convert.sources.originals import Chunk, Original, Problem, first_line
+from simclr_dist.convert.sources.originals import Chunk, Original, Problem
+from simclr_dist.data.manifest import row_table
 from simclr_dist.data.pixels.images import prepare_image
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable, reason_of
 
 _ABOUT = b"simclr_dist"
 _ROWS_A_BATCH = 1 << 16
-_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int32()),  # where the bytes are, when `path` is empty
-        ("index", pa.int64()),
-        ("name", pa.binary()),  # need not be valid text
-        ("label", pa.int64()),
-        ("extension", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("path", pa.binary()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("sha256", pa.binary(32)),
-        ("converted", pa.bool_()),
-    ]
-)
+# The bytes are in `path`, or in `unit` when that is empty. `name` and `path` need not be valid text.
+_SCHEMA = pa.schema([
+    ("unit", pa.int32()), ("index", pa.int64()), ("name", pa.binary()), ("label", pa.int64()), ("extension", pa.string()),
+    ("width", pa.int32()), ("height", pa.int32()), ("path", pa.binary()), ("offset", pa.int64()), ("size", pa.int64()),
+    ("sha256", pa.binary(32)), ("converted", pa.bool_()),
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes units; picklable. `settings` is a digest of what the conversion's runs agree on."""
+    """Makes units. It is picklable. `settings` is a digest of what the conversion's runs agree on."""
 
     partial: Partial
     settings: str
@@ -49,12 +39,12 @@ class Decoder:
     quality: int
 
     def __call__(self, task: tuple[int, Chunk]) -> tuple[int, int, str]:
-        """Make the unit of a chunk with its number, unless it is there; returns good and bad images, and the first bad.
+        """Make a chunk's unit unless it is there. Returns the numbers of good and bad images, and the first bad.
 
-        Raises StaleError for one made with other settings, or from files that have been written to since.
+        Raises StaleError for a unit made with other settings, or from files that have been written to since.
         """
         number, chunk = task
-        path = unit_path(self.partial, number)
+        path = self.partial.unit(number)
         stamp = chunk.stamp().hex()
         if (about := _read_about(path)) is not None:
             if about["settings"] != self.settings:
@@ -89,44 +79,32 @@ class Decoder:
                     file.write(content)
                 kept = file.tell()
             if kept:
-                put(temporary, bytes_path(self.partial, number))
+                put(temporary, self.partial.unit(number, "bytes"))
         finally:
             temporary.unlink(missing_ok=True)
         about = {"settings": self.settings, "stamp": stamp, "good": len(rows), "rejected": rejected}
-        columns = zip(*rows, strict=True) if rows else [()] * len(_SCHEMA)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-        schema = _SCHEMA.with_metadata({_ABOUT: json.dumps(about).encode()})
-        with pa.ipc.new_file(str(temporary), schema) as writer:
-            writer.write(pa.record_batch(arrays, schema))
-        put(temporary, unit_path(self.partial, number))
+        table = row_table(rows, _SCHEMA.with_metadata({_ABOUT: json.dumps(about).encode()}))
+        with pa.ipc.new_file(str(temporary), table.schema) as writer:
+            writer.write_table(table)
+        put(temporary, self.partial.unit(number))
         return about
 
     def _row(self, number: int, original: Original, kept: int) -> tuple[bytes, tuple[Any, ...]]:
-        """Bytes to keep in the unit, where `kept` are already, and the record; raises DataError for what is no image."""
+        """Make the record, and the bytes to keep in the unit. It has `kept` bytes. Raises DataError for what is no image."""
         if original.problem is not None:
             raise DataError(original.problem)
         image = prepare_image(original.content, short_side=self.short_side, quality=self.quality)
         converted = image.content is not original.content
-        again = original.path is not None and not converted
-        path, offset = (original.path, original.offset) if again else ("", kept)
-        return b"" if again else image.content, (
+        readable = original.path is not None and not converted  # the source gives the same bytes again
+        path, offset = (original.path, original.offset) if readable else ("", kept)
+        return b"" if readable else image.content, (
             number, original.index, os.fsencode(original.name), original.label, image.extension, image.width, image.height,
             os.fsencode(path or ""), offset, len(image.content), hashlib.sha256(image.content).digest(), converted,
         )  # fmt: skip
 
 
-def unit_path(partial: Partial, number: int) -> Path:
-    """A unit's records; it is there when the unit is done."""
-    return partial.units / f"{number:06d}.arrow"
-
-
-def bytes_path(partial: Partial, number: int) -> Path:
-    """The bytes that a unit keeps."""
-    return partial.units / f"{number:06d}.bytes"
-
-
 def _read_about(path: Path) -> dict[str, Any] | None:
-    """What a unit says of itself; None when there is none, or none that can be read."""
+    """Read a unit's metadata. Returns None when there is no unit, or none that can be read."""
     try:
         with pa.memory_map(str(path)) as file:
             about: dict[str, Any] = json.loads(pa.ipc.open_file(file).schema.metadata[_ABOUT])
@@ -137,10 +115,9 @@ def _read_about(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Records:
-    """What has to be known of all good images at once, in the order of `Partial.records`: arrays over n images.
+    """All good images, in the order of `Partial.records`. `sha256` has 32 bytes each.
 
-    `index` and `label` int64, `sha256` as 32 bytes each; `converted` counts those that are stored re-encoded. `stamps`: of each
-    unit's chunk, as it was read.
+    `converted` counts those that are stored re-encoded. `stamps` has that of each unit's chunk, as it was read.
     """
 
     index: NDArray[np.int64]
@@ -152,48 +129,35 @@ class Records:
 
 
 def gather(partial: Partial, units: int) -> Records:
-    """The records of all units, in one file and, as far as must be, in memory (48 bytes an image)."""
-    index, label, sha256, converted = [], [], [], 0
+    """Gather the records of all units in one file. 48 bytes an image stay in memory."""
     rejected: list[Problem] = []
     stamps: list[str] = []
+    waiting: list[pa.Table] = []
     temporary = partial.temporary()
     with pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
-        for table in _tables(partial, units, rejected, stamps):
-            writer.write_table(table)
-            batch = table.combine_chunks().to_batches()
-            for part in batch:
-                index.append(part.column("index").to_numpy().copy())
-                label.append(part.column("label").to_numpy().copy())
-                hashes = part.column("sha256")
-                start = hashes.offset * 32
-                sha256.append(np.frombuffer(hashes.buffers()[1], "S32", len(hashes), start).copy())
-                converted += part.column("converted").true_count
+        for number in range(units):
+            path = partial.unit(number)
+            try:
+                with pa.memory_map(str(path)) as file:
+                    table = pa.ipc.open_file(file).read_all()
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{path}: cannot be read ({reason_of(error)}); run the same command again") from None
+            about = json.loads(table.schema.metadata[_ABOUT])
+            rejected += [Problem(*entry) for entry in about["rejected"]]
+            stamps.append(about["stamp"])
+            waiting.append(table.replace_schema_metadata(None))
+            if sum(map(len, waiting)) >= _ROWS_A_BATCH or number == units - 1:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting = []
     put(temporary, partial.records)
-    empty = np.zeros(0, np.int64)
-    return Records(
-        np.concatenate([empty, *index]),
-        np.concatenate([empty, *label]),
-        np.concatenate([np.zeros(0, "S32"), *sha256]),
-        converted,
-        tuple(rejected),
-        tuple(stamps),
-    )
-
-
-def _tables(partial: Partial, units: int, rejected: list[Problem], stamps: list[str]) -> Iterator[pa.Table]:
-    """The units' records, some ten thousand together; their rejected images go to `rejected`, their stamps to `stamps`."""
-    waiting: list[pa.Table] = []
-    for number in range(units):
-        path = unit_path(partial, number)
-        try:
-            with pa.memory_map(str(path)) as file:
-                table = pa.ipc.open_file(file).read_all()
-                about = json.loads(table.schema.metadata[_ABOUT])
-                rejected += [Problem(*entry) for entry in about["rejected"]]
-                stamps.append(about["stamp"])
-                waiting.append(table.replace_schema_metadata(None))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read ({first_line(error)}); run the same command again") from None
-        if sum(map(len, waiting)) >= _ROWS_A_BATCH or number == units - 1:
-            yield pa.concat_tables(waiting).combine_chunks()
-            waiting = []
+    with pa.memory_map(str(partial.records)) as file:
+        table = pa.ipc.open_file(file).read_all()
+        hashes = table.column("sha256").combine_chunks()
+        return Records(
+            table.column("index").to_numpy().copy(),
+            table.column("label").to_numpy().copy(),
+            np.frombuffer(hashes.buffers()[1], "S32", len(hashes)).copy() if len(hashes) else np.zeros(0, "S32"),
+            pc.sum(table.column("converted"), min_count=0).as_py(),
+            tuple(rejected),
+            tuple(stamps),
+        )

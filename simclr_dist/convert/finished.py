@@ -1,6 +1,5 @@
-"""What a finished conversion says of itself (conversion.json), so that the same command, given again, finds it done."""
+"""Record a finished conversion in conversion.json. By it the same command finds the work done."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ import numpy as np
 from simclr_dist.convert.sources.originals import Problem, Source
 from simclr_dist.data.manifest import load_manifest
 
-_NAME = "conversion.json"
+RECORD_NAME = "conversion.json"
 _REJECTED = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What `write_shards` did, over all destinations.
+    """The result of `write_shards`, over all destinations.
 
     `written` images in `shards` tars of `bytes` together; `destinations` are the folders that hold a manifest. `rejected`
     images are left out for the reason given; `skipped` files were never taken for images. `converted` images are stored
@@ -36,52 +35,41 @@ class ShardSummary:
     already: bool = False
 
 
-def stamp_of(stamps: Iterable[str]) -> str:
-    """A digest of all chunks' stamps, in hex: another one when a file of the source has been written to since."""
-    return hashlib.sha256("".join(stamps).encode()).hexdigest()
-
-
 def write_record(folder: Path, about: dict[str, object], converted: int, rejected: Iterable[Problem]) -> list[Path]:
-    """Both files of a conversion; `about` is what a second run must agree on. Returns their paths."""
-    record, left_out = folder / _NAME, folder / _REJECTED
+    """Write both files of a conversion. `about` is what a second run must agree on. Returns their paths."""
+    record = folder / RECORD_NAME
     record.write_text(json.dumps(about | {"converted": converted}, indent=1) + "\n", encoding="ascii")
+    return [record, *write_rejected(folder, rejected)]
+
+
+def write_rejected(folder: Path, rejected: Iterable[Problem]) -> list[Path]:
+    """List what is left out in `folder`/rejected.jsonl. Returns [its path], or [] where nothing is left out."""
     lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in rejected]
-    if not lines:
-        return [record]
-    left_out.write_text("".join(lines), encoding="ascii")
-    return [record, left_out]
-
-
-def has_record(folder: Path) -> bool:
-    """Whether a conversion that is finished says so in `folder`."""
-    return (folder / _NAME).exists()
+    path = folder / _REJECTED
+    if lines:
+        path.write_text("".join(lines), encoding="ascii")
+    return [path] * bool(lines)
 
 
 def read_record(folder: Path, about: dict[str, object], source: Source, sides: Sequence[str]) -> ShardSummary | None:
-    """The conversion of `source` that `write_record` was told `about`; None where another one, or none, is in `folder`.
+    """Read the record of `source`'s conversion. Returns None where `folder` holds none, or one of another `about`.
 
     Raises DataError when a manifest or a shard of it is missing or damaged.
     """
     try:
-        found = json.loads((folder / _NAME).read_text(encoding="ascii"))
-        converted = int(found.pop("converted"))
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="ascii"))
+        converted = int(record.pop("converted"))
         lines = (folder / _REJECTED).read_text(encoding="ascii").splitlines() if (folder / _REJECTED).exists() else []
         rejected = tuple(Problem(each["source"], each["reason"]) for each in map(json.loads, lines))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    if found != json.loads(json.dumps(about)):
+    if record != json.loads(json.dumps(about)):
         return None
     manifests = [load_manifest(folder / side) for side in sides]
     hashes = np.concatenate([manifest.sha256 for manifest in manifests])
     return ShardSummary(
-        destinations=tuple(folder / side for side in sides),
-        written=len(hashes),
-        shards=sum(len(manifest.shards) for manifest in manifests),
-        bytes=sum(int(manifest.shard_bytes.sum()) for manifest in manifests),
-        classes=source.classes,
-        rejected=rejected,
-        skipped=source.skipped,
-        converted=converted,
-        duplicates=len(hashes) - len(np.unique(hashes.view("S32"))),
-        already=True,
-    )
+        tuple(folder / side for side in sides), written=len(hashes), shards=sum(len(manifest.shards) for manifest in manifests),
+        bytes=sum(int(manifest.shard_bytes.sum()) for manifest in manifests), classes=source.classes,
+        rejected=rejected, skipped=source.skipped, converted=converted,
+        duplicates=len(hashes) - len(np.unique(hashes.view("S32"))), already=True,
+    )  # fmt: skip

@@ -1,20 +1,19 @@
-"""A manifest for WebDataset tars that others have made; the tars stay as they are, and where they are."""
+"""Make a manifest for WebDataset tars of other makers. The tars stay as they are, and where they are."""
 
 import hashlib
-import json
 import os
 import sys
 import tempfile
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.convert.sources.archives import is_label, parse_label, webdataset_key, why_unsafe
+from simclr_dist.convert.finished import write_rejected
+from simclr_dist.convert.partial import disk_errors
+from simclr_dist.convert.sources.archives import is_label, parse_label, read_label, webdataset_key, why_unsafe
 from simclr_dist.convert.sources.folders import is_hidden, why_not_followed
 from simclr_dist.convert.sources.originals import MAX_IMAGE_BYTES, Problem, is_image_name
 from simclr_dist.convert.sources.tar import TarMember, tar_members
@@ -23,12 +22,12 @@ from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, wri
 from simclr_dist.data.pixels.images import prepare_image
 from simclr_dist.system.errors import DataError, printable
 
-_LONGEST_LABEL = 64
+_UNREADABLE = "a name that is no printable text"
 
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """What `index_shards` wrote: `images`, of which some are `labelled`, in `shards` tars; `rejected` ones are left out."""
+    """The result of `index_shards`: `images`, some `labelled`, in `shards` tars. Those in `rejected` are left out."""
 
     manifest: Path
     images: int
@@ -40,64 +39,58 @@ class IndexSummary:
 def index_shards(
     folder: str | Path, *, processes: int | None = None, strict: bool = False, progress: bool = False
 ) -> IndexSummary:
-    """Write `folder`/manifest.parquet for the tars in `folder`, which are read once and not changed.
+    """Write `folder`/manifest.parquet for the tars in `folder`. They are read once and not changed.
 
-    A sample is what has one key, WebDataset's: the name up to the first dot of its last part. Its image is the member whose
-    extension is that of an image (`KEY.jpg` before `KEY.mask.png`), its label the integer in `KEY.cls`, -1 without one. Where
+    A sample is what has one key, WebDataset's: the name up to the first dot of its last part. Its image is the member with an
+    image's extension (`KEY.jpg` before `KEY.mask.png`), its label the integer in `KEY.cls`, -1 without one. Where
     two tars share a key, all keys become `TAR/KEY`. Left out, and listed in `folder`/rejected.jsonl: what cannot be decoded,
     images that shards would store re-encoded (`simclr-dist shard` converts them), keys that come twice in a tar, names that
-    are absolute or have '..', links.
-
-    Raises DataError, and writes nothing, when a tar is damaged or cut off, when there is a manifest already, when no image can
-    be used, and, if `strict`, when any sample is left out.
+    are absolute or have '..', links. Raises DataError, and writes nothing, when a tar is damaged or cut off, when there is a
+    manifest already, when no image can be used, and, if `strict`, when any sample is left out.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
-        raise DataError(f"{folder}: no such folder of tars")
-    if (folder / MANIFEST_NAME).exists():
-        raise DataError(f"{folder / MANIFEST_NAME}: is there already; compare it with --verify {folder}, or remove it first")
-    found = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not is_hidden(path.name))
-    links = [(path, why_not_followed(folder.resolve(), path)) for path in found if path.is_symlink()]
-    rejected = [Problem(printable(path.name), reason) for path, reason in links if reason]
-    unreadable = "a name that is no printable text"
-    rejected += [Problem(printable(path.name), unreadable) for path in found if not path.name.isprintable()]
-    tars = [path for path in found if path.is_file() and printable(path.name) not in {problem.name for problem in rejected}]
-    if not tars:
-        which = f" that can be used: {rejected[0].name} ({rejected[0].reason})" if rejected else ""
-        raise DataError(f"{folder}: holds no .tar file{which}")
-    processes = processes or min(os.cpu_count() or 1, len(tars))
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # before hours of work for nothing
+    tars, rejected = _usable_tars(folder)
+    bar = tqdm(total=len(tars), desc="reading", unit="tar", disable=not (progress and sys.stderr.isatty()))
+    with disk_errors(folder):
+        with tempfile.TemporaryFile(dir=folder):  # fails now, and not after hours of work
             pass
         tables: list[pa.Table] = []
-        bar = tqdm(total=len(tars), desc="reading", unit="tar", disable=not (progress and sys.stderr.isatty()))
-        with bar, workers(min(processes, len(tars)), (__name__,)) as run:
+        with bar, workers(min(processes or os.cpu_count() or 1, len(tars)), (__name__,), folder) as run:
             for table, problems in run(_read_tar, tars):
                 tables.append(table)
                 rejected += problems
                 bar.update()
         rows = pa.concat_tables(tables)
-        first = f"{rejected[0].name} ({rejected[0].reason})" if rejected else ""
         if strict and rejected:
-            raise DataError(f"{folder}: strict, and {len(rejected)} samples cannot be used; the first: {first}")
+            raise DataError(f"{folder}: strict, and {len(rejected)} samples cannot be used; the first: {rejected[0]}")
         if not len(rows):
-            raise DataError(
-                f"{folder}: no image in its {len(tars)} tars can be used" + (f"; the first: {first}" if first else "")
-            )
+            first = f"; the first: {rejected[0]}" if rejected else ""
+            raise DataError(f"{folder}: no image in its {len(tars)} tars can be used{first}")
         if pc.count_distinct(rows.column("key")).as_py() < len(rows):
             keys = pc.binary_join_element_wise(rows.column("shard"), rows.column("key"), "/")
             rows = rows.set_column(0, rows.schema.field("key"), keys)
-        if rejected:
-            lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in rejected]
-            (folder / "rejected.jsonl").write_text("".join(lines), encoding="ascii")
+        write_rejected(folder, rejected)
         names = [path.name for path, table in zip(tars, tables, strict=True) if len(table)]
         manifest = write_manifest(folder, names, rows, ())
-    except BrokenProcessPool:
-        raise DataError(f"{folder}: a worker process died, perhaps for lack of memory; use fewer processes") from None
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from None
     labelled = pc.sum(pc.greater_equal(rows.column("label"), 0)).as_py()
     return IndexSummary(manifest, len(rows), labelled, len(names), tuple(rejected))
+
+
+def _usable_tars(folder: Path) -> tuple[list[Path], list[Problem]]:
+    """List the tars to read, and those left out. Raises DataError where there is nothing to do."""
+    if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
+        raise DataError(f"{folder}: no such folder of tars")
+    if (folder / MANIFEST_NAME).exists():
+        raise DataError(f"{folder / MANIFEST_NAME}: is there already; compare it with --verify {folder}, or remove it first")
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not is_hidden(path.name))
+    links = [(path, why_not_followed(folder.resolve(), path)) for path in paths if path.is_symlink()]
+    rejected = [Problem(printable(path.name), reason) for path, reason in links if reason]
+    rejected += [Problem(printable(path.name), _UNREADABLE) for path in paths if not path.name.isprintable()]
+    refused = {problem.name for problem in rejected}
+    tars = [path for path in paths if path.is_file() and printable(path.name) not in refused]
+    if not tars:
+        raise DataError(f"{folder}: holds no .tar file" + (f" that can be used: {rejected[0]}" if rejected else ""))
+    return tars, rejected
 
 
 @dataclass
@@ -107,49 +100,27 @@ class _Sample:
     label: TarMember | None = None
 
 
-class _Reader(NamedTuple):
-    path: Path
-    descriptor: int
-    rows: list[ManifestRow]
-    rejected: list[Problem]
-    seen: set[str]
-
-    def take(self, sample: _Sample) -> None:
-        """The sample's row, or the reason why there is none."""
-        shown = printable(f"{self.path.name}/{sample.key}")
-        try:
-            if sample.key in self.seen:
-                raise DataError("its key comes twice in the tar")
-            self.seen.add(sample.key)
-            self.rows.append(self._row(sample))
-        except DataError as error:
-            self.rejected.append(Problem(shown, str(error)))
-
-    def _row(self, sample: _Sample) -> ManifestRow:
-        plain = [image for image in sample.images if image.name.removeprefix(sample.key).count(".") == 1]
-        images = plain or sample.images
-        if len(images) != 1:
-            names = ", ".join(printable(image.name) for image in images)
-            raise DataError(f"{len(images)} images of one key: {names}" if images else "no image among its files")
-        (image,) = images
-        if not 0 < image.size <= MAX_IMAGE_BYTES:
-            raise DataError("larger than 1 GiB" if image.size else "an empty file")
-        label = -1
-        if sample.label is not None:
-            label = parse_label(self._read(sample.label, _LONGEST_LABEL), "cls")
-        content = self._read(image, image.size)
-        done = prepare_image(content)
-        if done.reason:
-            raise DataError(f"{done.reason}; `simclr-dist shard {self.path.name} DST` converts it")
-        digest = hashlib.sha256(content).digest()
-        return ManifestRow(sample.key, self.path.name, image.offset, image.size, label, done.width, done.height, digest)
-
-    def _read(self, member: TarMember, most: int) -> bytes:
-        return os.pread(self.descriptor, min(member.size, most), member.offset)
+def _row(tar: str, descriptor: int, sample: _Sample) -> ManifestRow:
+    """Make the sample's row. Raises DataError with the reason why there is none."""
+    plain = [image for image in sample.images if image.name.removeprefix(sample.key).count(".") == 1]
+    images = plain or sample.images
+    if len(images) != 1:
+        names = ", ".join(printable(image.name) for image in images)
+        raise DataError(f"{len(images)} images of one key: {names}" if images else "no image among its files")
+    (image,) = images
+    if not 0 < image.size <= MAX_IMAGE_BYTES:
+        raise DataError("larger than 1 GiB" if image.size else "an empty file")
+    label = -1 if sample.label is None else parse_label(read_label(descriptor, sample.label), "cls")
+    content = os.pread(descriptor, image.size, image.offset)
+    prepared = prepare_image(content)
+    if prepared.reason:
+        raise DataError(f"{prepared.reason}; `simclr-dist shard {tar} DST` converts it")
+    digest, size = hashlib.sha256(content).digest(), (prepared.width, prepared.height)
+    return ManifestRow(sample.key, tar, image.offset, image.size, label, *size, digest)
 
 
 def _joined(samples: list[_Sample]) -> list[_Sample]:
-    """An image and its label that lie apart, as in a tar of all images and then all labels, are one sample."""
+    """Join an image and its label that lie apart. Some tars hold all images and then all labels."""
     first: dict[str, _Sample] = {}
     whole = []
     for sample in samples:
@@ -164,17 +135,18 @@ def _joined(samples: list[_Sample]) -> list[_Sample]:
 
 
 def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
-    """Rows and problems of one tar; each image is decoded."""
+    """Read the rows and problems of one tar. Each image is decoded."""
+    rows: dict[str, ManifestRow | None] = {}
+    rejected: list[Problem] = []
+    samples: list[_Sample] = []
     with path.open("rb") as file:
-        reader = _Reader(path, file.fileno(), [], [], set())
-        samples: list[_Sample] = []
         for member in tar_members(path):
             name = member.name.removeprefix("./")
             if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
                 continue
-            reason = member.problem or why_unsafe(name) or (None if name.isprintable() else "a name that is no printable text")
+            reason = member.problem or why_unsafe(name) or (None if name.isprintable() else _UNREADABLE)
             if reason:
-                reader.rejected.append(Problem(printable(f"{path.name}/{name}"), reason))
+                rejected.append(Problem(printable(f"{path.name}/{name}"), reason))
                 continue
             key = webdataset_key(name)
             if not samples or key != samples[-1].key:
@@ -184,5 +156,11 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
             elif is_image_name(name):
                 samples[-1].images.append(member._replace(name=name))
         for sample in _joined(samples):
-            reader.take(sample)
-    return row_table(reader.rows), reader.rejected
+            try:
+                if sample.key in rows:
+                    raise DataError("its key comes twice in the tar")
+                rows[sample.key] = None
+                rows[sample.key] = _row(path.name, file.fileno(), sample)
+            except DataError as error:
+                rejected.append(Problem(printable(f"{path.name}/{sample.key}"), str(error)))
+    return row_table(list(filter(None, rows.values()))), rejected

@@ -1,8 +1,10 @@
-"""Second pass of a conversion: the records' bytes, read again and checked, into tars."""
+"""Run the second pass of a conversion. It reads the records' bytes again, checks them and writes tars."""
 
 import hashlib
+import itertools
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from simclr_dist.convert.decoding import bytes_path
-from simclr_dist.convert.partial import Partial, put, sync
+from simclr_dist.convert.partial import Partial, put
 from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.data.manifest import ROW_SCHEMA, ManifestRow, row_table, write_manifest
 from simclr_dist.system.errors import DataError, printable
@@ -21,22 +22,16 @@ _BYTES = b"bytes"
 
 
 class Shard(NamedTuple):
-    """One tar to write: `side` is the folder in the destination, '' or train or test, `rows` are places in the records."""
+    """A tar to write. `side` ('', train or test) is a folder in the destination; `rows` are places in the records."""
 
     side: str
-    number: int
+    name: str
     rows: NDArray[np.int64]
-
-    @property
-    def name(self) -> str:
-        """The tar's file name."""
-        return f"shard-{self.number:06d}.tar"
 
 
 def cut(sides: dict[str, NDArray[np.int64]], shard_size: int) -> list[Shard]:
-    """The tars of all sides, in order."""
     return [
-        Shard(side, number, rows[first : first + shard_size])
+        Shard(side, f"shard-{number:06d}.tar", rows[first : first + shard_size])
         for side, rows in sides.items()
         for number, first in enumerate(range(0, len(rows), shard_size))
     ]
@@ -44,17 +39,17 @@ def cut(sides: dict[str, NDArray[np.int64]], shard_size: int) -> list[Shard]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes tars; picklable."""
+    """Writes tars. It is picklable."""
 
     partial: Partial
     classes: tuple[str, ...]
 
     def __call__(self, shard: Shard) -> int:
-        """Write one tar and, after it, the manifest's rows for it, unless they are there; returns the number of images."""
+        """Write a tar and its manifest rows, unless they are there. Returns the number of images."""
         path = self.partial.out / shard.side / shard.name
-        table = _read_rows(self.partial, shard)
-        if table is not None and path.exists() and table.schema.metadata[_BYTES] == str(path.stat().st_size).encode():
-            return len(shard.rows)
+        with suppress(OSError, pa.ArrowException):
+            if _read_rows(self.partial, shard).schema.metadata[_BYTES] == str(path.stat().st_size).encode():
+                return len(shard.rows)
         with pa.memory_map(str(self.partial.records)) as file:
             records = pa.ipc.open_file(file).read_all().take(pa.array(shard.rows)).to_pylist()
         temporary = self.partial.temporary()
@@ -92,7 +87,7 @@ class Writer:
                 tar.write(members | {"json": json.dumps(about, sort_keys=True).encode()})
 
     def _read_again(self, record: dict[str, Any]) -> bytes:
-        path = os.fsdecode(record["path"]) or bytes_path(self.partial, record["unit"])
+        path = os.fsdecode(record["path"]) or self.partial.unit(record["unit"], "bytes")
         try:
             with open(path, "rb") as file:  # noqa: PTH123 (a source's name need not be valid text)
                 file.seek(record["offset"])
@@ -106,19 +101,13 @@ class Writer:
 
 
 def write_manifests(partial: Partial, shards: list[Shard], classes: tuple[str, ...]) -> int:
-    """The manifest of each side, of tars that are all there; returns the tars' bytes together."""
+    """Write the manifest of each side. All tars must be there. Returns the bytes of all tars together."""
     total = 0
-    for side in dict.fromkeys(shard.side for shard in shards):
-        own = [shard for shard in shards if shard.side == side]
-        tables = []
-        for shard in own:
-            table = _read_rows(partial, shard)
-            assert table is not None, shard
-            total += int(table.schema.metadata[_BYTES])
-            tables.append(table.replace_schema_metadata(None))
-        rows = pa.concat_tables(tables)
-        sync(write_manifest(partial.out / side, [shard.name for shard in own], rows, classes))
-        sync(partial.out / side)
+    for side, tars in itertools.groupby(shards, lambda shard: shard.side):
+        tables = {shard.name: _read_rows(partial, shard) for shard in tars}
+        total += sum(int(table.schema.metadata[_BYTES]) for table in tables.values())
+        rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables.values()])
+        write_manifest(partial.out / side, list(tables), rows, classes)
     return total
 
 
@@ -126,9 +115,5 @@ def _rows_path(partial: Partial, shard: Shard) -> Path:
     return partial.rows / f"{shard.side}{shard.name}.arrow"
 
 
-def _read_rows(partial: Partial, shard: Shard) -> pa.Table | None:
-    """The manifest's rows of a tar that is written; None when it is not."""
-    try:
-        return pa.ipc.open_file(_rows_path(partial, shard).read_bytes()).read_all()
-    except (OSError, pa.ArrowException):
-        return None
+def _read_rows(partial: Partial, shard: Shard) -> pa.Table:
+    return pa.ipc.open_file(_rows_path(partial, shard).read_bytes()).read_all()

@@ -1,4 +1,4 @@
-"""What `data.shards`, `eval --train` and the like may name: a folder, the URL of one, or tars in brace notation."""
+"""Load shards by name: a folder, its URL, or tars in braces."""
 
 import dataclasses
 import io
@@ -13,15 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 from braceexpand import braceexpand
 
-from simclr_dist.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    check_shards,
-    content_digest,
-    load_manifest,
-    parse_manifest,
-    read_manifest_file,
-)
+from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, check_shards, content_digest, parse_manifest, read_manifest
 from simclr_dist.data.remote.fetch import Patience, check_url, fetch, is_url, join
 from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, redact
 
@@ -34,40 +26,41 @@ _MOST_MANIFEST_BYTES = 4 << 30
 
 
 def load_collection(where: str | Path, *, beside: str | Path = ".", patience: Patience | None = None) -> Manifest:
-    """The manifest of what `where` names; `beside` is the folder that a relative path starts from.
+    """Load the manifest of what `where` names. A relative path starts from the folder `beside`.
 
     A folder, or its URL, stands for all tars of its manifest. Tars (`shards/train-{000000..000099}.tar`, or one) stand for
     these alone, as the manifest beside them describes them and in its order. Local tars are looked for, remote ones are not.
-    Raises DataError when there is no manifest, when it does not list the tars that are named, and UnreachableError when its
-    server fails.
+    Raises DataError when there is no manifest or it does not list the named tars, UnreachableError when its server fails.
     """
-    text = str(where)
+    text, remote = str(where), is_url(where)
     if text.startswith(PIPE):
         raise DataError(f"{text}: a shell command has no manifest; it can only be read with data.reader: stream")
-    if not names_tars(Path(beside) / where if not is_url(where) else text):
-        if not is_url(where):
-            return load_manifest(Path(beside) / where)
-        folder: Path | str = text.rstrip("/")
-        return parse_manifest(_fetch_manifest(str(folder), patience), folder)
-    tars = expand(text)
-    folders = sorted({tar.rpartition("/")[0] for tar in tars})
+    tars = expand(text) if names_tars(where if remote else Path(beside) / where) else []
+    folders = sorted({tar.rpartition("/")[0] for tar in tars}) or [text.rstrip("/") if remote else text]
     if len(folders) > 1:
         raise DataError(
             f"{redact(text)}: its tars lie in {len(folders)} folders, and a manifest describes one; name one folder's tars"
         )
-    names = [tar.rpartition("/")[2] for tar in tars]
-    if is_url(where):
+    if remote:
         manifest = parse_manifest(_fetch_manifest(folders[0], patience), folders[0])
-        return _only(manifest, [unquote(name) for name in names] if text.startswith("http") else names)
-    place = Path(beside) / (folders[0] or ("/" if text.startswith("/") else "."))
-    manifest = _only(parse_manifest(read_manifest_file(place), place), names)
-    check_shards(manifest)
+    else:
+        manifest = read_manifest(Path(beside) / (folders[0] or ("/" if text.startswith("/") else ".")))
+    if tars:
+        names = [tar.rpartition("/")[2] for tar in tars]
+        manifest = _only(manifest, [unquote(name) for name in names] if remote and text.startswith("http") else names)
+    if not remote:
+        check_shards(manifest)
     return manifest
 
 
+def count_images(where: str | Path, samples: int | None = None, *, beside: str | Path = ".") -> int:
+    """Count the images of what `where` names. `samples` is the count if the user states it, else the manifest's is used."""
+    return len(load_collection(where, beside=beside)) if samples is None else samples
+
+
 def names_tars(where: str | Path) -> bool:
-    """Whether it names tars, one or by braces, and not a folder."""
-    # Not Path.is_dir, which raises for what is longer than a file's name may be, as braces are.
+    """Tell whether `where` names tars and not a folder. It may name one tar, or many by braces."""
+    # Not Path.is_dir: it raises for a text that is longer than a file name may be, as braces are.
     if not is_url(where) and os.path.isdir(where):  # noqa: PTH112
         return False
     text = str(where)
@@ -75,26 +68,25 @@ def names_tars(where: str | Path) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """The tars that brace notation stands for, in its order: `a-{000..002}.tar`, `{train,extra}-{0..9}.tar`."""
+    """Expand brace notation to its tars, in its order. Examples: `a-{000..002}.tar`, `{train,extra}-{0..9}.tar`."""
     if len(pattern) > _LONGEST_PATTERN:
         raise DataError(f"{redact(pattern[:100])}...: is longer than {_LONGEST_PATTERN} characters; name fewer tars by braces")
-    spans = [abs(int(last) - int(first)) for first, last in _RANGE.findall(pattern)]
-    if any(span > _MOST_SHARDS for span in spans):  # braceexpand would hold all of it
-        raise DataError(f"{redact(pattern)}: stands for more than {_MOST_SHARDS} shards")
+    # braceexpand would hold the whole range in memory.
+    too_many = any(abs(int(last) - int(first)) > _MOST_SHARDS for first, last in _RANGE.findall(pattern))
     try:
-        found = list(itertools.islice(braceexpand(pattern), _MOST_SHARDS + 1))
+        tars = [] if too_many else list(itertools.islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError as error:
         raise DataError(f"{redact(pattern)}: {error if str(error) else 'its braces cannot be expanded'}") from None
-    if len(found) > _MOST_SHARDS:
+    if too_many or len(tars) > _MOST_SHARDS:
         raise DataError(f"{redact(pattern)}: stands for more than {_MOST_SHARDS} shards")
-    if len(set(found)) < len(found):
-        ((double, _),) = Counter(found).most_common(1)
+    if len(set(tars)) < len(tars):
+        ((double, _),) = Counter(tars).most_common(1)
         raise DataError(f"{redact(pattern)}: names {redact(double)} twice")
-    return found
+    return tars
 
 
 def find_tars(where: str, *, allow_pipe: bool) -> list[str]:
-    """The tars that `where` stands for; raises ConfigError and DataError for what cannot or must not be opened."""
+    """List the tars that `where` stands for. Raises ConfigError and DataError for what cannot or must not be opened."""
     if where.startswith(PIPE):
         if not allow_pipe:
             raise ConfigError(f"data.shards: {where!r} runs a shell command; set data.allow_pipe: true if you mean it")
@@ -112,27 +104,22 @@ def find_tars(where: str, *, allow_pipe: bool) -> list[str]:
 
 
 def _only(manifest: Manifest, names: Sequence[str]) -> Manifest:
-    """The manifest of the named shards alone, in its own order."""
-    known = set(manifest.shards)
-    if strange := next((name for name in names if name not in known), None):
-        raise DataError(
-            f"{manifest.folder}/{MANIFEST_NAME}: does not list {strange!r}; name tars that it lists, or the folder for all"
-        )
-    wanted = set(names)
+    """Keep the named shards of a manifest, in its order."""
+    wanted, listed = set(names), set(manifest.shards)
+    if strange := next((name for name in names if name not in listed), None):
+        cure = "name tars that it lists, or the folder for all"
+        raise DataError(f"{manifest.folder}/{MANIFEST_NAME}: does not list {strange!r}; {cure}")
     keep = np.array([name in wanted for name in manifest.shards])
     if keep.all():
         return manifest
     rows = keep[manifest.shard]
     arrays = {name: getattr(manifest, name)[rows] for name in ("key", "offset", "size", "label", "width", "height", "sha256")}
     return dataclasses.replace(
-        manifest,
-        shards=tuple(name for name in manifest.shards if name in wanted),
-        shard_sizes=manifest.shard_sizes[keep],
-        shard_bytes=manifest.shard_bytes[keep],
-        shard=(np.cumsum(keep) - 1)[manifest.shard[rows]].astype(np.int32),
+        manifest, shards=tuple(name for name in manifest.shards if name in wanted),
+        shard_sizes=manifest.shard_sizes[keep], shard_bytes=manifest.shard_bytes[keep],
+        shard=(np.cumsum(keep) - 1)[manifest.shard[rows]].astype(np.int32), **arrays,
         digest=content_digest(arrays["key"].tolist(), manifest.classes, arrays["sha256"], arrays["label"]),
-        **arrays,
-    )
+    )  # fmt: skip
 
 
 def _fetch_manifest(folder: str, patience: Patience | None) -> bytes:
@@ -142,10 +129,7 @@ def _fetch_manifest(folder: str, patience: Patience | None) -> bytes:
     try:
         fetch(url, content, most=_MOST_MANIFEST_BYTES, patience=patience)
     except UnreachableError as error:
-        raise UnreachableError(
-            f"{error}; for tars without a manifest, `simclr-dist shard --index` on a copy writes one, or set"
-            " data.reader: stream"
-            if "404" in str(error) or "it is not there" in str(error)
-            else str(error)
-        ) from None
+        cure = "; for tars without a manifest, `simclr-dist shard --index` on a copy writes one, or set data.reader: stream"
+        missing = "404" in str(error) or "it is not there" in str(error)
+        raise UnreachableError(f"{error}{cure if missing else ''}") from None
     return content.getvalue()

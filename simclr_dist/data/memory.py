@@ -1,4 +1,4 @@
-"""A set of small images, decoded once and held in memory by a rank and its workers."""
+"""Hold small images in memory, decoded once. A rank shares them with its workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.order import Rows
 from simclr_dist.data.pixels.resize import crop_views
 from simclr_dist.data.reader import Images, Sample, ShardDataset
 from simclr_dist.data.views.crops import Interpolation
@@ -22,48 +22,42 @@ _BATCH_SIDE = 40
 _PAUSE_BYTES = 2**22  # some tenths of a second of decoding
 
 
-def decoded_bytes(manifest: Manifest) -> int:
-    """What the pixels of all images take."""
-    return int((manifest.height.astype(np.int64) * manifest.width).sum() * 3)
-
-
 def held_in_memory(images: Images, choice: str, pause: Callable[[], object] = lambda: None) -> Images:
-    """`images`, decoded when `choice` is "always", or "auto" and they are few: the same views come of both.
+    """Decode `images` if `choice` is "always", or "auto" and they are few. The views are the same either way.
 
-    A stream stays as it is. `pause` is called now and then while images are decoded, as often on every rank, and may raise.
+    A stream stays as it is. `pause` is called at times while images are decoded, equally often on every rank, and may raise.
     Raises RankError when a server of shards fails.
     """
     if not isinstance(images, ShardDataset):
         return images
-    wanted = choice == "always" or (choice == "auto" and decoded_bytes(images.manifest) <= AUTO_BYTES)
+    pixels = int((images.manifest.height.astype(np.int64) * images.manifest.width).sum())
+    wanted = choice == "always" or (choice == "auto" and 3 * pixels <= AUTO_BYTES)
     return DecodedImages(images, pause) if wanted else images
 
 
 class DecodedImages(Dataset[Sample]):
-    """All images of `images`, by manifest row, checked by sha256 and decoded when this is made.
+    """All images by manifest row. Each is checked by sha256 and decoded once, at the start.
 
-    Workers that are forked later share the memory. An image that cannot be read raises its DataError when it is asked for,
-    as from shards; a server of shards that fails is a RankError. When all have one size, and it is small, `crops` makes a
-    batch of crops in one call.
+    Workers that are forked later share the memory. An image that cannot be read raises its DataError when its row is read, as
+    from shards. A server of shards that fails raises RankError.
     """
 
     def __init__(self, images: ShardDataset, pause: Callable[[], object] = lambda: None) -> None:
-        manifest = images.manifest
-        self.manifest = manifest
+        self.manifest = manifest = images.manifest
         heights, widths = manifest.height.astype(np.int64), manifest.width.astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(heights * widths * 3)])
+        total = int(self._starts[-1])
         try:
-            self._pixels = torch.empty(int(self._starts[-1]), dtype=torch.uint8)
+            self._pixels = torch.empty(total, dtype=torch.uint8)
         except RuntimeError:
-            needed = int(self._starts[-1]) / 2**30
             raise RankError(
-                f"data.in_memory: the pixels of {len(manifest)} images take {needed:.3g} GiB, which this machine does not have;"
-                " set it to never"
+                f"data.in_memory: the pixels of {len(manifest)} images take {total / 2**30:.3g} GiB, which this machine does"
+                " not have; set it to never"
             ) from None
         self._bad: dict[int, str] = {}
         same = bool((heights == heights[0]).all() and (widths == widths[0]).all())
         self.of_one_size = same and max(heights[0], widths[0]) <= _BATCH_SIDE
-        """Whether `crops` can be asked."""
+        """Whether all have one size, a small one: then `crops` can be called."""
         pauses = np.diff(self._starts // _PAUSE_BYTES) > 0
         for row in range(len(manifest)):
             if pauses[row]:
@@ -92,17 +86,15 @@ class DecodedImages(Dataset[Sample]):
         return Sample(self._stored(row), int(self.manifest.label[row]), int(row))
 
     def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
-        """Everything is here already."""
+        """Do nothing: all images are in memory."""
 
-    def crops(
-        self, rows: NDArray[np.int64], box: NDArray[np.int64], flip: NDArray[np.bool_], size: int, how: Interpolation
-    ) -> Tensor:
-        """`crop_view` of each row, with the same bits, in one call: uint8 [n, 3, size, size]."""
+    def crops(self, rows: Rows, box: Rows, flip: NDArray[np.bool_], size: int, how: Interpolation) -> Tensor:
+        """Make `crop_view` of each row, with the same bits. All rows take one call: uint8 [n, 3, size, size]."""
         whole = self._pixels.view(len(self), 3, int(self.manifest.height[0]), int(self.manifest.width[0]))
         return crop_views(whole, rows, box, flip, size, how)
 
     def _stored(self, row: int) -> Tensor:
-        """[3, h, w]: as `crops` takes it, or channels last in memory, as `crop_view` likes it."""
+        """View a row's pixels as [3, h, w]. They lie as `crops` takes them, or channels last, as `crop_view` likes it."""
         height, width = int(self.manifest.height[row]), int(self.manifest.width[row])
         pixels = self._pixels[self._starts[row] : self._starts[row + 1]]
         return pixels.view(3, height, width) if self.of_one_size else pixels.view(height, width, 3).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Images by manifest row, each read checked."""
+"""Read images by manifest row, and check each."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ from simclr_dist.system.errors import DataError
 
 
 class Sample(NamedTuple):
-    """One image: uint8 [3, h, w], its label (-1: none) and manifest row."""
+    """One image: uint8 [3, h, w], label (-1: none) and manifest row."""
 
     image: Tensor
     label: int
@@ -28,23 +28,21 @@ class Sample(NamedTuple):
 
 
 class Images(Protocol):
-    """What steps are made of: ShardDataset, or `data.stream`'s images."""
+    """The images that steps are made of: ShardDataset, or those of `data.stream`."""
 
     def __getitem__(self, row: int, /) -> Sample: ...
 
     def expect(self, now: Iterable[int], ahead: Iterable[int], /) -> None:
-        """What will be read, where that is known."""
+        """Prepare for the shards that will be read, where they are known."""
 
 
 class ShardDataset(Dataset[Sample]):
     """Shards as a map from manifest row to image, read by offset.
 
-    `where` is a folder, its URL, or tars in brace notation (`data.collection`). Remote shards go through a cache on the local
-    disk, with `cache` for its settings; the next ones are fetched ahead where the order is known (`expect`) or is that of
-    the manifest. No more than `open_shards` files are open at a time.
-
-    Raises DataError, naming key and shard, when the bytes are not those that the manifest was written for; UnreachableError
-    when the server of remote shards fails; ConfigError when the cache's limit is too small.
+    `where` is a folder, its URL, or tars in brace notation (`data.collection`). Remote shards go through a `cache` on the local
+    disk. The next ones are fetched ahead where the order is known (`expect`) or is that of the manifest. No more than
+    `open_shards` files are open at a time. Raises DataError, naming key and shard, when the bytes are not those that the
+    manifest was written for. Raises UnreachableError when the server fails, ConfigError when the cache's limit is too small.
     """
 
     _cache: ShardCache | None = None
@@ -61,7 +59,6 @@ class ShardDataset(Dataset[Sample]):
 
     @property
     def digest(self) -> str:
-        """Of the images' content (`Manifest.digest`)."""
         return self.manifest.digest
 
     def __len__(self) -> int:
@@ -76,20 +73,25 @@ class ShardDataset(Dataset[Sample]):
         return Sample(image, int(self.manifest.label[row]), int(row))
 
     def read(self, row: int) -> bytes:
-        """The image's bytes as they were converted; raises DataError when sha256 says otherwise."""
-        content = self._bytes(row)
-        if not self._right(row, content) and (self._cache is None or not self._right(row, content := self._fetched_again(row))):
+        """Read the image's bytes as they were converted. Raises DataError when sha256 says otherwise."""
+        right = self._right(row, content := self._bytes(row))
+        if not right and self._cache is not None:
+            shard = int(self.manifest.shard[row])
+            self._cache.again(shard)
+            self._close(shard)
+            right = self._right(row, content := self._bytes(row))
+        if not right:
             raise DataError(f"{self._name(row)}: its bytes are not those of the manifest (sha256); shard the images again")
         return content
 
     def bad_sample(self, row: int, _: str) -> str:
-        """What an image that could not be read is remembered by: its key."""
+        """Name an image that could not be read: by its key."""
         return str(self.manifest.key[row])
 
     def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
-        """Of remote shards: `now` are all that will be read until the next call, `ahead` those after them, soonest first.
+        """Prepare for remote shards. `now` are all that are read until the next call; `ahead` come after, soonest first.
 
-        Files of others are closed, those of `now` are kept from eviction, and what is missing is fetched in the background.
+        Files of other shards are closed, those of `now` are kept from eviction, and missing ones are fetched in the background.
         """
         if self._cache is None:
             return
@@ -104,18 +106,10 @@ class ShardDataset(Dataset[Sample]):
                 self._files[shard] = descriptor
 
     def check_room(self, shards: int, why: str) -> None:
-        """Raises ConfigError when a cache is used that cannot hold the largest so many shards; `why` says what for."""
+        """Refuse a cache too small for the largest `shards` shards. `why` says what they are for. Raises ConfigError."""
         if self._cache is not None:
             largest = np.sort(self.manifest.shard_bytes)[-shards:].sum()
             self._cache.check_room(int(largest), f"{why} take up to {largest / 2**30:.3g}")
-
-    def _fetched_again(self, row: int) -> bytes:
-        """The image's bytes once its shard has come a second time."""
-        assert self._cache is not None, "of a remote shard"
-        shard = int(self.manifest.shard[row])
-        self._cache.again(shard)
-        self._close(shard)
-        return self._bytes(row)
 
     def _right(self, row: int, content: bytes) -> bool:
         return bool(hashlib.sha256(content).digest() == self.manifest.sha256[row].tobytes())
@@ -143,7 +137,7 @@ class ShardDataset(Dataset[Sample]):
         if self._cache is None:
             return os.open(Path(self.manifest.folder, self.manifest.shards[shard]), os.O_RDONLY | os.O_CLOEXEC)
         if self._expected is None:
-            # A file that is open keeps its place in the cache: what is read on in the order of the manifest needs one.
+            # A file that is open keeps its place in the cache. A reader that follows the manifest's order needs one.
             for other in tuple(self._files):
                 self._close(other)
             if shard == self._newest + 1:
@@ -156,15 +150,7 @@ class ShardDataset(Dataset[Sample]):
             os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_files": OrderedDict()}  # a descriptor means nothing in another process
-        if self._cache is not None:
-            state["_ahead"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._cache is not None:
-            self._ahead = Ahead(self._cache)
+        return {**self.__dict__, "_files": OrderedDict()}  # a descriptor means nothing in another process
 
     def __del__(self) -> None:
         if self._cache is not None and hasattr(self, "_ahead"):

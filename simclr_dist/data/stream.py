@@ -1,7 +1,7 @@
-"""Tars that have no manifest, read from front to back by a `webdataset` pipeline: what there is where exact epochs cannot be.
+"""Read tars without a manifest from front to back. A `webdataset` pipeline does so; there are no exact epochs.
 
-Each worker of each rank reads tars of its own, again and again in a new order, through a shuffle buffer. A step takes as many
-images as any other, so ranks stay together; but which images, and how often, depends on ranks and workers, and a resumed run
+Each worker of each rank reads its own tars, again and again in a new order, through a shuffle buffer. A step takes as many
+images as any other, so ranks stay together. But which images, and how often, depends on ranks and workers, and a resumed run
 starts its tars anew.
 """
 
@@ -26,13 +26,12 @@ from torch.utils.data import Dataset, get_worker_info
 from simclr_dist.data.collection import PIPE, find_tars
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.pixels.decode import decode
-from simclr_dist.data.pixels.images import MAX_PIXELS, prepare_image
-from simclr_dist.data.pixels.png import PNG_SIGNATURE
+from simclr_dist.data.pixels.images import PNG_SIGNATURE, check_pixels, prepare_image
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import fetch, is_url
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
-from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, redact
+from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, reason_of, redact
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -42,64 +41,50 @@ _BROKEN = "broken"
 
 @dataclass(frozen=True)
 class StreamPlan(Plan):
-    """A plan without an order: a step's rows are running numbers of the epoch, one for each place in its global batch.
+    """A plan without an order. A step's rows are running numbers of the epoch.
 
     `shard_sizes` is [samples], the number that the user states. A view is drawn for (seed, epoch, running number), so it
-    does not depend on workers or ranks; the image that it is of does.
+    does not depend on workers or ranks. The image that it shows does depend on them.
     """
 
     def __getitem__(self, step: int) -> tuple[int, Rows]:
-        """(epoch, this rank's running numbers) of a global step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return epoch, (position * self.global_batch_size + self.slots()).astype(np.int64)
 
     def shards_around(self, step: int) -> tuple[Rows, Rows]:
-        """Nothing is known of them."""
+        """Return no shards: the order is not known."""
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
     def spares(self, step: int, slot: int) -> Rows:
-        """The place's own number, again and again: each time it is asked for, the stream's next image comes."""
-        number = step % self.steps_per_epoch * self.global_batch_size + slot
-        return np.full(_SPARES, number, dtype=np.int64)
+        """Repeat the place's number. Each read of it gives the stream's next image."""
+        return np.full(_SPARES, step % self.steps_per_epoch * self.global_batch_size + slot, dtype=np.int64)
 
 
 class StreamImages(Dataset[Sample]):
-    """The images of `where` (tars in brace notation, local, remote or `pipe:` commands), each asked for giving the next one.
+    """The images of `where`; each read gives the next one. `where`: tars in braces, local, remote or `pipe:` commands.
 
-    Must be asked in the processes that a DataLoader with `workers` workers starts on rank `rank` of `world_size`. `samples`
-    is the number of images in all tars, `shuffle` how many a worker mixes at a time, `start` the step that the run (again)
-    begins with, which decides the order together with `seed`. A tar's image is the member ending in jpg, jpeg, png, webp or
-    gif; more than 100 megapixels are refused before they are decoded.
-
-    Raises ConfigError when there are fewer tars than workers, and for `pipe:` without `allow_pipe`; DataError when a local tar
-    is not there.
+    Must be read in the processes that a DataLoader with `workers` workers starts on rank `rank` of `world_size`. `samples`
+    is the number of images in all tars, `shuffle` how many a worker mixes at a time. `start` is the step that the run (again)
+    begins with; with `seed` it decides the order. A tar's image is the member ending in jpg, jpeg, png, webp or
+    gif. Raises ConfigError when there are fewer tars than workers, and for `pipe:` without `allow_pipe`; DataError when a
+    local tar is not there.
     """
 
     def __init__(
-        self,
-        where: str,
-        samples: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        shuffle: int = 1000,
-        allow_pipe: bool = False,
-        cache: CacheSettings | None = None,
-    ) -> None:
-        self.samples = samples
-        self.start = 0
+        self, where: str, samples: int,
+        *, seed: int, rank: int = 0, world_size: int = 1, workers: int = 0,
+        shuffle: int = 1000, allow_pipe: bool = False, cache: CacheSettings | None = None,
+    ) -> None:  # fmt: skip
+        self.samples, self.start = samples, 0
         self._shards = find_tars(where, allow_pipe=allow_pipe)
-        self._seed, self._rank, self._shuffle = seed, rank, shuffle
+        self._seed, self._rank, self._shuffle, self._cache = seed, rank, shuffle, cache
         self._parts = world_size * max(1, workers)
-        self._cache = cache
         if len(self._shards) < self._parts:
             raise ConfigError(
                 f"data.shards: {redact(where)}: {len(self._shards)} tars are too few for {world_size} ranks with"
                 f" {max(1, workers)} readers each; lower data.workers, or cut the images into more tars"
             )
-        # Not where they are: they may be moved.
+        # The folder is left out: the tars may be moved.
         names = [shard if shard.startswith(PIPE) else shard.rpartition("/")[2] for shard in self._shards]
         self.digest = f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
         self._process = -1
@@ -110,7 +95,7 @@ class StreamImages(Dataset[Sample]):
         return self.samples
 
     def __getitem__(self, row: int) -> Sample:
-        """The stream's next image as number `row`; raises DataError for one that cannot be read, and is passed then."""
+        """Read the stream's next image as number `row`. Raises DataError for a bad one; the next read passes over it."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._doubled = deque(maxlen=1000)
@@ -120,10 +105,10 @@ class StreamImages(Dataset[Sample]):
         return _decoded(next(self._running), row)
 
     def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
-        """Nothing is known ahead."""
+        """Do nothing: the order is not known ahead."""
 
     def bad_sample(self, _: int, reason: str) -> str:
-        """What an image that could not be read is remembered by: the line that names it, the same in every epoch."""
+        """Name an image that could not be read. Its name is the error line, the same in every epoch."""
         return reason
 
     def _pipeline(self) -> Iterator[dict[str, Any]]:
@@ -131,34 +116,33 @@ class StreamImages(Dataset[Sample]):
         from webdataset.tariterators import group_by_keys
 
         info = get_worker_info()
-        worker = info.id if info is not None else 0
-        part = self._rank * (info.num_workers if info is not None else 1) + worker
+        part = self._rank if info is None else self._rank * info.num_workers + info.id
         seed = f"{self._seed}/{self.start}/{part}"
         mixed = shuffle(self._shuffle, initial=self._shuffle, rng=random.Random(seed))
         samples: Iterator[dict[str, Any]] = mixed(group_by_keys(self._files(part, seed), handler=self._double))
         return samples
 
     def _files(self, part: int, seed: str) -> Iterator[dict[str, Any]]:
-        """Members of this part's tars without an end, {} after each tar, as webdataset's own expander gives them.
+        """Read members of this part's tars without end. {} follows each tar, as in webdataset's expander.
 
-        What cannot be read comes as a member too, so that it takes its turn and is told by whoever meets it.
+        What cannot be read comes as a member too: it takes its turn, and its reader reports it.
         """
         from webdataset.tariterators import base_plus_ext
 
-        own, past = self._shards[part :: self._parts], 0
+        tars, epoch = self._shards[part :: self._parts], 0
         while True:
-            order = random.Random(f"{seed}/{past}")
-            found = False
-            for shard in sorted(own, key=lambda _: order.random()):
+            order = random.Random(f"{seed}/{epoch}")
+            any_named = False
+            for shard in sorted(tars, key=lambda _: order.random()):
                 for member in self._members(shard):
-                    found = found or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
+                    any_named = any_named or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
                     yield member
                 yield {}
-            if not found:
+            if not any_named:
                 raise UnreachableError(
-                    f"data.shards: {redact(own[0])}: no file with an ending in it, nor in {len(own) - 1} more tars"
+                    f"data.shards: {redact(tars[0])}: no file with an ending in it, nor in {len(tars) - 1} more tars"
                 )
-            past += 1
+            epoch += 1
 
     def _members(self, shard: str) -> Iterator[dict[str, Any]]:
         shown = redact(shard)
@@ -172,8 +156,7 @@ class StreamImages(Dataset[Sample]):
                 while file.read(1 << 16):  # a command that is not read to its end ends with an error
                     pass
         except TAR_ERRORS as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            yield _broken(shard, f"{shown}: cannot be read to its end: {printable(reason)}")
+            yield _broken(shard, f"{shown}: cannot be read to its end: {printable(reason_of(error))}")
 
     @contextmanager
     def _opened(self, shard: str) -> Iterator[BinaryIO]:
@@ -199,7 +182,7 @@ class StreamImages(Dataset[Sample]):
                 yield local
 
     def _double(self, error: Exception) -> bool:
-        """Of two members of one name the first counts."""
+        """Keep the first of two members of one name. Note the second as an error."""
         self._doubled.append(printable((str(error.args[0]).splitlines() or [""])[0][:200]))
         return True
 
@@ -223,13 +206,12 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
     try:
         width, height = _size(content)
     except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
-        # Pillow's text for bytes that it does not know holds an address: another line in every epoch.
-        why = "" if isinstance(error, UnidentifiedImageError) else f": {printable((str(error).splitlines() or [''])[0][:200])}"
+        # For unknown bytes, Pillow's text holds a memory address: another line in every epoch.
+        why = "" if isinstance(error, UnidentifiedImageError) else f": {printable(reason_of(error)[:200])}"
         raise DataError(f"{name}: not an image{why}") from None
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
     try:
-        # Nobody has looked for damaged or 16-bit PNGs, which a decoder shows without a word, nor for a GIF of many frames.
+        check_pixels(width, height)
+        # Nobody has checked these files. Decoders show damaged and 16-bit PNGs without a word, and a GIF may have many frames.
         image = decode(prepare_image(content).content if content.startswith((PNG_SIGNATURE, b"GIF8")) else content)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -238,8 +220,8 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
 
 
 def _size(content: bytes) -> tuple[int, int]:
-    """Width and height as the header says, without decoding."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is the one that is told
+    """Read width and height from the header, without decoding."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # check_pixels reports the limit instead
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             return image.size

@@ -1,1 +1,1 @@
-"""The product: encoders out and in, published ones, ONNX."""
+"""Write and read the product: encoders, published ones, ONNX."""

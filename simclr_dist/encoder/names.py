@@ -1,33 +1,88 @@
-"""What is said of a path that holds no encoder: with the name of one that is there, or how there comes to be one."""
+"""Name a run's encoders and results, and a published checkpoint. It needs no torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from simclr_dist.config.ranges import Range, check_ranges
+from simclr_dist.config.settings import Encoder, Stem
+from simclr_dist.run.steps import step_name
 from simclr_dist.system.errors import DataError
 
-_NAMED = "RUN/encoders/step-XXXXXXXX.safetensors"
+PATTERN = "RUN/encoders/step-XXXXXXXX.safetensors"  # for people
+_ENCODERS = "encoders"
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another program. Raises ConfigError for a value out of its range."""
+
+    arch: Encoder
+    """With --weights, in place of ENCODER: the architecture."""
+    weights: str
+    """With --arch: a published checkpoint with torchvision's or timm's names."""
+    image_size: Annotated[int, Range(least=8, most=4096)] = 224
+    """With --weights: side of the images in pixels."""
+    width: Literal[1, 2, 4] = 1
+    """With --weights: multiplies every width of the encoder."""
+    stem: Stem = "imagenet"
+    """With --weights: first layers of the encoder."""
+    prefix: str | None = None
+    """With --weights: what the encoder's names begin with, where the file holds several."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def encoder_path(run: str | Path, step: int) -> Path:
+    """Return the file of a run's encoder after `step`."""
+    return Path(run) / _ENCODERS / step_name(step, ".safetensors")
+
+
+def encoders(run: str | Path) -> list[Path]:
+    """List a run's encoders that are whole, the first step first."""
+    return sorted((Path(run) / _ENCODERS).glob("step-*.safetensors"))
 
 
 def newest_encoder(run: str | Path) -> Path | None:
-    """A run's encoder of the highest step, of those that are whole; None where it has none."""
-    return max((Path(run) / "encoders").glob("step-*.safetensors"), default=None)
+    """Return a run's whole encoder of the highest step. Returns None where it has none."""
+    return max(encoders(run), default=None)
+
+
+def result_path(encoder: str | Path, out: str | Path | None = None, layer: str = "h") -> Path:
+    """Return the result's file: `out`, else RUN/eval/NAME.json for RUN/encoders/NAME.safetensors.
+
+    Beside an encoder in no run folder it is NAME.eval.json, as NAME.json is its card. Layers other than h follow NAME.
+    """
+    if out is not None:
+        return Path(out)
+    encoder, of_layer = Path(encoder), "" if layer == "h" else f".{layer}"
+    if len(encoder.parts) == 1:
+        encoder = encoder.absolute()  # inside the folder of encoders, its name is not part of what was typed
+    if encoder.parent.name == _ENCODERS:
+        return encoder.parent.parent / "eval" / f"{encoder.stem}{of_layer}.json"
+    return encoder.with_name(f"{encoder.stem}{of_layer}.eval.json")
+
+
+def run_of_result(result: Path) -> Path | None:
+    """Return the run whose folder of results `result` is in. Returns None for a result elsewhere."""
+    folder = result.absolute().parent
+    return folder.parent if folder.name == "eval" and (folder.parent / _ENCODERS).is_dir() else None
 
 
 def check_is_file(encoder: str | Path) -> None:
-    """Raises DataError where there is no file, naming the newest encoder of the run that the path is of."""
+    """Raise DataError where there is no file. It names the newest encoder of the path's run."""
     path = Path(encoder)
     if path.is_file():
         return
     what = "a folder, not an encoder" if path.is_dir() else "no such file"
-    run = next((folder for folder in (path, *path.parents[:2]) if _is_run(folder)), None)
+    marks = ("checkpoints", _ENCODERS)
+    run = next((one for one in (path, *path.parents[:2]) if any((one / mark).is_dir() for mark in marks)), None)
     if run is None:
-        raise DataError(f"{path}: {what}; name an encoder of a run, {_NAMED}")
+        raise DataError(f"{path}: {what}; name an encoder of a run, {PATTERN}")
     if newest := newest_encoder(run):
         raise DataError(f"{path}: {what}; the newest of this run is {newest}")
     raise DataError(
         f"{path}: {what}; the run {run} has none yet: it exports one at its end, and every checkpoint.export_every steps"
         f" where that is set; `simclr-dist eval --watch {run}` evaluates each as it comes"
     )
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in ("checkpoints", "encoders"))

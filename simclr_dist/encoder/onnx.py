@@ -1,13 +1,14 @@
-"""An encoder as one ONNX file that gives what torch gives: tried before it is written."""
+"""Export an encoder as one ONNX file. First ONNX Runtime must give what torch gives."""
 
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from simclr_dist.encoder.file import load_encoder
-from simclr_dist.system.errors import ConfigError, DataError
+from simclr_dist.system.errors import ConfigError, DataError, reason_of
 from simclr_dist.system.files import write_atomically
 
 TOLERANCE = 1e-4  # of the largest |h|; float32 sums in another order differ by some 1e-6
@@ -18,15 +19,14 @@ _MOST = 2**31 - 2**20  # bytes of weights: protobuf ends at 2 GiB, and the graph
 
 
 def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h") -> float:
-    """Write an exported encoder as ONNX; returns the largest difference from torch, relative to the largest |h|.
+    """Write an exported encoder as ONNX. Returns its largest difference from torch, relative to the largest |h|.
 
     Input "images": float32 [n, 3, s, s], any n, s = card["image_size"], normalised with card["mean"] and card["std"]. Output:
     float32 [n, card["feature_size"]], named "h" whatever the `layer` (as of `load_encoder`). The card is in the file's metadata
     under "card", as JSON. ONNX Runtime and torch see the same noise images, in batches of 1 and 3, before the file is written.
 
-    Raises ConfigError for a name that does not end in .onnx and where onnx, onnxruntime or onnxscript is not installed;
-    DataError for a file that is not an encoder of ours (see `load_encoder`), a model above ONNX's 2 GiB, outputs that
-    differ by more than TOLERANCE, and a file that cannot be written.
+    Raises ConfigError for a name that does not end in .onnx and where a package is not installed; DataError for what is not
+    our encoder, a model above ONNX's 2 GiB, outputs that differ by more than TOLERANCE, and a file that cannot be written.
     """
     out = Path(out_path)
     if out.suffix != ".onnx":
@@ -39,15 +39,9 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     if (size := sum(tensor.nbytes for tensor in encoder.state_dict().values())) > _MOST:
         raise DataError(f"{encoder_path}: {size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB")
     side = card["image_size"]
-    program = torch.onnx.export(
-        encoder,
-        (torch.zeros(2, 3, side, side),),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["h"],
-        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-    )
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["h"]}
+    shapes, example = ({0: torch.export.Dim("n", min=1)},), (torch.zeros(2, 3, side, side),)
+    program = torch.onnx.export(encoder, example, dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
     assert program is not None
     program.model.metadata_props["card"] = json.dumps(card, sort_keys=True)
     content = program.model_proto.SerializeToString()
@@ -57,7 +51,7 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     try:
         write_atomically(out, content)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise DataError(f"{out}: cannot be written: {reason_of(error)}") from None
     return difference
 
 
@@ -74,6 +68,6 @@ def _difference(encoder: torch.nn.Module, content: bytes, side: int) -> float:
         images = torch.randn(count, 3, side, side, generator=generator)
         with torch.inference_mode():
             h = encoder(images)
-        (found,) = session.run(None, {"images": images.numpy()})
-        differences.append(float((torch.from_numpy(found) - h).abs().max() / h.abs().max().clamp_min(1e-30)))
+        (output,) = session.run(None, {"images": images.numpy()})
+        differences.append(float((torch.from_numpy(output) - h).abs().max() / h.abs().max().clamp_min(1e-30)))
     return max(differences)

@@ -1,1 +1,1 @@
-"""The evaluation job: frozen features, kNN, a linear probe, and their report."""
+"""Evaluate an encoder: frozen features, kNN, a linear probe, and their report."""

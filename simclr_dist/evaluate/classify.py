@@ -1,46 +1,98 @@
-"""Every protocol on every kind of features: what of a result says how good they are."""
+"""Run the protocols on frozen features. Their settings and measurements are plain values for the result."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from simclr_dist.evaluate.collect import labelled
+import numpy as np
+
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features
-from simclr_dist.evaluate.measure import Question, ViewsOfEpoch, measure
-from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.result.earlier import Baselines
+from simclr_dist.evaluate.protocols import mlp
+from simclr_dist.evaluate.protocols.knn import weighted_knn
+from simclr_dist.evaluate.protocols.linear import linear_probe
+from simclr_dist.evaluate.protocols.scores import score, spread
+from simclr_dist.evaluate.protocols.sgd import EpochFeatures, sgd_probe
 from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Say
+from simclr_dist.evaluate.settings import Settings
 
-Found = Mapping[str, dict[str, Features]]
 
-
-def by_new_crops(features: Found, classes: int, settings: Settings, crops: ViewsOfEpoch) -> dict[str, Any]:
-    """The protocol `sgd` for the trained encoder, with the help of all ranks: it goes through all images in every epoch."""
-    learn, ask = (labelled(features[part][TRAINED]) for part in ("train", "test"))
-    return measure("sgd", Question(learn, ask, classes, settings, crops))
+def protocol_settings(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return the settings of each protocol to measure. Two results with the same ones can be compared."""
+    l2, views = "chosen" if settings.l2 is None else settings.l2, "new crop and flip of each image in every epoch"
+    every: dict[str, dict[str, Any]] = {
+        "knn": {"k": settings.k, "temperature": settings.temperature, "similarity": "cosine"},
+        "linear": {"l2": l2, "max_iter": settings.max_iter, "solver": "L-BFGS", "features": "standardised"},
+        "sgd": {"epochs": settings.sgd_epochs, "views": views, "seed": settings.seed},
+        "mlp": {"hidden": mlp.HIDDEN, "dropout": mlp.DROPOUT, "learning_rate": mlp.LR, "epochs": settings.mlp_epochs},
+    }
+    return {name: every[name] for name in settings.protocols}
 
 
 def classify(
-    features: Found, classes: int, settings: Settings, *, sgd: dict[str, Any] | None, known: Baselines | None, say: Say
+    features: Mapping[str, dict[str, Features]],
+    classes: int,
+    settings: Settings,
+    *,
+    sgd: dict[str, Any] | None,
+    reused: Mapping[str, dict[str, Any]],
+    say: Say,
 ) -> dict[str, dict[str, Any]]:
-    """By protocol, by kind of features, what `measure.measure` finds; of baselines without confusions and classes.
+    """Measure each protocol on the features. Returns {protocol: {"settings": .., "results": {kind: row}}}; {} without classes.
 
-    `features` are those of "train" and "test" by kind. `known` baselines are taken over, and what `by_new_crops` has found
-    is `sgd`. Nothing without classes.
+    `features` are those of "train" and "test" by kind. `sgd` is the row from `by_new_crops`; `reused` has rows of baselines by
+    protocol. A row is `scores.Scores.to_dict` (of baselines without confusions and classes), the probe's info, and `seconds`.
     """
-    results: dict[str, dict[str, Any]] = {name: {} for name in settings.protocols} if classes else {}
-    if sgd is not None:
-        results["sgd"][TRAINED] = sgd
-    for name in (RAW_PIXELS, UNTRAINED, TRAINED):
-        if name not in features["train"]:
+    if not classes:
+        return {}
+    results: dict[str, dict[str, Any]] = {protocol: dict(reused.get(protocol, {})) for protocol in settings.protocols}
+    for kind in (RAW_PIXELS, UNTRAINED, TRAINED):
+        if kind not in features["train"]:
             continue
-        learn, ask = (labelled(features[part][name]) for part in ("train", "test"))
+        train, test = (features[part][kind].labelled() for part in ("train", "test"))
         for protocol, rows in results.items():
-            if known and name == TRAINED:
-                results[protocol] = rows = {**known.protocols.get(protocol, {}), **rows}
             if protocol != "sgd":
-                rows[name] = measure(protocol, Question(learn, ask, classes, settings))
-            if name in rows:
-                say(f"{name}: {NAMES[protocol]} {rows[name]['top1']:.2f} % in {rows[name]['seconds']:.0f} s")
-            if name != TRAINED and name in rows:
-                del rows[name]["confusion"], rows[name]["per_class"]
-    return results
+                begin = time.perf_counter()
+                row = _PROTOCOLS[protocol](train, test, classes, settings)
+                rows[kind] = {**row, "seconds": time.perf_counter() - begin}
+            elif kind != TRAINED or sgd is None:
+                continue
+            else:
+                rows[kind] = sgd
+            say(f"{kind}: {NAMES[protocol]} {rows[kind]['top1']:.2f} % in {rows[kind]['seconds']:.0f} s")
+            if kind != TRAINED:
+                del rows[kind]["confusion"], rows[kind]["per_class"]
+    parts = {name: {"settings": values, "results": results[name]} for name, values in protocol_settings(settings).items()}
+    if "knn" in parts:
+        parts["knn"]["settings"]["k_used"] = min(settings.k, len(features["train"][TRAINED].labelled().h))
+    return parts
+
+
+def by_new_crops(test: Features, classes: int, settings: Settings, crops: EpochFeatures) -> dict[str, Any]:
+    """Measure the protocol `sgd` for the trained encoder. It needs `crops`: all training images anew in every epoch."""
+    begin, test = time.perf_counter(), test.labelled()
+    logits, info = sgd_probe(crops, test.h, classes=classes, epochs=settings.sgd_epochs)
+    return {**score(logits, test.label).to_dict(), **info, "seconds": time.perf_counter() - begin}
+
+
+def _knn(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
+    votes = weighted_knn(train.h, train.label, test.h, k=settings.k, temperature=settings.temperature, classes=classes)
+    return score(votes, test.label).to_dict()
+
+
+def _linear(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
+    logits, info = linear_probe(train.h, train.label, test.h, classes=classes, l2=settings.l2, max_iter=settings.max_iter)
+    return {**score(logits, test.label).to_dict(), **info}
+
+
+def _mlp(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
+    """Return the means over the seeds, with their `spread`. Confusions and classes are the first seed's."""
+    by_seed, info = mlp.mlp_probe(train.h.float(), train.label, test.h.float(), classes=classes, epochs=settings.mlp_epochs)
+    runs = [score(logits, test.label) for logits in by_seed]
+    over_seeds = spread(runs)
+    means: dict[str, Any] = {name: over_seeds[name]["mean"] for name in ("top1", "mean_per_class")}
+    means["interval"] = np.mean([run.interval for run in runs], axis=0).tolist()
+    means["top5"] = None if runs[0].top5 is None else float(np.mean([run.top5 for run in runs]))
+    return {**runs[0].to_dict(), **means, "spread": over_seeds, **info}
+
+
+_PROTOCOLS = {"knn": _knn, "linear": _linear, "mlp": _mlp}

@@ -1,7 +1,9 @@
-"""The images that an evaluation learns from and asks about: that the two can be compared, and what a result says of them."""
+"""Hold the training and test images of an evaluation. Checks that the two can be compared, and describes them for a result."""
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.reader import ShardDataset
@@ -10,7 +12,7 @@ from simclr_dist.system.errors import DataError
 
 
 class Sets:
-    """Training and test images; raises DataError, on all ranks, where the two cannot be compared."""
+    """Training and test images. Raises DataError, on all ranks, where the two cannot be compared."""
 
     def __init__(self, train: str | Path, test: str | Path) -> None:
         self.named = {"train": str(train), "test": str(test)}
@@ -18,20 +20,27 @@ class Sets:
         self.train, self.test = self.images["train"].manifest, self.images["test"].manifest
         self.classes = _count_classes(self.train, self.test)
 
+    def describe(self) -> dict[str, Any]:
+        """Return both sets and their classes for a result. A set: folder, digest, images with and without a label."""
+        sets = {}
+        for name, manifest in (("train", self.train), ("test", self.test)):
+            images = {"images": len(manifest), "labelled": int((manifest.label >= 0).sum())}
+            sets[name] = {"folder": str(manifest.folder), "digest": manifest.digest, **images}
+        return {**sets, "classes": self.classes, "class_names": list(self.train.classes)}
+
+    def largest_class_percent(self) -> float | None:
+        """Return the largest class's percentage of the labelled test images. Returns None without labels."""
+        labels = self.test.label[self.test.label >= 0]
+        return 100 * float(np.bincount(labels).max()) / len(labels) if len(labels) else None
+
     def shared(self) -> int:
-        """How many test images are training images too, byte for byte."""
-        known = {digest.tobytes() for digest in self.train.sha256}
-        return sum(digest.tobytes() in known for digest in self.test.sha256)
-
-
-def describe_set(manifest: Manifest) -> dict[str, Any]:
-    """Folder, digest, and how many images there are, with and without a label."""
-    labelled = int((manifest.label >= 0).sum())
-    return {"folder": str(manifest.folder), "digest": manifest.digest, "images": len(manifest), "labelled": labelled}
+        """Count the test images that are training images too, byte for byte."""
+        train = {digest.tobytes() for digest in self.train.sha256}
+        return sum(digest.tobytes() in train for digest in self.test.sha256)
 
 
 def _count_classes(train: Manifest, test: Manifest) -> int:
-    """How many classes both sets have, 0 where neither has labels; raises DataError where they cannot be compared."""
+    """Count the classes of both sets; 0 where neither has labels. Raises DataError where they cannot be compared."""
     for manifest in (train, test):
         if len(manifest) == 0:
             raise DataError(f"{manifest.folder}: the set is empty; an evaluation needs images")
@@ -43,8 +52,6 @@ def _count_classes(train: Manifest, test: Manifest) -> int:
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         how = f"{differing[0]!r} is in one of them only" if differing else "their order differs"
-        raise DataError(
-            f"{test.folder}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.folder}: {how}; "
-            "shard both from one source (--split)"
-        )
+        which = f"its {len(test.classes)} classes are not the {len(train.classes)} of {train.folder}: {how}"
+        raise DataError(f"{test.folder}: {which}; shard both from one source (--split)")
     return len(train.classes) or int(max(train.label.max(), test.label.max())) + 1

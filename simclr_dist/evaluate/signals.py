@@ -1,4 +1,4 @@
-"""What features say about an encoder without labels, and what labels say about a training batch.
+"""Measure an encoder's features without labels, and training batches by their labels.
 
 On one process: whoever calls it has all features. A similarity matrix of all pairs never exists.
 """
@@ -26,10 +26,10 @@ _CUDA_TILES = 8  # so many times as many on a GPU
 
 
 class Pairs(NamedTuple):
-    """Of all pairs of images: `mean_cosine`, `uniformity`, how many are near-`duplicates`, and the `nearest` of those.
+    """Statistics of all pairs of images. `duplicates` counts the near-duplicates; `nearest` are the nearest of those.
 
-    `nearest` holds (row, later row, cosine), the largest cosine first. Which of equal ones are in it, where it has no place
-    for all, is arbitrary but fixed.
+    `nearest` holds (row, later row, cosine), the largest cosine first. Where it has no place for all of equal cosines,
+    the choice is arbitrary but fixed.
     """
 
     mean_cosine: float
@@ -39,38 +39,32 @@ class Pairs(NamedTuple):
 
 
 class FalseNegatives(NamedTuple):
-    """Negatives of the anchor's own class, in batches drawn without replacement: see `false_negatives`."""
+    """Negatives of their anchor's class, in batches drawn without replacement: see `false_negatives`."""
 
     share: float
     images: float
     anchors: float
 
 
-def signals(h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED) -> dict[str, Any]:
-    """All label-free signals of features [n, d], as JSON takes them; None for what so few images do not have.
+def signals(h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSINE) -> dict[str, Any]:
+    """Measure all label-free signals of features [n, d], as JSON takes them. None for what so few images do not have.
 
     `keys` name the images in the list of near-duplicates. Raises ConfigError as `pairs` does.
     """
-    found = pairs(h, threshold=threshold, listed=listed)
+    compared = pairs(h, threshold=threshold)
+    nearest = [{"keys": [keys[a], keys[b]], "cosine": cosine} for a, b, cosine in compared.nearest]
     return {
-        "images": len(h),
-        "feature_size": h.shape[1],
-        "zero_features": int((h == 0).all(dim=1).sum()),
+        "images": len(h), "feature_size": h.shape[1], "zero_features": int((h == 0).all(dim=1).sum()),
         "effective_rank": _json(effective_rank(h)),
-        "mean_cosine": _json(found.mean_cosine),
-        "uniformity": _json(found.uniformity),
-        "near_duplicates": {
-            "threshold": threshold,
-            "pairs": found.duplicates,
-            "listed": [{"keys": [keys[a], keys[b]], "cosine": cosine} for a, b, cosine in found.nearest],
-        },
-    }
+        "mean_cosine": _json(compared.mean_cosine), "uniformity": _json(compared.uniformity),
+        "near_duplicates": {"threshold": threshold, "pairs": compared.duplicates, "listed": nearest},
+    }  # fmt: skip
 
 
-def flat(found: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Numbers in numbers as one level, like "views: alignment"; lists are for the JSON file."""
+def flat(measured: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Flatten nested signals to one level. They are named like "views: alignment". Lists are for the JSON file."""
     level: dict[str, Any] = {}
-    for name, value in found.items():
+    for name, value in measured.items():
         if isinstance(value, Mapping):
             level |= flat(value, f"{before}{name}: ")
         elif not isinstance(value, list):
@@ -78,13 +72,13 @@ def flat(found: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return level
 
 
-def meanings(found: Mapping[str, Any]) -> dict[str, str]:
-    """What is good, for the `flat` names of what `signals` and `view_signals` found, as far as there is a good.
+def meanings(measured: Mapping[str, Any]) -> dict[str, str]:
+    """Say which values are good, by `flat` name. Names are of `signals` and `view_signals`; some have no good value.
 
     Alignment and uniformity: Wang and Isola 2020, whose minimum is what random directions have; effective rank: RankMe,
     Garrido et al. 2023, who compare encoders of one kind and size by it.
     """
-    n, d = found["images"], found["feature_size"]
+    n, d = measured["images"], measured["feature_size"]
     uniformity = f"lower is better, from 0 (all alike); random directions {random_uniformity(d):.2f}"
     return {
         "zero_features": "0 is good: of such an image the features say nothing",
@@ -100,10 +94,9 @@ def meanings(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def random_uniformity(d: int) -> float:
-    """Uniformity of independent random directions in d dimensions: about -4 + 8 / d.
+    """Return the uniformity of random directions: about -4 + 8 / d. They are independent, in d dimensions.
 
-    The mean of exp(4 t) over the sphere, t the cosine, is 0F1(; d / 2; 4), as in the norm of the von Mises-Fisher density; here
-    by its series.
+    The mean of exp(4 t) over the sphere, t the cosine, is 0F1(; d / 2; 4), as in von Mises-Fisher's norm. This is its series.
     """
     term = total = 1.0
     for k in range(1, 60):
@@ -113,17 +106,16 @@ def random_uniformity(d: int) -> float:
 
 
 def view_signals(h_a: Tensor, h_b: Tensor) -> dict[str, Any]:
-    """Of the features [n, d] of two augmented views of n images: `alignment`, and `uniformity` of the first (see `pairs`).
+    """Measure two views of n images: `alignment` and `uniformity`. Features are [n, d]; uniformity (see `pairs`) is of `h_a`.
 
-    The pair that SimCLR's loss weighs against each other (Wang and Isola 2020): both small is good; an alignment near 0 beside
-    a uniformity near 0 is collapse.
+    SimCLR's loss weighs the two (Wang and Isola 2020). Low values are good. But where uniformity is near 0 too, it is collapse.
     """
     uniformity = pairs(h_a, listed=0).uniformity
     return {"images": len(h_a), "alignment": _json(alignment(h_a, h_b)), "uniformity": _json(uniformity)}
 
 
 def effective_rank(h: Tensor) -> float:
-    """`loss.statistics.rank_me` of features [n, d] as they are.
+    """Compute `loss.statistics.rank_me` of features [n, d] as they are.
 
     From 1 (all features on one line) to min(n, d). In float64 from the d x d Gram matrix, whose rounding leaves some
     1e-8 of the largest singular value in place of a zero. NaN where every feature is zero.
@@ -136,19 +128,19 @@ def effective_rank(h: Tensor) -> float:
 
 
 def alignment(h_a: Tensor, h_b: Tensor) -> float:
-    """Mean squared distance of the normalised features [n, d] of two views of the same images (Wang and Isola 2020).
+    """Compute the mean squared distance of the features of two views. They are [n, d], normalised, of the same images.
 
-    0 where views do not matter, 2 where an image's views have nothing in common. In float64.
+    Wang and Isola 2020. 0 where views do not matter, 2 where an image's views have nothing in common. In float64.
     """
     assert h_a.shape == h_b.shape, "two views of the same images"
     total = torch.zeros((), dtype=torch.float64, device=h_a.device)
     for a, b in zip(h_a.split(_CHUNK), h_b.split(_CHUNK), strict=True):
         total += (F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)).square().sum()
-    return float(total) / len(h_a) if len(h_a) else math.nan
+    return float(total / len(h_a))
 
 
 def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED) -> Pairs:
-    """One walk over all n (n - 1) / 2 pairs of features [n, d], exact, a tile of cosines at a time.
+    """Compare all pairs of features [n, d], exactly. The n (n - 1) / 2 cosines come a tile at a time.
 
     `mean_cosine` and `uniformity` are NaN for fewer than two images. Uniformity is the log of the mean over pairs of
     exp(-2 distance^2) of normalised features (Wang and Isola 2020): 0 when all are one point, about -4 when they fill a
@@ -168,14 +160,14 @@ def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTE
     duplicates = torch.zeros((), dtype=torch.int64, device=z.device)
     best: list[Tensor] = [z.new_empty(0), *(torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))]
     for top, left, tile in _tiles(z, side):
-        found = (tile > threshold).nonzero()
-        duplicates += len(found)
-        cosine = tile[found[:, 0], found[:, 1]]
+        row, column = (tile > threshold).nonzero(as_tuple=True)
+        duplicates += len(row)
+        cosine = tile[row, column]
         if len(best[0]) == listed:  # then an equal one comes too late
             nearer = cosine > (best[0][-1] if listed else torch.inf)
-            found, cosine = found[nearer], cosine[nearer]
-        if len(found):
-            merged = [torch.cat(part) for part in zip(best, (cosine, found[:, 0] + top, found[:, 1] + left), strict=True)]
+            row, column, cosine = row[nearer], column[nearer], cosine[nearer]
+        if len(row):
+            merged = [torch.cat(part) for part in zip(best, (cosine, row + top, column + left), strict=True)]
             order = merged[0].argsort(descending=True, stable=True)[:listed]
             best = [part[order] for part in merged]
         spread += tile.sub_(1).mul_(4).exp_().sum(dtype=torch.float64)  # |a - b|^2 = 2 - 2 a.b; exp(-inf) is 0
@@ -183,14 +175,14 @@ def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTE
     if not count:
         return Pairs(math.nan, math.nan, 0, ())
     total = sum(part.double().sum(0) for part in z.split(_CHUNK))
-    own = sum(part.double().square().sum() for part in z.split(_CHUNK))
-    mean = float((torch.as_tensor(total).square().sum() - own) / (2 * count))
+    squares = sum(part.double().square().sum() for part in z.split(_CHUNK))
+    mean = float((torch.as_tensor(total).square().sum() - squares) / (2 * count))
     nearest = sorted(zip(*(part.tolist() for part in best), strict=True), key=lambda pair: (-pair[0], pair[1], pair[2]))
     return Pairs(mean, float((spread / count).log()), int(duplicates), tuple((a, b, cosine) for cosine, a, b in nearest))
 
 
 def false_negatives(label: Tensor, batch: int) -> FalseNegatives:
-    """Negatives that show the anchor's own class, expected over batches of `batch` images drawn without replacement.
+    """Compute the expected negatives that show their anchor's class. Batches of `batch` images are drawn without replacement.
 
     Of `label` int64 [n], -1 for none (such images are left out). `share`: the probability that a negative has its anchor's
     class, sum_c n_c (n_c - 1) / (n (n - 1)), which does not depend on the batch; `images`: how many of the batch's other
@@ -209,7 +201,7 @@ def false_negatives(label: Tensor, batch: int) -> FalseNegatives:
 
 
 def _tiles(z: Tensor, side: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, first column, cosines) for every tile on and above the diagonal; -inf but for the pairs row < column."""
+    """Yield (first row, first column, cosines) of each tile. They are on and above the diagonal; -inf except row < column."""
     for top in range(0, len(z), side):
         for left in range(top, len(z), side):
             tile = z[top : top + side] @ z[left : left + side].T
@@ -219,10 +211,8 @@ def _tiles(z: Tensor, side: int) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _ratio(a: int, b: int, k: int) -> float:
-    """C(a, k) / C(b, k) for a <= b."""
-    if k > a:
-        return 0.0
-    return math.exp(math.fsum(math.log1p((a - b) / (b - i)) for i in range(k)))
+    """Compute C(a, k) / C(b, k) for a <= b."""
+    return math.exp(math.fsum(math.log1p((a - b) / (b - i)) for i in range(k))) if k <= a else 0.0
 
 
 def _json(value: float) -> float | None:

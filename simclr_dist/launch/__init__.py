@@ -1,1 +1,1 @@
-"""Starts ranks and outlives them: here, on several machines, under SLURM."""
+"""Start ranks and outlive them: here, on several machines, under SLURM."""

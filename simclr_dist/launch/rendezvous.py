@@ -1,4 +1,4 @@
-"""Where the machines of a run meet, without a scheduler."""
+"""Find the address at which a run's machines meet. It is for machines that no scheduler brings together."""
 
 import errno
 import ipaddress
@@ -11,7 +11,7 @@ from simclr_dist.system.errors import ConfigError
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a run; every one of them is given the same values."""
+    """The machines of a run: the same values on each of them."""
 
     least: int
     most: int
@@ -23,35 +23,30 @@ class Nodes:
 
 
 def torchrun_options(nodes: Nodes) -> list[str]:
-    """torchrun's options for a run of several machines.
+    """Return torchrun's options for several machines. Raises ConfigError when this one knows no way to the endpoint.
 
-    Whether the rendezvous is here, and by which address the others know us, torchrun would guess from this machine's name:
-    wrong where that stands for 127.0.1.1, as Debian has it, or for nothing. Raises ConfigError when the endpoint is no address
-    that this machine knows a way to.
+    torchrun would guess from this machine's name whether the rendezvous is here, and by which address the others reach us. The
+    guess is wrong where the name stands for 127.0.1.1, as on Debian, or for nothing.
     """
     host, _, port = nodes.endpoint.rpartition(":")
     try:
-        family, _, _, _, there = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(there)  # sends nothing: it only looks for the way
-            here = str(probe.getsockname()[0])
-        is_host = _can_listen(family, there)
+            probe.connect(address)  # sends nothing: it only looks for the way
+            local = str(probe.getsockname()[0])
+        is_host = _can_listen(family, address)
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"--rdzv-endpoint: {nodes.endpoint!r} is no HOST:PORT that can be used from here: {error}") from None
-    if is_host and ipaddress.ip_address(there[0]).is_loopback:
-        here = host  # the others were given this name too, and will have a better address for it
+    if is_host and ipaddress.ip_address(address[0]).is_loopback:
+        local = host  # the others have this name too, and will find a better address for it
     return [
-        f"--nnodes={nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={nodes.endpoint}",
-        "--rdzv-id=simclr_dist",
-        f"--rdzv-conf=is_host={int(is_host)}",
-        f"--local-addr={here}",
-    ]
+        f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.endpoint}", "--rdzv-id=simclr_dist",
+        f"--rdzv-conf=is_host={int(is_host)}", f"--local-addr={local}",
+    ]  # fmt: skip
 
 
 def _can_listen(family: int, address: Any) -> bool:
-    """Whether the address is one of this machine; OSError when its port is in use."""
+    """Return whether the address is this machine's. Raises OSError when its port is in use."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

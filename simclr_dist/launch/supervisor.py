@@ -1,4 +1,4 @@
-"""A small parent without torch: hands a child its stop signals, outlives its crash, and takes it along when it dies itself."""
+"""Put a small parent without torch over a child. It passes stop signals on, outlives a crash, and leaves no child behind."""
 
 import contextlib
 import os
@@ -18,43 +18,37 @@ def supervise(
     tell: Callable[[int], Iterable[int]] = lambda child: (child,),
     give_up: Callable[[int], bool] = lambda child: False,
 ) -> int:
-    """Run `command` to its end; returns its exit code, minus the number of the signal that killed it.
+    """Run `command` to its end; return its exit code. If a signal killed it, return minus the number of that signal.
 
-    Call `signals.listen` before. The child starts with the stop signals blocked: a rank takes them up by `listen`, torchrun
-    never does and so cannot be confused by them. Ours are handed to the processes that `tell` names, given the child's id.
-    The child is killed when `give_up`, given the same, says so.
+    Call `signals.listen` before. The child starts with the stop signals blocked: a rank takes them up by `listen`; torchrun
+    never does, and so cannot be confused by them. `tell(child)`: return the processes that our stop signals are passed on to.
+    `give_up(child)`: return True to kill the child.
     """
     with signals.blocked():
         parent = os.getpid()
         child = subprocess.Popen(command, env=env, preexec_fn=lambda: signals.die_with(parent))
-    told: set[tuple[int, int]] = set()
+    sent: set[tuple[int, int]] = set()
     try:
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-            if asked := signals.asked():
-                for word in {(process, asked) for process in tell(child.pid)} - told:
-                    _send(*word)
-                    told.add(word)
+            if number := signals.requested():
+                for process in tell(child.pid):
+                    if (process, number) not in sent:
+                        sent.add((process, number))
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(process, number)
             if give_up(child.pid):
                 child.kill()
     finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+        child.kill()
+        child.wait()
 
 
 def children(parent: int) -> list[int]:
-    """Process ids of what `parent` has started and is still there."""
+    """Return the ids of processes that `parent` has started. Only those that are still there count."""
     try:
         threads = list(Path(f"/proc/{parent}/task").iterdir())
         return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
-
-
-def _send(process: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, number)

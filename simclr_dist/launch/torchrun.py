@@ -1,8 +1,8 @@
-"""The ranks of a machine, by torchrun or alone, under a small parent: with the exit code that torchrun loses, and with restarts
-that a long run can live on.
+"""Run the ranks of one machine under a small parent. Several ranks need torchrun, one rank alone may do without.
 
-torchrun's own restarts count for ever, keep a rendezvous that a replaced machine cannot join, and end with the machine that
-hosts the store. Ours start a fresh agent on every machine, and count only starts that brought the run no new checkpoint.
+The parent knows the exit code that torchrun loses, and starts crashed ranks again. torchrun's own restarts count for ever. They
+keep a rendezvous that a replaced machine cannot join, and end with the machine that hosts the store. Ours start a fresh agent
+on every machine, and count only starts that brought the run no new checkpoint.
 """
 
 import math
@@ -12,208 +12,208 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from simclr_dist.launch.rendezvous import Nodes, torchrun_options
 from simclr_dist.launch.supervisor import children, supervise
-from simclr_dist.run import claim as ledger
-from simclr_dist.run.folder import newest_step, note_death, read_status, write_status
+from simclr_dist.run.claim import is_held, newest_start
+from simclr_dist.run.folder import newest_step
+from simclr_dist.run.restarts import Ended, decide, pause_seconds
+from simclr_dist.run.status import End, name_cause, note_death, read_notes, read_status, record_event
 from simclr_dist.system import signals
 from simclr_dist.system.errors import LAST_WORD, PREEMPTED
 
-_LOST = re.compile("gloo|nccl|connection|timed out|without a word", re.IGNORECASE)  # what is said of a rank that was lost
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk
+_Start = Callable[[Callable[[int], bool]], tuple[int, dict[int, End]]]  # `_run_ranks` of these ranks
 
 
 def torchrun(
     processes: int, command: Sequence[str], run: Path | None = None, *, nodes: Nodes | None = None, max_restarts: int = 0
 ) -> int:
-    """Run `command` (`-m MODULE ...`) with `processes` ranks on this machine, one without torchrun; returns its exit code.
+    """Run `command` with `processes` ranks on this machine; return its exit code. `command` is `-m MODULE ...`.
 
-    The code is the one in `run`/status.json, or the ranks' last word where they did not get so far, 75 after a stop. After a
-    crash all starts again, until `max_restarts` starts in a row have brought no new checkpoint; a start for which too few
-    machines came together is none of them. Raises ConfigError when the rendezvous is at no address that this machine knows a
-    way to, and KeyboardInterrupt when ranks without a `run`, which have nothing to save, are stopped.
+    The code is the one in `run`/status.json, or in the ranks' notes where they did not get so far, or 75 after a stop. After a
+    crash all starts again, until `max_restarts` starts in a row have brought no new checkpoint. A start for which too few
+    machines came together does not count. Raises ConfigError when this machine cannot use the rendezvous' address, and
+    KeyboardInterrupt when ranks without a `run`, which have nothing to save, are stopped.
     """
     signals.listen()
-    ranks = _Ranks(processes, command, nodes, alone=processes == 1 and nodes is None and run is not None)
+    agent = None
+    if processes > 1 or nodes is not None or run is None:
+        # By its own name a machine may not be found, in a container for one: ranks would wait for minutes.
+        agent = ["--standalone", "--local-addr=127.0.0.1"] if nodes is None else torchrun_options(nodes)
+    ranks = partial(_run_ranks, processes, command, agent)
     if run is None:
-        code, word = ranks.run(lambda _: bool(signals.asked()))
-        if signals.asked():
+        code, notes = ranks(lambda _: bool(signals.requested()))
+        if signals.requested():
             raise KeyboardInterrupt
-        return word if word is not None else int(code != 0)
+        return max((note.code for note in notes.values()), default=int(code != 0))
     note_death(run)  # of an earlier start
-    fruitless, early, since = 0, 0, time.monotonic()
+    crashes: list[Ended] = []
+    before, since, attempts = newest_step(run), time.monotonic(), 0
     while True:
-        start, saved = ledger.newest_start(run), newest_step(run)
-        watch = _Watch(run, start, nodes, since)
-        code, final = ranks.run(watch.is_over)
-        _wait_for_ranks(run)
-        note_death(run)
-        if (why := ranks.why_first(watch.first_gone)) is not None:
-            _name_the_lost(run, start, why)
-        status = read_status(run)
-        ended = status if status.get("start", 0) > start else {}
-        if ended.get("state") in ("done", "preempted", "failed", "diverged"):
-            return int(ended["exit_code"])
-        if final is not None:
-            return final
-        if signals.asked():
-            return 1 if ended else PREEMPTED  # nothing was begun that could be lost
-        if code == 0:
-            return 0
-        if nodes is None or watch.began:
-            early, since = 0, time.monotonic()
-            fruitless = 0 if newest_step(run) > saved else fruitless + 1
-            why = ended.get("reason") or f"the ranks ended with {code}"
-            if fruitless > max_restarts or max_restarts == 0:
+        end, why, met = _start(ranks, run, nodes, since)
+        if end is not None:
+            return end
+        if met:
+            crashes.append(Ended(crash=True, saved=newest_step(run)))
+            decision = decide(crashes, max_restarts, before=before)
+            if not decision.again:
                 if run.is_dir():
-                    ledger.record(run, "gave_up", why=why)
+                    record_event(run, "gave_up", why=why)
                 _say(f"{why}; given up (--max-restarts {max_restarts})")
                 return 1
-            ledger.record(run, "restart", why=why, host=socket.gethostname(), fruitless=fruitless)
+            since, attempts = time.monotonic(), decision.fruitless
+            record_event(run, "restart", why=why, host=socket.gethostname(), fruitless=decision.fruitless)
             _say(f"{why}; starting again from step {newest_step(run)}")
         else:
-            early += 1
-            if time.monotonic() > since + 60 * nodes.wait_minutes:
-                _say(
-                    f"--nnodes {nodes}: the machines did not come together at {nodes.endpoint} within {nodes.wait_minutes:g}"
-                    " minutes (first_step_timeout_minutes); the same line on each of them goes on"
-                )
+            attempts += 1
+            if nodes is not None and time.monotonic() > since + 60 * nodes.wait_minutes:
+                limit = f"at {nodes.endpoint} within {nodes.wait_minutes:g} minutes (first_step_timeout_minutes)"
+                _say(f"--nnodes {nodes}: the machines did not come together {limit}; the same line on each of them goes on")
                 return 1
-        again = time.monotonic() + min(2.0 ** max(fruitless, early), 30.0)
-        while time.monotonic() < again:
-            if signals.asked():
-                return PREEMPTED
-            time.sleep(0.1)
+        if _within(pause_seconds(attempts), signals.requested):
+            return PREEMPTED
 
 
-class _Ranks:
-    """The ranks of this machine, to be started as often as needed: one by itself, several by torchrun."""
+def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple[int | None, str, bool]:
+    """Start the ranks once. The other machines are waited for from `since` on.
 
-    def __init__(self, processes: int, command: Sequence[str], nodes: Nodes | None, *, alone: bool) -> None:
-        self._alone, self._command = alone, list(command)
-        self._agent = [
-            # By its own name a machine may not be found, in a container for one: ranks would wait for minutes.
-            *(["--standalone", "--local-addr=127.0.0.1"] if nodes is None else torchrun_options(nodes)),
-            f"--nproc-per-node={processes}",
-            "--max-restarts=0",
-        ]
-        self._env = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
-            **os.environ,
-            # Else an agent that joins a rendezvous anew waits for an address that nobody publishes again.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
-        self._crashes: dict[int, str] = {}  # of the last start
-
-    def run(self, is_over: Callable[[int], bool] = lambda _: False) -> tuple[int, int | None]:
-        """One start; returns its exit code, and the ranks' last word if there was one. torchrun is killed when `is_over`."""
-        with tempfile.TemporaryDirectory(prefix="simclr_dist-") as folder:
-            word = Path(folder, "word")
-            env = {**self._env, LAST_WORD: str(word)}
-            if self._alone:
-                code = supervise([sys.executable, *self._command], env=env, tell=lambda child: (child,))
-            else:
-                # Without a folder for its logs torchrun makes one, and leaves it behind.
-                agent = ["-m", "torch.distributed.run", f"--log-dir={folder}", *self._agent]
-                code = supervise([sys.executable, *agent, *self._command], env=env, tell=children, give_up=is_over)
-            self._crashes = {
-                int(note.suffix[1:]): note.read_text(encoding="utf-8", errors="replace") for note in word.parent.glob("word.*")
-            }
-            return code, int(word.read_text()) if word.exists() else None
-
-    def why_first(self, gone: Sequence[int]) -> str | None:
-        """What ended the ranks that went first, which the others only notice as a connection that is lost; None if unknown."""
-        killed = [rank for rank in gone if rank not in self._crashes]
-        if killed:
-            return (
-                f"rank {killed[0]} on {socket.gethostname()} was killed, or crashed outside Python;"
-                " was memory short? the system's log (dmesg) says so"
-            )
-        said = (f"rank {rank}: {self._crashes[rank]}" for rank in gone if not _LOST.search(self._crashes[rank]))
-        return next(said, None)
-
-
-def _name_the_lost(run: Path, start: int, why: str) -> None:
-    """Put `why` into status.json where a start after `start` says no more than that it has lost a rank."""
+    Returns the exit code, None when another start may follow; why this one ended; and whether all machines had come together.
+    """
+    earlier = newest_start(run)
+    watch = _Watch(run, earlier, nodes, since)
+    code, notes = ranks(watch.is_over)
+    _within(5.0, lambda: not is_held(run))  # a rank that has lost its agent is being killed: it holds the run for a moment
+    note_death(run)
+    if (cause := _cause(watch.first_gone, notes)) is not None:
+        name_cause(run, earlier, cause)
     status = read_status(run)
-    if status.get("start", 0) > start and status["state"] == "crashed" and _LOST.search(str(status.get("reason"))):
-        write_status(run, "crashed", 1, reason=why)
+    ended = status if status.get("start", 0) > earlier else {}
+    final = [note.code for note in notes.values() if note.state != "crashed"]
+    why = str(ended.get("reason") or f"the ranks ended with {code}")
+    if ended.get("state") in ("done", "preempted", "failed", "diverged"):
+        end: int | None = int(ended["exit_code"])
+    elif final:
+        end = max(final)
+    elif signals.requested():
+        end = 1 if ended else PREEMPTED  # nothing was begun that could be lost
+    else:
+        end = None if code else 0
+    return end, why, nodes is None or watch.began
 
 
-def _wait_for_ranks(run: Path) -> None:
-    """A rank that has lost its agent is being killed, and holds the run for a moment."""
-    until = time.monotonic() + 5.0
-    while ledger.is_held(run) and time.monotonic() < until:
+def _cause(gone: Sequence[int], notes: Mapping[int, End]) -> str | None:
+    """Return what ended the ranks that went first; None if unknown. The other ranks only notice a lost connection."""
+    for rank in gone:
+        if rank not in notes:
+            who = f"rank {rank} on {socket.gethostname()}"
+            return f"{who} was killed, or crashed outside Python; was memory short? the system's log (dmesg) says so"
+    return next((f"rank {rank}: {notes[rank].why}" for rank in gone if not notes[rank].lost), None)
+
+
+def _within(seconds: float, happens: Callable[[], object]) -> bool:
+    """Wait until something happens, at most `seconds`; return whether it did."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if happens():
+            return True
         time.sleep(0.1)
+    return False
+
+
+def _run_ranks(
+    processes: int, command: Sequence[str], agent: Sequence[str] | None, is_over: Callable[[int], bool]
+) -> tuple[int, dict[int, End]]:
+    """Start the ranks once; return the exit code and the ranks' notes. torchrun is killed when `is_over`.
+
+    `agent`: torchrun's options for these machines; None for one rank, which needs no torchrun.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    # The last: else an agent that joins a rendezvous anew waits for an address that nobody publishes again.
+    env = {"OMP_NUM_THREADS": threads, **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with tempfile.TemporaryDirectory(prefix="simclr_dist-") as folder:
+        env[LAST_WORD] = str(Path(folder, "note"))
+        if agent is None:
+            code = supervise([sys.executable, *command], env=env)
+        else:
+            # Without a folder for its logs torchrun makes one, and leaves it behind.
+            agent = [f"--log-dir={folder}", *agent, f"--nproc-per-node={processes}", "--max-restarts=0"]
+            command = ["-m", "torch.distributed.run", *agent, *command]
+            code = supervise([sys.executable, *command], env=env, tell=children, give_up=is_over)
+        return code, read_notes(Path(folder, "note"))
 
 
 class _Watch:
-    """Sees that a start is over before torchrun does."""
+    """A watch that sees a start is over before torchrun does."""
 
-    def __init__(self, run: Path, start: int, nodes: Nodes | None, alone: float) -> None:
-        self._run = run
-        self._start = start  # of the ranks before: what became of them may be noticed, and said, only now
+    def __init__(self, run: Path, earlier: int, nodes: Nodes | None, since: float) -> None:
+        self._run, self._earlier = run, earlier  # the start before: its end may be noticed, and recorded, only now
         self._elastic = nodes is not None and nodes.least < nodes.most
-        self._wait_until = math.inf if nodes is None else alone + 60 * nodes.wait_minutes
+        self._wait_until = math.inf if nodes is None else since + 60 * nodes.wait_minutes
         self._look_at = 0.0
-        self._ended_badly: float | None = None
-        self._empty: float | None = None
-        self.began = False  # whether there were ranks
+        self._ended_badly: float | None = None  # since when
+        self._empty: float | None = None  # since when our ranks are gone
         self._ranks: dict[int, int] = {}  # by process
+        self.began = False  # whether there were ranks
         self.first_gone: list[int] = []  # while others of this machine were still there
 
     def is_over(self, agent: int) -> bool:
-        """Whether there is nothing to wait for.
+        """Return whether there is nothing to wait for.
 
-        Before there are ranks here: when a stop is asked for, or the others have not come. Later: when the run has ended well
-        and its ranks here are gone, but torchrun still waits for others; when it has ended badly elsewhere, and our ranks
-        would wait for a time-out to notice; when our ranks are gone and torchrun hangs in a connection that is dead.
+        Before this machine has ranks: a stop signal has come, or the other machines have not. Later: the run has ended well and
+        our ranks are gone, but torchrun still waits for others; or it has ended badly elsewhere, and our ranks would notice
+        only by a time-out; or our ranks are gone, and torchrun hangs in a dead connection.
         """
         now = time.monotonic()
-        here = {process: rank for process in children(agent) if (rank := _rank(process)) is not None}
-        if here and not self.first_gone:
-            self.first_gone = sorted(self._ranks[process] for process in self._ranks.keys() - here.keys())
-        self._ranks |= here
+        alive = self._look_at_ranks(agent)
         if now < self._look_at:
             return False
         self._look_at = now + 0.3
-        if here:
+        if alive:
             self.began, self._empty = True, None
-        elif signals.asked():
+            return self._run_is_over(now)
+        if signals.requested():
             return True
-        elif not self.began:
+        if not self.began:
             return now > self._wait_until
-        else:
-            self._empty = self._empty or now
-        if self._empty is not None and now > self._empty + _HANGS_SECONDS:
-            return True
+        self._empty = now if self._empty is None else self._empty
+        return now > self._empty + _HANGS_SECONDS or self._run_is_over(now)
+
+    def _look_at_ranks(self, agent: int) -> bool:
+        """Return whether there are ranks, and keep which of them went first."""
+        alive = {process: rank for process in children(agent) if (rank := _rank(process)) is not None}
+        if alive and not self.first_gone:
+            self.first_gone = sorted(self._ranks[process] for process in self._ranks.keys() - alive.keys())
+        self._ranks |= alive
+        return bool(alive)
+
+    def _run_is_over(self, now: float) -> bool:
+        """Return whether status.json shows an end that torchrun does not see."""
         try:
             status = read_status(self._run)
         except OSError:  # a network disk that stutters must not end the run
             return False
-        if status.get("start", 0) <= self._start or status["state"] == "running":
+        if status.get("start", 0) <= self._earlier or status["state"] == "running":
             self._ended_badly = None
             return False
         if status["exit_code"] in (1, 2, 3):
-            self._ended_badly = self._ended_badly or now
+            self._ended_badly = now if self._ended_badly is None else self._ended_badly
             return now > self._ended_badly + 5.0
         # When a machine joins an elastic run, torchrun stops the ranks to start them anew: a stop is not the end there.
         return self._empty is not None and (status["state"] == "done" or not self._elastic)
 
 
 def _rank(process: int) -> int | None:
-    """None for what an import in torchrun starts for a moment, and for one that has ended, and whose parent takes no notice.
-
-    The environment of one that has ended is forbidden to all but root.
-    """
-    try:
-        found = re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{process}/environ").read_bytes())
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    return int(found[1]) if found else None
+    """Return a process's rank. None for what an import in torchrun starts for a moment, and for a process that has ended."""
+    # The environment of one that has ended is forbidden to all but root.
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        if rank := re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{process}/environ").read_bytes()):
+            return int(rank[1])
+    return None
 
 
 def _say(line: str) -> None:

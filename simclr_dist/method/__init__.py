@@ -1,1 +1,1 @@
-"""SimCLR on plain arguments, over all ranks."""
+"""Compute SimCLR over all ranks, from plain arguments."""

@@ -1,7 +1,4 @@
-"""The world a rank lives in: start and end, the collectives that the rest uses, output from rank 0.
-
-A process without torchrun's variables is a world of one and starts no process group.
-"""
+"""Join the process group and use its collectives. Without torchrun's variables the world is one process."""
 
 import datetime
 import inspect
@@ -20,17 +17,17 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from simclr_dist.system.errors import RankError, SaveError, StoppedError, UserError
+from simclr_dist.system.errors import LostRankError, RankError, SaveError, StoppedError, UserError
 
 T = TypeVar("T")
 
-# Larger ones gloo sends in one direction after the other: steps on 1 Gbit/s took 1.4 times as long.
+# gloo sends larger ones in one direction after the other: steps on 1 Gbit/s took 1.4 times as long.
 GLOO_MESSAGE_BYTES = 2**19
 
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is."""
+    """This process's place among the ranks."""
 
     rank: int
     size: int
@@ -39,15 +36,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and the log."""
+        """Return whether this is rank 0, which writes files and the log."""
         return self.rank == 0
 
 
 @contextmanager
-def world(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World]:
-    """Join the world that torchrun (or nobody) set up, and leave it at the end.
+def process_group(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Join the process group that torchrun set up; leave it afterwards. Without torchrun it is a group of one.
 
-    NCCL on CUDA, gloo on CPU. Raises RankError when CUDA is asked for and absent, or a node has more ranks than GPUs.
+    NCCL on CUDA, gloo on CPU. Raises RankError where CUDA is used and this rank has no GPU.
     """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -57,11 +54,8 @@ def world(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            device_id=place if on_cuda else None,
-        )
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=place if on_cuda else None)
     try:
         yield World(rank, size, local_rank, place)
     except StoppedError:  # a clean end too
@@ -73,38 +67,50 @@ def world(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World
         dist.destroy_process_group()
 
 
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Raise LostRankError when torch or gloo cannot reach another rank. It replaces their errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors, also out of DDP's backward. Only their text, with its source file, tells.
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            raise LostRankError(str(error)) from error
+        raise
+
+
 def set_timeout(minutes: float) -> None:
-    """How long a rank waits for the others in a collective, from now on."""
+    """Set how long a rank waits for the others in a collective."""
     if dist.is_initialized():
         public = getattr(dist, "set_timeout", None)  # torch 2.14's name
         (public or dist.distributed_c10d._set_pg_timeout)(datetime.timedelta(minutes=minutes))
 
 
-def environment(here: World) -> dict[str, Any]:
-    """What bits and speed depend on beside the config."""
+def environment(world: World) -> dict[str, Any]:
+    """List what a run's bits and speed depend on beside the config."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # its own class, which weights_only refuses
+        "torch": str(torch.__version__),  # as text: weights_only refuses its class
         "torchvision": str(torchvision.__version__),
-        "world_size": here.size,
-        "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else platform.machine(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
 
 
 def world_size() -> int:
-    """Ranks in the process group; 1 without one."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank; 0 without a process group."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """Stack the ranks' tensors of one shape, [...] -> [world_size, ...], in rank order; no gradient."""
+    """Stack the ranks' tensors in rank order, [...] -> [world_size, ...]. All have one shape. No gradient."""
     if world_size() == 1:
         return tensor.unsqueeze(0)
     stacked = tensor.new_empty((world_size(), *tensor.shape))
@@ -115,10 +121,8 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over the ranks in rank order: the same bits wherever the elements stand in a buffer."""
-    if world_size() == 1:
-        return tensor
-    return _sum_in_order(all_gather(tensor))
+    """Sum over the ranks in rank order. An element's bits do not depend on its place in a buffer."""
+    return _sum_in_order(all_gather(tensor)) if world_size() > 1 else tensor
 
 
 def _sum_in_order(ranks: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ def _sum_in_order(ranks: Tensor) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the ranks' [n_r, ...] tensors, whose n_r may differ, in rank order."""
+    """Concatenate the ranks' [n_r, ...] tensors in rank order. n_r may differ."""
     if world_size() == 1:
         return rows
     counts = all_gather(torch.tensor(len(rows), device=rows.device)).tolist()
@@ -140,7 +144,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every rank's small Python object, in rank order (torch pickles it between our own processes)."""
+    """Gather small Python objects in rank order. Torch pickles them, only between our own processes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -148,8 +152,13 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def all_equal(value: Any) -> bool:
+    """Return whether every rank passes the same value, by its repr."""
+    return len({repr(other) for other in all_gather_objects(value)}) == 1
+
+
 def together(action: Callable[[], T]) -> T:
-    """Do something on every rank; a UserError or SaveError of any is raised on all, so that rank 0 can say it."""
+    """Do `action` on every rank. A UserError or SaveError of any is raised on all, so that rank 0 can report it."""
     result: T | None = None
     error: UserError | SaveError | None = None
     try:
@@ -162,19 +171,19 @@ def together(action: Callable[[], T]) -> T:
 
 
 def on_rank_0(action: Callable[[], T]) -> T | None:
-    """Do something on rank 0 while the others wait; its UserError or SaveError is raised on every rank."""
+    """Do `action` on rank 0; the others wait and get None. Its UserError or SaveError is raised on every rank."""
     return together(action if rank() == 0 else lambda: None)
 
 
-def data_parallel(model: nn.Module, here: World, *, in_rank_order: bool) -> nn.Module:
-    """DDP around the model, or the model itself in a world of one; `in_rank_order` as `_sum_in_rank_order`."""
-    if here.size == 1:
+def data_parallel(model: nn.Module, world: World, *, in_rank_order: bool) -> nn.Module:
+    """Wrap the model in DDP if there are several ranks. `in_rank_order` is slower and repeatable (`_sum_in_rank_order`)."""
+    if world.size == 1:
         return model
     # Buffers need no exchange: global BatchNorm gives every rank the same. torch 2.14 renamed the argument.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     ddp = DistributedDataParallel(
         model,
-        device_ids=[here.local_rank] if here.device.type == "cuda" else None,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},  # type: ignore[arg-type]
     )
     if in_rank_order:
@@ -183,11 +192,11 @@ def data_parallel(model: nn.Module, here: World, *, in_rank_order: bool) -> nn.M
 
 
 def _sum_in_rank_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP hook that averages a bucket by summing each element in rank order.
+    """Average a bucket of DDP, summing each element in rank order.
 
-    gloo's and NCCL's all-reduce sum in an order that depends on an element's position in the bucket, and DDP rebuilds its
-    buckets after the first backward: a resumed run would differ from an uninterrupted one in the last bit. Each rank sums
-    its share of everybody's elements and then gives it to all, so the bytes on the wire are those of a ring all-reduce.
+    The all-reduce of gloo and NCCL sums in an order that depends on an element's position in the bucket. DDP rebuilds its
+    buckets after the first backward. So a resumed run would differ from an uninterrupted one in the last bit. Each rank
+    sums its share of all elements and then gives it to all: the bytes on the wire are those of a ring all-reduce.
     """
     flat, size = bucket.buffer(), world_size()
     at_once = len(flat) if flat.is_cuda else size * GLOO_MESSAGE_BYTES // flat.element_size()

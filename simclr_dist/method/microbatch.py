@@ -1,4 +1,4 @@
-"""A global batch through the encoder in pieces, with the gradient of the whole (GradCache; Gao et al. 2021)."""
+"""Compute a global batch's gradient from micro-batches (GradCache; Gao et al. 2021)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,28 +12,27 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 def contrastive_backward(
     model: nn.Module,
-    pieces: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[tuple[Tensor, Tensor]],
     loss_function: LossFunction,
     *,
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     first_pass: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the gradient of loss_function(z_a, z_b) over all pieces to the parameters.
+    """Add the gradient of `loss_function(z_a, z_b)` over all micro-batches to the parameters.
 
-    `pieces` are this rank's (view_a, view_b), float [n, 3, s, s] each; each pass takes one out at a time,
-    so they may be made when they are asked for. Both views of a piece go through the model in ONE
-    forward, so BatchNorm's statistics are over both. With one piece this is plain forward and backward. With more, z is
-    first computed without a graph, the loss gives dL/dz, and a second pass over the pieces, with a graph, carries it into
-    the parameters: one piece of activations is alive at a time, and the loss still sees every embedding. Each piece draws the
-    same random numbers (dropout) in both passes.
+    `micro_batches` are this rank's (view_a, view_b), float [n, 3, s, s] each. Each pass takes one at a time, so they may be
+    made when they are taken. Both views go through the model in ONE forward, so that BatchNorm's statistics are over both.
+    One micro-batch is a plain forward and backward. With more, a first pass computes z without a graph, and the loss gives
+    dL/dz. A second pass, with a graph, carries it into the parameters. So the activations of one micro-batch are alive at a
+    time, and the loss still sees every embedding. Both passes of a micro-batch draw the same random numbers (dropout).
 
-    `no_sync` holds DDP's gradient exchange back for all pieces but the last. `first_pass` surrounds the pass without a
-    graph (there BatchNorm must not move its running statistics twice).
-    Returns (loss, z_a, z_b), detached; z is [n of all pieces, d].
+    `no_sync` holds DDP's gradient exchange back for all micro-batches but the last. `first_pass` surrounds the pass without
+    a graph (there BatchNorm must not move its running statistics twice).
+    Returns (loss, z_a, z_b), detached; z is [n of all micro-batches, d].
     """
-    if len(pieces) == 1:
+    if len(micro_batches) == 1:
         with record_function("forward"):
-            z_a, z_b = model(torch.cat(pieces[0])).chunk(2)
+            z_a, z_b = model(torch.cat(micro_batches[0])).chunk(2)
         with record_function("loss"):
             loss = loss_function(z_a, z_b)
         with record_function("backward"):
@@ -42,37 +41,31 @@ def contrastive_backward(
 
     # The bare module: DDP's forward would arm its gradient exchange.
     bare = getattr(model, "module", model)
-    z, states, sizes = [], [], []
+    z, random_states, sizes = [], [], []
     with torch.no_grad(), first_pass():
-        for piece in pieces:
-            states.append(_random_state(piece[0].device))
-            sizes.append(len(piece[0]))
+        for micro_batch in micro_batches:
+            device = micro_batch[0].device
+            # Both generators' states lie on the host, so nothing waits.
+            random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))
+            sizes.append(len(micro_batch[0]))
             with record_function("forward"):
-                z.append(bare(torch.cat(piece)))
-            del piece  # before the next one is made
+                z.append(bare(torch.cat(micro_batch)))
+            del micro_batch  # before the next one is made
     z_a, z_b = (torch.cat(view).requires_grad_() for view in zip(*(part.chunk(2) for part in z), strict=True))
     with record_function("loss"):
         loss = loss_function(z_a, z_b)
         gradients = torch.autograd.grad(loss, (z_a, z_b))
     parts = list(zip(*(gradient.split(sizes) for gradient in gradients), strict=True))
     for i, part in enumerate(parts):
-        piece = pieces[i]
-        _set_random_state(states[i], piece[0].device)
-        with no_sync() if i < len(pieces) - 1 else nullcontext():
+        micro_batch = micro_batches[i]
+        state, state_of_gpu = random_states[i]
+        torch.set_rng_state(state)
+        if state_of_gpu is not None:
+            torch.cuda.set_rng_state(state_of_gpu, micro_batch[0].device)
+        with no_sync() if i < len(parts) - 1 else nullcontext():
             with record_function("forward"):
-                z_again = model(torch.cat(piece))
+                z_again = model(torch.cat(micro_batch))
             with record_function("backward"):
                 z_again.backward(torch.cat(part))
-        del piece
+        del micro_batch
     return loss.detach(), z_a.detach(), z_b.detach()
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """Of the CPU's generator, and of the device's if it is a GPU; both live on the host, so nothing waits."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)

@@ -1,7 +1,7 @@
-"""Encoder by name, projector, and BatchNorm over the global micro-batch."""
+"""Build encoder, projector, and BatchNorm over the global micro-batch."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ _SHAPES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, in
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its classifier, in any width and with stems for small images.
+    """torchvision's ResNet without classifier, in any width. It has stems for small images too.
 
     At width 1 and the ImageNet stem its state dict has torchvision's names and shapes. `width` multiplies every layer, as
-    SimCLR's 2x and 4x do (torchvision's wide_resnet widens the inner layers alone). Forward: float [n, 3, s, s] to the
-    representation h [n, feature_size]. Starts as torchvision's (He et al. 2015).
+    SimCLR's 2x and 4x do (torchvision's wide_resnet widens the inner layers alone). Initial values are torchvision's (He et
+    al. 2015). Forward: float [n, 3, s, s] to the representation h [n, feature_size].
     """
 
     checkpointing = False  # keep the inputs of residual blocks alone, and compute the rest again in the backward
@@ -41,27 +41,22 @@ class ResNet(nn.Module):
         super().__init__()
         block, depths, base = _SHAPES[name]
         planes = base * width
-        if stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, planes, 7, stride=2, padding=3, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(3, planes, 3, stride=2 if stem == "small_stride2" else 1, padding=1, bias=False)
+        kernel, stride = {"imagenet": (7, 2), "small_stride2": (3, 2)}.get(stem, (3, 1))
+        self.conv1 = nn.Conv2d(3, planes, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         self.feature_size = planes
-        expansion: int = block.expansion
         for stage, depth in enumerate(depths):
             layers = []
             for i in range(depth):
                 out, stride = planes * 2**stage, 2 if stage and not i else 1
+                size_in, self.feature_size = self.feature_size, out * block.expansion
                 shortcut = None
-                if stride != 1 or self.feature_size != out * expansion:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(self.feature_size, out * expansion, 1, stride=stride, bias=False),
-                        nn.BatchNorm2d(out * expansion),
-                    )
-                layers.append(block(self.feature_size, out, stride, shortcut))
-                self.feature_size = out * expansion
+                if stride != 1 or size_in != self.feature_size:
+                    convolution = nn.Conv2d(size_in, self.feature_size, 1, stride=stride, bias=False)
+                    shortcut = nn.Sequential(convolution, nn.BatchNorm2d(self.feature_size))
+                layers.append(block(size_in, out, stride, shortcut))
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         for module in self.modules():
@@ -81,48 +76,37 @@ class ResNet(nn.Module):
 
 
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """`block(x)`, computed a second time in the backward; BatchNorm's running statistics move in the first time alone."""
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), frozen_running_statistics(block)
-
+    """Compute `block(x)`, and again in the backward. BatchNorm's running statistics move only the first time."""
+    contexts = lambda: (nullcontext(), frozen_running_statistics(block))  # noqa: E731
     y: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return y
 
 
-def build_projector(
-    feature_size: int, *, depth: int = 2, hidden: int = 2048, dim: int = 128, batch_norm: bool = True
-) -> nn.Module:
-    """MLP from h to z: `depth` linear layers with ReLU between; BatchNorm, after each, takes the place of its bias."""
+def build_projector(size: int, *, depth: int = 2, hidden: int = 2048, dim: int = 128, batch_norm: bool = True) -> nn.Module:
+    """Build the MLP from h [n, size] to z. `depth` linear layers, ReLU between; BatchNorm after each replaces its bias."""
     layers: list[nn.Module] = []
     for i in range(depth):
-        last = i == depth - 1
-        size_in, size_out = feature_size if i == 0 else hidden, dim if last else hidden
+        size_in, size_out = hidden if i else size, hidden if i < depth - 1 else dim
         layers.append(nn.Linear(size_in, size_out, bias=not batch_norm))
         if batch_norm:
             layers.append(nn.BatchNorm1d(size_out))
-        if not last:
+        if i < depth - 1:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
 class SimCLR(nn.Module):
-    """Encoder and projector: float [n, 3, s, s] to z [n, dim]; `autocast` (bfloat16, say) is for both.
-
-    Images are brought to the weights' type, and with `channels_last` to that order, here: a piece at a time.
-    """
+    """Encoder and projector, both under `autocast`. Forward: float [n, 3, s, s] to z [n, dim]."""
 
     channels_last = False
 
     def __init__(self, encoder: ResNet, projector: nn.Module, autocast: torch.dtype | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.projector = projector
-        self.autocast = autocast
+        self.encoder, self.projector, self.autocast = encoder, projector, autocast
 
     def forward(self, x: Tensor) -> Tensor:
         order = torch.channels_last if self.channels_last else torch.contiguous_format
-        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=order)
+        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=order)  # here: a micro-batch at a time
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             z: Tensor = self.projector(self.encoder(x))
         return z
@@ -138,27 +122,22 @@ def build_simclr(
     projector_dim: int = 128,
     projector_batch_norm: bool = True,
 ) -> SimCLR:
-    """The model by the names of the settings."""
+    """Build the model by the names of the settings."""
     network = ResNet(encoder, width=width, stem=stem)
-    projector = build_projector(
-        network.feature_size,
-        depth=projector_depth,
-        hidden=projector_hidden,
-        dim=projector_dim,
-        batch_norm=projector_batch_norm,
-    )
+    size, norm = network.feature_size, projector_batch_norm
+    projector = build_projector(size, depth=projector_depth, hidden=projector_hidden, dim=projector_dim, batch_norm=norm)
     return SimCLR(network, projector)
 
 
 class _GlobalNorm(torch.autograd.Function):
     """Batch normalisation with statistics over all ranks, stable in float32.
 
-    Each rank's mean and centred sum of squares are merged in float64 in rank order (Chan et al. 1983): E[x^2] - E[x]^2
+    The ranks' means and centred sums of squares are merged in float64 in rank order (Chan et al. 1983). E[x^2] - E[x]^2
     would lose every digit where the mean is large against the deviation.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         unused = torch.zeros_like(weight)  # with it, the statistics of a bfloat16 input come in the weight's precision
         mean, var = torch.ops.aten.batch_norm_update_stats(x, unused, unused, 0.0)
         count = x.numel() / x.shape[1]
@@ -172,8 +151,8 @@ class _GlobalNorm(torch.autograd.Function):
         ctx.eps = eps
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
         unbiased = (variance * (total / (total - 1).clamp_min(1))).to(weight.dtype)
-        ctx.mark_non_differentiable(mean, unbiased, total)
-        return y, mean, unbiased, total
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y, mean, unbiased
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -182,18 +161,9 @@ class _GlobalNorm(torch.autograd.Function):
         if x.is_contiguous(memory_format=torch.channels_last):
             grad = grad.contiguous(memory_format=torch.channels_last)
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            grad,
-            x,
-            weight,
-            mean,
-            var,
-            None,
-            None,
-            False,
-            ctx.eps,
-            [True, True, True],
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
-        # dx holds weight * invstd * grad; what the statistics' own dependence on x takes off needs the sums of all ranks.
+        # dx holds weight * invstd * grad. The statistics depend on x too: that part needs the sums of all ranks.
         sums = all_sum(torch.stack([d_bias, d_weight]).double())
         mean_grad, mean_grad_xhat = (sums / total).to(weight.dtype)
         invstd = (var + ctx.eps).rsqrt()
@@ -205,29 +175,25 @@ class _GlobalNorm(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose statistics are those of the micro-batch over all ranks, on the CPU too (SyncBatchNorm is CUDA's).
-
-    The gradients of weight and bias are this rank's part, as DDP expects them.
-    """
+    """SyncBatchNorm for the CPU too. Weight and bias get this rank's part of the gradient, as DDP expects."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        y, mean, var, _ = _GlobalNorm.apply(x, self.weight, self.bias, self.eps)
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-                self.running_var.lerp_(var, self.momentum)  # type: ignore[union-attr, arg-type]
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        output: Tensor = y
-        return output
+        y: Tensor
+        y, mean, var = _GlobalNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+            self.running_var.lerp_(var, self.momentum)  # type: ignore[union-attr, arg-type]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
 
 def use_global_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Replace each BatchNorm by one over all ranks: torch's SyncBatchNorm on CUDA, ours on the CPU; in place."""
+    """Replace each BatchNorm, in place, by one over all ranks. On CUDA torch's SyncBatchNorm, on the CPU ours."""
     if world_size() == 1:
         return
     if device.type == "cuda":
@@ -240,15 +206,13 @@ def use_global_batch_norm(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it, BatchNorm in training mode still uses the batch's statistics but leaves its running ones alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
-    for norm, own in buffers:
-        for name, buffer in own.items():
-            setattr(norm, name, buffer.clone())  # to be moved in its place
+    """Keep BatchNorm's running statistics as they are. In training mode it still uses the batch's."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in buffers:
+        setattr(norm, name, buffer.clone())  # moves in its place
     try:
         yield
     finally:
-        for norm, own in buffers:
-            for name, buffer in own.items():
-                setattr(norm, name, buffer)
+        for norm, name, buffer in buffers:
+            setattr(norm, name, buffer)

@@ -1,4 +1,4 @@
-"""LARS in its official form, parameter groups by module type, the learning-rate schedule, and steps that can be skipped."""
+"""Build optimizers: LARS, parameter groups, learning rate, and skippable steps."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ _CACHE_BYTES = 2**20
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up that reaches `peak` in its last step, then a cosine to 0 without restarts."""
+    """Return the rate of step 0, 1, ... A linear warm-up reaches `peak` in its last step; then a cosine falls to 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -23,7 +23,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Two groups: weights (decayed, adapted by LARS), and every BatchNorm parameter and bias (neither).
+    """Return two groups. Weights (decayed, adapted by LARS), and every BatchNorm parameter and bias (neither).
 
     By module type, not by name: `downsample.1.weight` of a ResNet is a BatchNorm weight.
     """
@@ -44,10 +44,10 @@ class LARS(Optimizer):
 
     For a group with `adapt`: g += weight_decay * w; trust = eta * |w| / |g| (1 if either norm is 0); then classic momentum
     with the rate inside the buffer, v = momentum * v + rate * trust * g; w -= v. Without `adapt`: the same with trust 1.
-    No host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes nothing. `foreach`:
-    each operation over all tensors of a group (few operations), or over portions of them (warm caches); None takes the first
-    on CUDA and the second on the CPU. `trust_ratios` holds those of the last step, in device tensors that together have one
-    for each weight with a gradient in a group with `adapt`, in the order of the parameters.
+    No host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes nothing.
+    `foreach` does each operation over all tensors of a group (few operations), else over portions of them (warm caches); None
+    is True on CUDA and False on the CPU. `trust_ratios` are those of the last step, in device tensors: one for each weight
+    with a gradient in a group with `adapt`, in the order of the parameters.
     """
 
     def __init__(
@@ -61,16 +61,8 @@ class LARS(Optimizer):
         adapt: bool = True,
         foreach: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "trust_coefficient": trust_coefficient,
-                "adapt": adapt,
-            },
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"trust_coefficient": trust_coefficient, "adapt": adapt})
         self._step_supports_amp_scaling = True
         self.trust_ratios: list[Tensor] = []
         self._foreach = foreach
@@ -81,11 +73,9 @@ class LARS(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update from the parameters' .grad."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Update the parameters from their .grad."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self.trust_ratios = []
         for group in self.param_groups:
             for weights in self._portions([p for p in group["params"] if p.grad is not None]):
@@ -93,12 +83,13 @@ class LARS(Optimizer):
         return loss
 
     def _portions(self, weights: list[Tensor]) -> Iterator[list[Tensor]]:
-        """All at once with `foreach`; else as much as stays in a core's cache from one operation to the next."""
+        """Cut a group into portions that stay in a core's cache. With `foreach` it is one portion."""
         portion: list[Tensor] = []
         size = 0
         for weight in weights:
             bytes_of_weight = weight.numel() * weight.element_size()
-            if portion and not self._all_at_once(weight) and size + bytes_of_weight > _CACHE_BYTES:
+            at_once = weight.is_cuda if self._foreach is None else self._foreach
+            if portion and not at_once and size + bytes_of_weight > _CACHE_BYTES:
                 yield portion
                 portion, size = [], 0
             portion.append(weight)
@@ -106,19 +97,15 @@ class LARS(Optimizer):
         if portion:
             yield portion
 
-    def _all_at_once(self, weight: Tensor) -> bool:
-        return weight.is_cuda if self._foreach is None else self._foreach
-
     def _update(self, group: Group, weights: list[Tensor]) -> None:
         for weight in weights:
             state = self.state[weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
                 if state["momentum_buffer"].stride() != weight.stride():
-                    raise ValueError(
-                        f"LARS: a weight of shape {list(weight.shape)} is a view with gaps; give it memory of its own"
-                    )
-            state["momentum_buffer"] = _in_order_of(weight, state["momentum_buffer"])  # of a checkpoint in another order
+                    shape = list(weight.shape)
+                    raise ValueError(f"LARS: a weight of shape {shape} is a view with gaps; give it memory of its own")
+            state["momentum_buffer"] = _in_order_of(weight, state["momentum_buffer"])  # a checkpoint may have another order
         gradients: Any = [_in_order_of(p, p.grad) for p in weights if p.grad is not None]
         if (scale := getattr(self, "grad_scale", None)) is not None:  # torch.amp.GradScaler leaves the division to us
             gradients = torch._foreach_div(gradients, scale)
@@ -126,8 +113,7 @@ class LARS(Optimizer):
             gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
         rates: Any = group["lr"]
         if group["adapt"]:
-            weight_norms = torch.stack(torch._foreach_norm(weights))
-            gradient_norms = torch.stack(torch._foreach_norm(gradients))
+            weight_norms, gradient_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, gradients))
             trust = group["trust_coefficient"] * weight_norms / gradient_norms
             trust = torch.where((weight_norms > 0) & (gradient_norms > 0), trust, 1.0)
             self.trust_ratios.append(trust)
@@ -136,31 +122,22 @@ class LARS(Optimizer):
             torch._foreach_mul_(gradients, rates)  # a copy already
         else:
             gradients = torch._foreach_mul(gradients, rates)
-        # Momentum and update in one pass, which `found_inf` turns into none: v = momentum * v + g; w -= v.
-        torch._fused_sgd_(
-            weights,
-            gradients,
-            [self.state[weight]["momentum_buffer"] for weight in weights] if group["momentum"] else [],
-            weight_decay=0.0,
-            momentum=group["momentum"],
-            lr=1.0,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-            found_inf=getattr(self, "found_inf", None),
-        )
+        # Momentum and update in one pass; with `found_inf` it changes nothing: v = momentum * v + g; w -= v.
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights] if group["momentum"] else []
+        plain: Any = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
+        found_inf = getattr(self, "found_inf", None)
+        torch._fused_sgd_(weights, gradients, buffers, lr=1.0, momentum=group["momentum"], found_inf=found_inf, **plain)
 
 
 def _in_order_of(weight: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient, or momentum, as the weight lies in memory: the fused kernel walks through memory."""
+    """Lay a gradient, or momentum, out as the weight. The fused kernel walks through memory."""
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def build_optimizer(
     name: str, groups: list[Group], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> Optimizer:
-    """`lars`, `sgd` (Nesterov off), `adamw`, or `torch_optimizer.NAME`, over the groups of `parameter_groups`."""
+    """Build `lars`, `sgd` (Nesterov off), `adamw` or `torch_optimizer.NAME`. Groups come from `parameter_groups`."""
     if name == "lars":
         return LARS(groups, lr, momentum=momentum, trust_coefficient=trust_coefficient)
     plain = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
@@ -173,19 +150,17 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(plain, lr, fused=True)
     third_party = name.removeprefix("torch_optimizer.")
+    # Its LARS's documented default is .001, its real one .01. It does not adapt where weight_decay is 0, as in our group
+    # without adaptation.
+    more: Any = {"momentum": momentum, "trust_coefficient": trust_coefficient} if third_party == "lars" else {}
     make: Callable[..., Optimizer] = torch_optimizer.get(third_party)
-    if third_party == "lars":
-        # Its documented default is .001, its real one .01; its adaptation is off exactly where weight_decay is 0, which
-        # here is the group that wants none.
-        return make(plain, lr=lr, momentum=momentum, trust_coefficient=trust_coefficient)
-    return make(plain, lr=lr)
+    return make(plain, lr=lr, **more)
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
     """Take an optimizer step unless the device scalar `skip` (bool) is true.
 
-    Decided on the device, without a host sync, by LARS and torch's fused optimizers; torch-optimizer's, which sync the
-    host anyway, are asked from the host.
+    LARS and torch's fused optimizers decide on the device; for torch-optimizer's, which sync the host anyway, the host does.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]

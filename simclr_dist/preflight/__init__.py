@@ -1,1 +1,1 @@
-"""What can be known before you train: the plan, the checks, the demo."""
+"""Prepare a training: the plan, the checks, the demo."""

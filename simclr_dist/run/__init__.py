@@ -1,1 +1,1 @@
-"""A run folder: who holds it, its checkpoints, and what became of it."""
+"""Manage a run folder: who holds it, and its checkpoints. Also what became of it, and whether it starts again."""

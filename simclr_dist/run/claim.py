@@ -1,12 +1,11 @@
-"""Who writes into a run folder, since when, and how far: its lock, its heartbeat, and a line for every start and stop.
+"""Let one start at a time hold a run folder. Its number, its lock and its heartbeat say that it does.
 
-A start takes the next number (a generation) by creating `starts/XXXXXXXX.json`, which only one can, and holds a lock on that
-file while it lives. Locks do not always reach other machines, and a machine that lost its network may hold one for ever; so a
-writer also asks, before each checkpoint becomes valid, whether its number is still the highest.
+A start takes the next number (its generation) by creating `starts/XXXXXXXX.json`, which only one process can do, and locks that
+file while it lives. Locks do not always reach other machines, and a machine that lost its network may hold one for ever. So a
+writer also checks, before each checkpoint becomes valid, that its number is still the highest.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -15,109 +14,47 @@ import time
 from pathlib import Path
 from typing import Any
 
+from simclr_dist.system import files
 from simclr_dist.system.errors import ConfigError, TakenOverError
 
 STALE_SECONDS = 120.0  # a holder on another machine without a sign of life for this long is taken for dead
 # File systems of one machine: whoever else writes there is a process of the same kernel, and its lock tells the truth.
-_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"})
+_ONE_MACHINE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 _HEARTBEAT_BYTES = 128
 
 
-def record(run: Path, event: str, **fields: Any) -> None:
-    """Append a line to `run`/ledger.jsonl. A disk that takes none costs the line, said on stderr, and not the run."""
-    line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
-    try:
-        with (run / "ledger.jsonl").open("a+b") as file:
-            file.seek(max(0, file.tell() - 1))
-            torn = file.read(1) not in (b"", b"\n")  # a kill, or a full disk, has cut the last line short
-            file.write(b"\n" * torn + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        print(f"WARNING: {run / 'ledger.jsonl'}: {error.strerror}: lost: {line}", end="", file=sys.stderr, flush=True)
-
-
-def entries(run: Path) -> list[dict[str, Any]]:
-    """The ledger's lines, oldest first; a line that a kill cut short is left out."""
-    found = []
-    for line in _read(run / "ledger.jsonl").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def given_up(run: Path) -> str | None:
-    """Why nobody will start the run again by himself; None while somebody may."""
-    for entry in reversed(entries(run)):
-        if entry["event"] in ("start", "submitted", "requeued"):
-            return None
-        if entry["event"] == "cancelled":
-            return "cancelled"
-        if entry["event"] == "gave_up" and entry.get("kind") != "eval":
-            return f"given up: {entry['why']}"
-    return None
-
-
-def cancelled_jobs(run: Path) -> list[str]:
-    """SLURM jobs of the run that somebody has cancelled, and that must not requeue themselves."""
-    return _read(run / "cancelled").split()
-
-
 def heartbeat(run: Path) -> dict[str, Any]:
-    """The last sign of life: `generation`, `step` and `time`; {} when there is none."""
-    try:
-        beat: dict[str, Any] = json.loads(_read(run / "heartbeat"))
-    except ValueError:
-        return {}
-    return beat
+    """Return the last sign of life: `generation`, `step`, `time` and `ended`. Return {} when there is none."""
+    return _read(run / "heartbeat")
 
 
 class Claim:
-    """A start's right to write into the run folder; ends with the process, or with `release`."""
+    """A start's right to write into the run folder. It ends with the process, or with `release`."""
 
     def __init__(self, run: Path, generation: int, lock: int) -> None:
-        self.run = run
-        self.generation = generation
-        self._lock: int | None = lock
+        self.run, self.generation = run, generation
         self.step = 0  # of the last beat
+        self._lock: int | None = lock
         # A reading process outlives its killed rank for seconds, and would hold the lock as long.
         os.register_at_fork(after_in_child=self._unlock)
         self._heartbeat = os.open(run / "heartbeat", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
-    def started(self, step: int, world_size: int) -> None:
-        """Record the start, with what was lost since the last sign of life: this start goes on from `step`."""
-        before = heartbeat(self.run)
-        record(
-            self.run,
-            "start",
-            generation=self.generation,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            job=os.environ.get("SLURM_JOB_ID"),
-            world_size=world_size,
-            step=step,
-            steps_lost=max(0, before.get("step", 0) - step),
-            seconds_down=time.time() - before["time"] if before else 0.0,
-        )
-        self.beat(step)
-
     def check(self) -> None:
-        """Raises TakenOverError when a later start holds the folder."""
+        """Raise TakenOverError when a later start holds the folder."""
         newest = newest_start(self.run)
         if newest > self.generation:
-            who = _describe(_holder(self.run, newest))
-            raise TakenOverError(f"run_folder: {str(self.run)!r} was taken over by {who}; this start ends without writing")
+            who = f"{str(self.run)!r} was taken over by {_describe(_holder(self.run, newest))}"
+            raise TakenOverError(f"run_folder: {who}; this start ends without writing")
 
     def beat(self, step: int, *, ended: bool = False) -> None:
-        """Say that `step` steps are done, in place: one small write, without waiting for the disk, which may refuse it.
+        """Write the heartbeat: `step` steps are done.
 
-        Raises TakenOverError when a later start has spoken there: between two checkpoints the log must not get ours either.
+        This is one small write in place. It does not wait for the disk, which may refuse it. Raises TakenOverError when a later
+        start has written there: its log must not get our lines, between two checkpoints either.
         """
         self.step = step
         line = json.dumps({"generation": self.generation, "step": step, "time": time.time(), "ended": ended})
-        with contextlib.suppress(OSError):  # what else fails to be written says so
+        with contextlib.suppress(OSError):  # a checkpoint or a log that cannot be written says so
             if heartbeat(self.run).get("generation", 0) > self.generation:
                 self.check()
             os.pwrite(self._heartbeat, line.ljust(_HEARTBEAT_BYTES - 1).encode() + b"\n", 0)
@@ -133,11 +70,11 @@ class Claim:
             self._lock = None
 
 
-def claim(run: Path) -> Claim:
-    """Take the run folder for this process; raises ConfigError when another that lives has it.
+def claim_run(run: Path) -> Claim:
+    """Take the run folder for this process. Raises ConfigError while another start holds it.
 
-    An earlier start of the same SLURM job is passed over: SLURM runs a job once at a time, so it has lost its machine. Should
-    that one try again, it gets TakenOverError.
+    An earlier start of the same SLURM job is passed over: SLURM runs a job once at a time, so that start has lost its machine.
+    It gets TakenOverError if it comes back.
     """
     (run / "starts").mkdir(exist_ok=True)
     while True:
@@ -147,22 +84,17 @@ def claim(run: Path) -> Claim:
         try:
             lock = os.open(_path(run, generation + 1), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
-            continue  # somebody was quicker: he is the one to ask now
-        _lock(lock)
+            continue  # another was quicker, and is now the one to wait for
+        with contextlib.suppress(OSError):  # no locks on this file system: the heartbeat has to do
+            files.lock(lock, wait=True)  # waits for somebody who only looks
         if newest_start(run) > generation + 1:  # somebody looked at the file before it was locked
             os.close(lock)
             raise _in_use(run, newest_start(run))
-        me = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "restart": _restart(),
-            "time": time.time(),
-        }
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "restart": _restart()}
         try:
-            os.write(lock, json.dumps(me).encode() + b"\n")
+            os.write(lock, json.dumps({**who, "time": time.time()}).encode() + b"\n")
             os.fsync(lock)
-        except OSError:  # a full disk; nobody must wait for a sign of life of one that could not sign
+        except OSError:  # a full disk: nobody must wait for a sign of life of a start that could not sign
             os.close(lock)
             _path(run, generation + 1).unlink()
             raise
@@ -170,39 +102,34 @@ def claim(run: Path) -> Claim:
 
 
 def newest_start(run: Path) -> int:
-    """The number of the last start that has taken the folder, alive or not; 0 for none."""
+    """Return the last start's number, alive or not; 0 for none."""
     return max((int(path.stem) for path in (run / "starts").glob("*.json")), default=0)
 
 
 def is_held(run: Path) -> bool:
-    """Whether a process that locks can tell about is writing into the folder."""
+    """Return whether a process is writing into the folder. Its lock says so."""
     generation = newest_start(run)
     return generation > 0 and bool(_is_locked(run, generation))
 
 
 def refuse_if_held(run: Path) -> None:
-    """Raises ConfigError when another start has the folder: the early, cheap check."""
+    """Raise ConfigError while another start holds the folder: the early, cheap check."""
     if is_held(run) and _restarts_ahead(_holder(run, newest_start(run))) <= 0:
         raise _in_use(run, newest_start(run))
 
 
 def is_dead(run: Path) -> bool:
-    """Whether the last start has certainly ended: where locks may not reach its machine, after a long silence."""
+    """Return whether the last start has certainly ended."""
     if not (generation := newest_start(run)):
         return True
-    locked, beat = _is_locked(run, generation), heartbeat(run)
-    if locked:
-        return False
-    if beat.get("generation") == generation and beat.get("ended", False):
-        return True
-    here = _file_system(run) in _ONE_MACHINE or _holder(run, generation).get("host") == socket.gethostname()
-    return (locked is False and here) or time.time() - _signs_of_life(run, generation) > STALE_SECONDS
+    ended = _has_ended(run, generation)
+    return time.time() - _last_sign(run, generation) > STALE_SECONDS if ended is None else ended
 
 
 def _wait_for_end(run: Path, generation: int) -> None:
     """Return once the holder is dead; raises ConfigError when it lives."""
-    began, first = time.monotonic(), _signs_of_life(run, generation)
-    told, trusted = False, _file_system(run) in _ONE_MACHINE
+    began, first = time.monotonic(), _last_sign(run, generation)
+    announced = False
     while True:
         holder, waited = _holder(run, generation), time.monotonic() - began
         if (restarts := _restarts_ahead(holder)) > 0:
@@ -212,34 +139,38 @@ def _wait_for_end(run: Path, generation: int) -> None:
         if not holder and time.time() - _path(run, generation).stat().st_mtime < 5:
             time.sleep(0.1)  # it has been created, and is about to be locked and signed
             continue
-        locked = _is_locked(run, generation)
-        signs = _signs_of_life(run, generation)
-        beat = heartbeat(run)
-        ended = beat.get("generation") == generation and beat.get("ended", False)
-        if locked:
+        ended, last = _has_ended(run, generation), _last_sign(run, generation)
+        if ended is False:
             if waited > 5:  # one that is being killed holds its lock for a moment longer
                 raise _in_use(run, generation)
-        elif ended or (locked is False and (trusted or holder.get("host") == socket.gethostname())):
+        elif ended:
             return
-        elif signs > first:
+        elif last > first:
             raise _in_use(run, generation)
-        elif (left := signs + STALE_SECONDS - time.time()) < 0:
+        elif (left := last + STALE_SECONDS - time.time()) < 0:
             return
-        elif not told and waited > 1:
-            told = True
-            print(
-                f"run_folder: {str(run)!r}: its last start, {_describe(holder)}, has not said that it ended;"
-                f" waiting {left:.0f} s for a sign of life",
-                file=sys.stderr,
-                flush=True,
-            )
+        elif not announced and waited > 1:
+            announced = True
+            silent = f"{_describe(holder)}, has not said that it ended; waiting {left:.0f} s for a sign of life"
+            print(f"run_folder: {str(run)!r}: its last start, {silent}", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 
-def _signs_of_life(run: Path, generation: int) -> float:
-    """When the holder was last heard of."""
-    beat: float = heartbeat(run).get("time", 0.0)
-    return max(_path(run, generation).stat().st_mtime, beat)
+def _last_sign(run: Path, generation: int) -> float:
+    """Return when the holder was last heard of."""
+    return max(_path(run, generation).stat().st_mtime, float(heartbeat(run).get("time", 0.0)))
+
+
+def _has_ended(run: Path, generation: int) -> bool | None:
+    """Return whether a start has ended. None where its lock may not reach this machine: only a long silence tells."""
+    locked = _is_locked(run, generation)
+    if locked:
+        return False
+    beat = heartbeat(run)
+    if beat.get("generation") == generation and beat.get("ended"):
+        return True
+    same_machine = _file_system(run) in _ONE_MACHINE or _holder(run, generation).get("host") == socket.gethostname()
+    return True if locked is False and same_machine else None
 
 
 def _path(run: Path, generation: int) -> Path:
@@ -247,15 +178,12 @@ def _path(run: Path, generation: int) -> Path:
 
 
 def _holder(run: Path, generation: int) -> dict[str, Any]:
-    try:
-        holder: dict[str, Any] = json.loads(_read(_path(run, generation)))
-    except ValueError:
-        return {}  # it was killed before it could sign
-    return holder
+    """Return what a start signed with. Return {} for one that was killed before it could."""
+    return _read(_path(run, generation))
 
 
 def _restarts_ahead(holder: dict[str, Any]) -> int:
-    """How many restarts of one SLURM job lie between the holder and this process; 0 also for different jobs, or none."""
+    """Count one SLURM job's restarts from the holder to this process. Return 0 also for different jobs, or none."""
     if (job := os.environ.get("SLURM_JOB_ID")) is None or holder.get("job") != job:
         return 0
     return _restart() - int(holder.get("restart", 0))
@@ -266,32 +194,23 @@ def _restart() -> int:
 
 
 def _is_locked(run: Path, generation: int) -> bool | None:
-    """None where the file system has no locks."""
-    descriptor = os.open(_path(run, generation), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _lock(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # no locks on this file system: the heartbeat has to do
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for somebody who only looks
+    """Return whether a start's file is locked. Return None where the file system has no locks."""
+    with _path(run, generation).open("r+b") as file:
+        try:
+            return not files.lock(file.fileno())
+        except OSError:
+            return None
 
 
 def _file_system(path: Path) -> str:
-    """Its type, as `mount` names it; empty where that cannot be found out."""
+    """Return the file system's type, as `mount` names it. It is empty where that cannot be found out."""
     number = path.stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    for line in _read(Path("/proc/self/mountinfo")).splitlines():
-        mount, _, described = line.partition(" - ")
-        if mount.split()[2] == device:
-            return described.split()[0]
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, described = line.partition(" - ")
+            if mount.split()[2] == device:
+                return described.split()[0]
     return ""
 
 
@@ -306,8 +225,10 @@ def _describe(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}{job}, since {since}"
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object. Return {} where there is none, or not all of it."""
     try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content

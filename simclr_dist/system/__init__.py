@@ -1,1 +1,1 @@
-"""What the operating system is asked, and what people are told."""
+"""Handle files, signals, output, errors and versions."""

@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well. A user's mistake is one line that names file and key, value, and cure.
+"""Define the errors that end a command, and show them.
 
 Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on request with nothing lost (sysexits' EX_TEMPFAIL).
 """
@@ -6,69 +6,83 @@ Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on req
 import re
 
 PREEMPTED = 75
-LAST_WORD = (
-    "SIMCLR_DIST_LAST_WORD"  # variable with the file in which a rank tells its launcher a final code, which torchrun loses
-)
+# Variable with the path, less `.RANK`, of the note that a rank leaves for its launcher: torchrun loses exit codes.
+LAST_WORD = "SIMCLR_DIST_LAST_WORD"
 
 
 class UserError(Exception):
-    """Ends a command with one line and exit code 2; never with a traceback."""
+    """A user's mistake. One line with key, value and cure; exit code 2."""
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type, out of range, or in conflict with another."""
+    """Refused setting: unknown, of wrong type, out of range, or contradicting another."""
 
 
 class DataError(UserError):
-    """Images, shards, a manifest, a checkpoint or an encoder file that cannot be used as they are."""
+    """Images, shards, a checkpoint or an encoder file cannot be used."""
 
 
 class UnreachableError(DataError):
-    """A server, or the cache before it, that fails for long: no fault of an image, so none is replaced because of it."""
+    """A server or its cache keeps failing. No image is replaced for it."""
 
 
 class RankError(DataError):
-    """A DataError that only the rank which raises it has seen, so that rank says it (others are said by rank 0)."""
+    """Error seen by one rank only; that rank reports it."""
 
 
 class TakenOverError(UserError):
-    """A later start has taken the run folder over: this one, cut off or left behind, must write nothing more."""
+    """A later start holds the run folder. This one must write nothing more."""
 
 
 class OutputError(UserError):
-    """Standard output that cannot be written, on a full disk for one."""
+    """Standard output cannot be written, as on a full disk."""
 
 
 class SaveError(Exception):
-    """A checkpoint, or the run folder, cannot be written; the checkpoints before are whole. One line with path and reason."""
+    """A checkpoint or the run folder cannot be written. Earlier checkpoints are whole."""
 
 
 class StoppedError(Exception):
-    """The run was asked to stop, and has saved all that it did; ends it with exit code 75."""
+    """The run has saved its work after a stop signal. Exit code 75."""
+
+
+class LostRankError(Exception):
+    """A rank has ended, hangs, or never came. The others crash because of it."""
 
 
 class RanksDifferError(Exception):
-    """Ranks that must hold the same numbers do not: memory or arithmetic of one of them is at fault; a crash."""
+    """Ranks hold different numbers. Memory or arithmetic of one is at fault."""
 
 
 class DivergedError(Exception):
-    """Too many non-finite steps in a row; ends a run with exit code 3."""
+    """Too many non-finite steps in a row; exit code 3."""
+
+
+def reason_of(error: object) -> str:
+    """Return an error's text in one line, or its type."""
+    strerror = getattr(error, "strerror", None)
+    return str(strerror or (str(error).splitlines() or [""])[0] or type(error).__name__)
+
+
+def crash_summary(error: BaseException) -> str:
+    """Return an error's type and text in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def printable(name: str) -> str:
-    """The name in one printable line: file names may hold line ends and bytes that are no text."""
+    """Escape what cannot be printed. Line ends, and bytes that are no text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-# All up to the last @ of the host's part; or to the last of all, where what should be a port is no number: a password with
-# a / ? or # in it.
+# All up to the last @ of the host's part. If what should be a port is no number, up to the last @ of all: then a password holds
+# a / ? or #.
 _LOGIN = re.compile(r"://(?:[^/?#]*@|[^/?#\[]*:(?!\d{1,5}(?:[/?#]|$)).*@)", re.DOTALL)
 _REST = re.compile(r"(://[^?#]*#|\?).*", re.DOTALL)
 
 
 def redact(url: str) -> str:
-    """The URL without what may be a secret in it: user, password, query, fragment.
+    """Hide what may be secret in a URL: user, password, query, fragment.
 
-    In doubt too much goes; only a password that begins like a port, `80/...`, cannot be told from one.
+    In doubt it hides too much. Only a password that begins like a port, `80/...`, cannot be told from a port.
     """
     return _REST.sub(r"\1***", _LOGIN.sub("://***@", url))

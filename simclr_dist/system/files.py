@@ -1,5 +1,6 @@
-"""Files that are whole or not there, and files that grow by whole pieces."""
+"""Write whole files, append whole lines, and lock files."""
 
+import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -9,10 +10,10 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes, allowed: Callable[[], None] = lambda: None) -> None:
-    """Put `content` at `path` so that a kill or power failure leaves the old file or the new one, never a part.
+    """Replace a file by `content`. A kill leaves the old or the new one.
 
-    `allowed` is called last, when the content is safe on disk and before it takes its place: what it raises leaves the old
-    file. Raises OSError when the disk does not take the content; no temporary file is left.
+    `allowed` is called when the content is safe on disk, just before it replaces the old file. If it raises, the old file
+    stays. Raises OSError when the disk does not take the content; no temporary file is left.
     """
     with replacing(path, allowed) as file:
         file.write(content)
@@ -20,8 +21,8 @@ def write_atomically(path: Path, content: bytes, allowed: Callable[[], None] = l
 
 @contextmanager
 def replacing(path: Path, allowed: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """`write_atomically` of what is written into the file in the block; what the block raises leaves the old file."""
-    # Not named by process id: two machines that write here may both be at number 7.
+    """Open a file that replaces `path` unless the block raises."""
+    # A random name, not the process id: processes on two machines may have the same.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -31,21 +32,23 @@ def replacing(path: Path, allowed: Callable[[], None] = lambda: None) -> Iterato
         allowed()
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # what has gone wrong before is what must be told
+        with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add `content` at the end of `path`, all of it or nothing: a full disk that takes a part of it has to give that back.
-
-    Raises OSError when the disk does not take it.
-    """
+    """Append `content` to `path`, all or nothing. Raises OSError when the disk does not take it."""
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -54,3 +57,22 @@ def append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file (flock); False where another process has locked it.
+
+    The kernel ends the lock with `unlock`, or when the file's last descriptor is closed, so also with the process. With `wait`
+    it waits until the file is free. Raises OSError on a file system that has no locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """End the lock, also for children's copies of the descriptor. OSError like `lock`."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -1,4 +1,4 @@
-"""The state of the code that a run was made with: version, revision, what was changed since, and the packages."""
+"""Describe a run's code: version, git revision, changes, and packages."""
 
 import hashlib
 import importlib.metadata
@@ -13,14 +13,14 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class Revision(NamedTuple):
-    """A git checkout's `commit`, and whether the package was `changed` since."""
+    """The `commit` of a git checkout, and whether code has `changed` since."""
 
     commit: str
     changed: bool
 
 
 def revision() -> Revision | None:
-    """That of the package's own checkout; None for an installed package, and inside somebody else's checkout."""
+    """Return the revision of this package's checkout. None for an installed package."""
     commit = _git("rev-parse", "HEAD")
     if commit is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
@@ -28,13 +28,16 @@ def revision() -> Revision | None:
 
 
 def code_state(run: Path) -> dict[str, Any]:
-    """`version`; of a git checkout also `revision`, `diff` (the file in `run`/code with what changed since, or None) and
-    `untracked` (the package's files that the revision does not know)."""
+    """Describe the code, and write changes since the revision into `run`/code.
+
+    Keys: `version`, `revision`, `diff` (path of that file below `run`, or None), and `untracked` (the package's files that
+    the revision does not hold).
+    """
     state: dict[str, Any] = {"version": __version__, "revision": None, "diff": None, "untracked": []}
-    found = revision()
-    if found is None:
+    checkout = revision()
+    if checkout is None:
         return state
-    state["revision"] = found.commit
+    state["revision"] = checkout.commit
     state["untracked"] = (_git("ls-files", "--others", "--exclude-standard") or b"").decode().splitlines()
     if changed := _git("diff", "HEAD", "--", str(_PACKAGE)):
         path = run / "code" / f"{hashlib.sha256(changed).hexdigest()[:16]}.diff"
@@ -46,7 +49,7 @@ def code_state(run: Path) -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Every installed distribution with its version."""
+    """List the versions of all installed distributions."""
     return dict(sorted((dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions()))
 
 

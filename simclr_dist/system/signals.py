@@ -1,6 +1,6 @@
-"""Stop signals as a word that is read when it suits: SLURM's notice, a scheduler's SIGTERM, Ctrl-C.
+"""Handle stop signals: SLURM's notice, a scheduler's SIGTERM, Ctrl-C.
 
-`listen` before torch is imported: the import takes seconds, and a signal in that time would end the process.
+Call `listen` before torch is imported: the import takes seconds, and a signal in that time would end the process.
 """
 
 import ctypes
@@ -9,80 +9,76 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from simclr_dist.system.errors import LAST_WORD
 
-# SIGUSR1 and SIGUSR2 are what `sbatch --signal` sends before a time limit; preemption and requeue send SIGTERM only.
+# `sbatch --signal` sends SIGUSR1 or SIGUSR2 before a time limit; preemption and requeue send SIGTERM only.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
-_PR_SET_PDEATHSIG = 1
-
-_asked = 0
-_asked_at: float | None = None
+_requested = 0
+_requested_at: float | None = None
+_interrupted = False
 
 
 def listen() -> None:
-    """From now on a stop signal is only noted (`asked`), also one that came while signals were `blocked` by the parent.
-
-    A second Ctrl-C ends a process that nobody else has started and watches.
-    """
+    """Note stop signals from now on, also `blocked` ones. Without a launcher a second Ctrl-C ends the process."""
     _install(_note)
 
 
-def asked() -> int:
-    """The number of the last stop signal; 0 for none."""
-    return _asked
+def requested() -> int:
+    """Return the number of the last stop signal; 0 for none."""
+    return _requested
 
 
-def asked_at() -> float | None:
-    """When this process heard its first stop signal, in seconds since 1970; None when another's was enough."""
-    return _asked_at
+def requested_at() -> float | None:
+    """Return the time of the first stop signal. Seconds since 1970; None without one."""
+    return _requested_at
 
 
 def name(number: int) -> str:
-    """SIGTERM for 15."""
+    """Return a signal's name, like SIGTERM for 15."""
     return signal.Signals(number).name
 
 
-def exit_when_asked(code: int, line: str) -> None:
-    """From now on a stop signal ends the process with `code`, for work that has nothing to save.
+def exit_on_signal(code: int, line: str) -> None:
+    """Exit with `code` at a stop signal, when nothing is to save. Prints `line`; its {signal} becomes the name."""
+    _install(_exiting(code, line))
 
-    `line` goes to stderr, with {signal} for its name.
+
+@contextmanager
+def importing(code: int, line: str) -> Iterator[None]:
+    """Import libraries inside; a stop signal ends the process at once.
+
+    Libraries try imports and go on when one fails, so a SystemExit inside could be lost. A signal noted before ends the
+    process too. After the block: `exit_on_signal`.
     """
-
-    def leave(number: int, _: FrameType | None) -> None:
-        on_the_way_out()
-        print(line.format(signal=name(number)), file=sys.stderr, flush=True)
-        raise SystemExit(code)
-
-    _install(leave)
-
-
-def leave_at_once(code: int, line: str) -> None:
-    """The same while libraries are imported: they try imports and go on when one fails, so a SystemExit could be lost."""
 
     def leave(number: int, _: FrameType | None) -> None:
         os.write(sys.stderr.fileno(), (line.format(signal=name(number)) + "\n").encode())
         os._exit(code)
 
     _install(leave)
+    if _requested:
+        _exiting(code, line)(_requested, None)
+    yield
+    exit_on_signal(code, line)
 
 
-def on_the_way_out() -> None:
-    """From now on stop signals wait for the end of the process: SLURM sends two, and Python gives up its handlers early."""
+def ignore() -> None:
+    """Ignore stop signals until the process ends. SLURM sends two, and Python gives up its handlers early."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # one that came just before
 
 
-def mind_parent_only() -> None:
-    """From now on a stop signal ends this process, started with signals `blocked`, if its parent has sent it, and else nothing.
+def obey_parent_only() -> None:
+    """End this process at its parent's stop signals only; start it `blocked`.
 
-    For reading processes: a scheduler signals every process of a job, and one that died of it would take its rank along
-    before that has saved. But multiprocessing ends them by SIGTERM, and waits until they have.
+    For reading processes. A scheduler signals every process of a job. A reader that died of it would end its rank before the
+    rank has saved. But multiprocessing ends readers by SIGTERM, and waits for their end.
     """
     parent = os.getppid()
 
@@ -95,20 +91,29 @@ def mind_parent_only() -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which has started it, ends (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Let the kernel kill this process when its `parent` ends (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it ended before
         os._exit(1)
 
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Hold stop signals back; a process started within it keeps them pending until it calls `listen`."""
+    """Hold stop signals back, also in new children until they call `listen`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _exiting(code: int, line: str) -> Callable[[int, FrameType | None], None]:
+    def leave(number: int, _: FrameType | None) -> None:
+        ignore()
+        print(line.format(signal=name(number)), file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+    return leave
 
 
 def _install(handler: "signal._HANDLER") -> None:
@@ -118,8 +123,10 @@ def _install(handler: "signal._HANDLER") -> None:
 
 
 def _note(number: int, _: FrameType | None) -> None:
-    global _asked, _asked_at
-    watched = "WORLD_SIZE" in os.environ or LAST_WORD in os.environ  # whose parent hands on what a terminal sends to both
-    if number == signal.SIGINT and _asked and not watched:
+    global _requested, _requested_at, _interrupted
+    watched = "WORLD_SIZE" in os.environ or LAST_WORD in os.environ  # its parent hands on what a terminal sends to both
+    # The first one may come behind a SIGTERM: a terminal interrupts everybody, and a parent hands that on in its own way.
+    if number == signal.SIGINT and _interrupted and not watched:
         raise KeyboardInterrupt
-    _asked, _asked_at = number, _asked_at or time.time()
+    _interrupted = _interrupted or number == signal.SIGINT
+    _requested, _requested_at = number, _requested_at or time.time()

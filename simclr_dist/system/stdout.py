@@ -1,23 +1,25 @@
-"""Standard output that takes nothing more: its failures, told from those of files, come once and while they can be answered."""
+"""Raise standard output's errors while the program can still answer."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from simclr_dist.system.errors import OutputError
+
+T = TypeVar("T")
 
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """What is printed inside has reached standard output when it ends, also when it ends by SystemExit.
+    """Flush standard output at the block's end, also at SystemExit.
 
-    Raises OutputError, from the print or at the end, where a full disk does not take it, and BrokenPipeError where nobody
-    reads it; either once, and what is printed later is lost.
+    Raises OutputError when a full disk does not take the text, and BrokenPipeError when nobody reads it. It comes from the
+    print or at the end, and only once. What is printed later is lost.
     """
     plain = sys.stdout
-    if plain is None:  # which a shell can close: `>&-`
+    if plain is None:  # closed by the shell: `>&-`
         yield
         return
     sys.stdout = cast(TextIO, _Checked(plain))
@@ -33,7 +35,7 @@ def checked() -> Iterator[None]:
 
 
 class _Checked:
-    """A stream whose errors are OutputError or BrokenPipeError; the error of a file's print stays what it is."""
+    """Stream whose errors become OutputError or stay BrokenPipeError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -42,23 +44,19 @@ class _Checked:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._give_up(error)
-            raise
+        return self._try(self._stream.write, text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._give_up(error)
-            raise
+        self._try(self._stream.flush)
 
-    def _give_up(self, error: OSError) -> None:
-        # What is left in the buffer would fail again, at the latest on the interpreter's way out.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-        if not isinstance(error, BrokenPipeError):
+    def _try(self, action: Callable[..., T], *arguments: str) -> T:
+        try:
+            return action(*arguments)
+        except OSError as error:
+            # What is left in the buffer would fail again, at the latest when the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if isinstance(error, BrokenPipeError):
+                raise
             raise OutputError(f"standard output: cannot be written: {error.strerror}") from None

@@ -1,8 +1,8 @@
-"""`simclr-dist --version`: the program and what it runs on, read from files, so that it answers at once."""
+"""Build the text of `simclr-dist --version` from files. So it comes at once."""
 
-import ast
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 
 from simclr_dist import __version__
@@ -12,13 +12,12 @@ _DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe() -> str:
-    """The version, with the revision of a git checkout, and a line each for Python, torch, CUDA, NCCL, GPUs and the platform.
-
-    What is not installed is said; nothing is imported, and no GPU is touched.
-    """
-    found = revision()
-    git = f" (git {found.commit[:12]}{', changed since' if found.changed else ''})" if found else ""
+    """Describe this program, its libraries, GPUs and platform. Imports no package and touches no GPU."""
+    checkout = revision()
+    git = f" (git {checkout.commit[:12]}{', changed since' if checkout.changed else ''})" if checkout else ""
     cuda = _built_for("torch")
+    information = [line for file in sorted(_DRIVER.glob("gpus/*/information")) for line in _lines(file)]
+    driver = [word for line in _lines(_DRIVER / "version")[:1] for word in line.split()]
     rows = {
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "torch": _installed("torch") + (f", {cuda}" if cuda else ""),
@@ -27,8 +26,9 @@ def describe() -> str:
         "nccl": next(
             (f"{d.version} ({d.name})" for d in importlib.metadata.distributions() if d.name.startswith("nvidia-nccl")), "none"
         ),
-        "gpus": ", ".join(_gpus()) or "none",
-        "driver": _driver() or "none",
+        # From the driver's files: names, and a line like `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun ...`.
+        "gpus": ", ".join(line.partition(":")[2].strip() for line in information if line.startswith("Model:")) or "none",
+        "driver": next((word for word in driver if "." in word and word.replace(".", "").isdecimal()), "none"),
         "platform": platform.platform(),
     }
     return "\n".join([f"simclr-dist {__version__}{git}", *(f"{name:12s} {value}" for name, value in rows.items())])
@@ -42,41 +42,20 @@ def _installed(name: str) -> str:
 
 
 def _built_for(name: str) -> str | None:
-    """What a build of torch computes on, as its version.py says; None when that cannot be read."""
+    """Return what a torch build computes on, by its version.py. None if unreadable."""
     try:
         file = Path(str(importlib.metadata.distribution(name).locate_file(f"{name}/version.py")))
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (importlib.metadata.PackageNotFoundError, OSError, ValueError, SyntaxError):
+        text = file.read_text(encoding="utf-8")
+    except (importlib.metadata.PackageNotFoundError, OSError, UnicodeDecodeError):
         return None
-    values: dict[str, str] = {}
-    for node in tree.body:
-        match node:
-            case ast.Assign(targets=[ast.Name(name)], value=ast.Constant(str(value))):
-                values[name] = value
-            case ast.AnnAssign(target=ast.Name(name), value=ast.Constant(str(value))):
-                values[name] = value
     for key, title in (("cuda", "CUDA"), ("hip", "ROCm"), ("xpu", "XPU")):
-        if key in values:
-            return f"{title} {values[key]}"
+        if match := re.search(rf"^{key}\b[^=\n]*= *['\"](.+)['\"]", text, re.MULTILINE):
+            return f"{title} {match[1]}"
     return "CPU only"
 
 
-def _gpus() -> list[str]:
-    """Names of NVIDIA's GPUs, as the driver tells them."""
-    names = []
-    for file in sorted(_DRIVER.glob("gpus/*/information")):
-        try:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            continue
-        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
-    return names
-
-
-def _driver() -> str | None:
-    """The version in a line like `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 ...`."""
+def _lines(file: Path) -> list[str]:
     try:
-        first = (_DRIVER / "version").read_text(encoding="utf-8", errors="replace").splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    return next((word for word in first.split() if word.count(".") >= 1 and word.replace(".", "").isdecimal()), None)
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

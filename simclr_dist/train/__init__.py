@@ -1,1 +1,1 @@
-"""Pre-training: `python -m simclr_dist.train CONFIG`, also under torchrun; `loop.py` is the page."""
+"""Pre-train: `python -m simclr_dist.train CONFIG`, also under torchrun. Read `loop.py` first."""

@@ -1,4 +1,4 @@
-"""What all ranks must agree on: that the run stops, and that their parameters are the same."""
+"""Make all ranks stop together, and check that their parameters are equal."""
 
 from collections.abc import Mapping
 
@@ -12,60 +12,56 @@ from simclr_dist.system.errors import RanksDifferError
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def any_asked(mine: int) -> int:
-    """The largest of all ranks' words (0, or a signal's number), waited for: before the first step."""
-    return int(max(all_gather_objects(mine)))
+def any_stop_signal(number: int) -> int:
+    """Return the largest of all ranks' signal numbers (0 for none). Waits for all ranks; for use before the first step."""
+    return int(max(all_gather_objects(number)))
 
 
 class StopAgreement:
-    """Makes one rank's stop signal everybody's, at the same step.
+    """Passes one rank's stop signal to all ranks, at the same step.
 
-    The word of a step is read at the next one, when it has long arrived: no rank, and no GPU, waits for it.
+    The numbers of one step are read at the next. By then they have arrived, so no rank and no GPU waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._word = torch.zeros(1, dtype=torch.int32, device=device)
-        self._arrived = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._work: dist.Work | None = None
-        self._copied: torch.cuda.Event | None = None
-        self._sent = False
+        self._largest = torch.zeros(1, dtype=torch.int32, device=device)
+        self._on_host = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._reduction: dist.Work | torch.cuda.Event | None = None  # under way
 
-    def exchange(self, mine: int) -> int:
-        """Give this rank's word (0, or a signal's number) at the end of a step; returns the largest of the step before."""
+    def exchange(self, number: int) -> int:
+        """Send this rank's signal number (0 for none) after a step. Returns the largest of the step before."""
         if world_size() == 1:
-            return mine
+            return number
         before = self.finish()
-        self._word.fill_(mine)
-        if self._word.is_cuda:
-            dist.all_reduce(self._word, dist.ReduceOp.MAX)  # in the stream, behind the step
-            self._arrived.copy_(self._word, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._largest.fill_(number)
+        if self._largest.is_cuda:
+            dist.all_reduce(self._largest, dist.ReduceOp.MAX)  # in the stream, behind the step
+            self._on_host.copy_(self._largest, non_blocking=True)
+            self._reduction = torch.cuda.Event()
+            self._reduction.record()
         else:
-            self._work = dist.all_reduce(self._word, dist.ReduceOp.MAX, async_op=True)
-        self._sent = True
+            self._reduction = dist.all_reduce(self._largest, dist.ReduceOp.MAX, async_op=True)
         return before
 
     def finish(self) -> int:
-        """Wait for the word that is under way, as every rank must before it leaves; returns it."""
-        if not self._sent:
+        """Wait for the exchange under way, and return its largest number. Every rank must do this before it leaves."""
+        reduction, self._reduction = self._reduction, None
+        if reduction is None:
             return 0
-        self._sent = False
-        if self._copied is not None:
-            self._copied.synchronize()
-            return int(self._arrived)
-        assert self._work is not None
-        self._work.wait()
-        return int(self._word)
+        if isinstance(reduction, torch.cuda.Event):
+            reduction.synchronize()
+            return int(self._on_host)
+        reduction.wait()
+        return int(self._largest)
 
 
 def check_ranks_agree(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Raises RanksDifferError, naming tensor and rank, unless every rank holds the same bits in each of `tensors`."""
+    """Check that all ranks hold the same bits in each of `tensors`. Else raise RanksDifferError, with tensor and rank."""
     if world_size() == 1:
         return
-    found = all_gather(torch.stack([_fingerprint(tensor) for tensor in tensors.values()]))  # [world_size, tensors]
-    usual = found.mode(0).values
-    wrong = (found != usual).nonzero().tolist()
+    fingerprints = all_gather(torch.stack([_fingerprint(tensor) for tensor in tensors.values()]))  # [world_size, tensors]
+    usual = fingerprints.mode(0).values
+    wrong = (fingerprints != usual).nonzero().tolist()
     if wrong:
         names = list(tensors)
         several = f" ({len(wrong)} such differences)" if len(wrong) > 1 else ""
@@ -77,7 +73,7 @@ def check_ranks_agree(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """int64 scalar on the tensor's device: a sum of its bits with odd weights by place, so one flipped bit changes it."""
+    """Sum the tensor's bits, with odd weights by place. One flipped bit changes the sum: int64 scalar, same device."""
     bits = tensor.detach().contiguous().flatten()
     bits = bits.view(_BITS[bits.element_size()]).to(torch.int64)
     weights = torch.arange(len(bits), device=bits.device).mul_(2).add_(1).mul_(0x9E3779B97F4A7C15 - 2**64)

@@ -1,4 +1,4 @@
-"""What a run says of itself: its first lines, its first pictures, and its encoder's card."""
+"""Describe a run: its first lines, first pictures, and encoder's card."""
 
 import dataclasses
 import shlex
@@ -18,17 +18,18 @@ from simclr_dist.train.learner import Learner
 
 
 def view_settings(config: Config) -> ViewSettings:
-    """The preset with the config's own values put in."""
-    own = dataclasses.asdict(config.views)
-    return preset_views(own.pop("preset"), own)
+    """Put the config's values into its preset."""
+    values = dataclasses.asdict(config.views)
+    return preset_views(values.pop("preset"), values)
 
 
-def encoder_card(config: Config, learner: Learner, settings: ViewSettings, step: int, digest: str) -> dict[str, Any]:
-    """What someone who finds the encoder needs to know."""
+def encoder_card(config: Config, learner: Learner, step: int, digest: str) -> dict[str, Any]:
+    """List what users of the encoder need to know."""
+    settings, model = view_settings(config), config.model
     return {
-        "encoder": config.model.encoder,
-        "width": config.model.width,
-        "stem": config.model.stem,
+        "encoder": model.encoder,
+        "width": model.width,
+        "stem": model.stem,
         "feature_size": learner.model.encoder.feature_size,
         "image_size": settings.image_size,
         "mean": list(settings.mean),
@@ -42,7 +43,7 @@ def encoder_card(config: Config, learner: Learner, settings: ViewSettings, step:
 
 
 def views_line(settings: ViewSettings) -> str:
-    """All that the views are drawn from, in one line; a probability of 0 is said as `no ...`."""
+    """Describe the views' settings in one line. A probability of 0 reads `no ...`."""
     side, (least, most), (narrow, wide) = settings.image_size, settings.crop_scale, settings.crop_ratio
     strengths = ", ".join(f"{name} {getattr(settings, name):g}" for name in ("brightness", "contrast", "saturation", "hue"))
     sigmas = "-".join(f"{sigma:g}" for sigma in settings.blur_sigma)
@@ -60,47 +61,35 @@ def views_line(settings: ViewSettings) -> str:
     )
 
 
-def describe(
-    config: Config,
-    plan: Plan,
-    learner: Learner,
-    here: World,
-    settings: ViewSettings,
-    total: int,
-    warmup: int,
-    step: int,
-) -> str:
-    """What the run is, in the derived numbers that the config does not show."""
+def describe(config: Config, plan: Plan, learner: Learner, world: World, step: int) -> str:
+    """Describe the run by derived numbers. The config does not show them."""
+    total, warmup = config.total_steps(plan.samples), config.warmup_steps(plan.samples)
     parameters = sum(p.numel() for p in learner.model.parameters())
-    batch, world_size = config.global_batch_size, here.size
-    piece = batch // config.micro_batches
+    batch, world_size = config.global_batch_size, world.size
+    micro_batch = batch // config.micro_batches
+    stream = ""
+    if config.data.reader == "stream":
+        stream = (
+            "\n  stream     WARNING: without a manifest exact epochs and resume in mid-epoch do not hold: an image may come"
+            f" twice in an epoch or not at all{f'; resumed at step {step}, it starts anew in another order' if step else ''}"
+        )
     return (
         f"{'resumed at step ' + str(step) if step else 'new run'}: {config.run_folder}\n"
         f"  data       {plan.samples} images, {plan.steps_per_epoch} steps an epoch, {plan.left_over} left over"
-        f" (others every epoch){_stream(config, step)}\n"
+        f" (others every epoch){stream}\n"
         f"  batch      {batch} = {config.micro_batches} micro-batch{'es' * (config.micro_batches != 1)} x {world_size}"
-        f" rank{'s' * (world_size != 1)} x {piece // world_size};"
-        f" {2 * (batch - 1)} negatives an anchor; BatchNorm over {piece} images (both views)\n"
+        f" rank{'s' * (world_size != 1)} x {micro_batch // world_size};"
+        f" {2 * (batch - 1)} negatives an anchor; BatchNorm over {micro_batch} images (both views)\n"
         f"  model      {config.model.encoder} width {config.model.width}, {parameters / 1e6:.2f} M parameters,"
-        f" started from: {learner.init}; {config.precision} on {here.device.type}\n"
-        f"  views      {views_line(settings)}\n"
+        f" started from: {learner.init}; {config.precision} on {world.device.type}\n"
+        f"  views      {views_line(view_settings(config))}\n"
         f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
         f" {config.peak_lr:.4g} ({config.optim.name}, rule {config.optim.lr_rule})"
     )
 
 
-def _stream(config: Config, step: int) -> str:
-    if config.data.reader != "stream":
-        return ""
-    again = f"; resumed at step {step}, it starts anew in another order" if step else ""
-    return (
-        "\n  stream     WARNING: without a manifest exact epochs and resume in mid-epoch do not hold: an image may come twice"
-        f" in an epoch or not at all{again}"
-    )
-
-
 def run_card(config: Config, described: str) -> str:
-    """What the run is and how it was started, in Markdown."""
+    """Describe in Markdown the run and how it was started."""
     settings = write_yaml(config.to_dict())
     return "\n\n".join(
         f"**{title}**\n\n```\n{body.strip()}\n```"
@@ -109,6 +98,7 @@ def run_card(config: Config, described: str) -> str:
 
 
 def view_grid(view_a: Tensor, view_b: Tensor, settings: ViewSettings) -> Tensor:
+    """Draw both views of the first 16 images side by side. Returns float [3, h, w] in 0..1."""
     pairs = torch.stack([view_a[:16], view_b[:16]], 1).flatten(0, 1).cpu()
     mean, std = torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
     grid: Tensor = make_grid((pairs * std + mean).clamp(0, 1), nrow=8)

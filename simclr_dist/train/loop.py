@@ -1,190 +1,262 @@
-"""Pre-training, top to bottom."""
+"""Pre-train, top to bottom. Views -> z -> NT-Xent -> backward -> clip -> LARS at the scheduled rate -> log and save."""
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
 
 from simclr_dist.config.settings import Config
 from simclr_dist.config.together import check_fits
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.data.steps import StepDataset, coloured, load_steps
+from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
 from simclr_dist.encoder.file import export_encoder
-from simclr_dist.method.distributed import World, all_gather_objects, environment, on_rank_0, set_timeout, together
-from simclr_dist.method.optim import learning_rate
+from simclr_dist.encoder.names import encoder_path
+from simclr_dist.method.distributed import World, all_equal, environment, lost_ranks_named, on_rank_0, set_timeout, together
+from simclr_dist.method.optim import learning_rate, step_unless
 from simclr_dist.run import checkpoint
-from simclr_dist.run import claim as ledger
-from simclr_dist.run.folder import open_run, recorded, truncate_metrics
+from simclr_dist.run.claim import Claim
+from simclr_dist.run.folder import open_run, truncate_metrics
+from simclr_dist.run.status import record_event, record_start, recorded
+from simclr_dist.run.steps import step_name
 from simclr_dist.system import signals
 from simclr_dist.system.errors import ConfigError, DivergedError, SaveError, StoppedError
-from simclr_dist.train.agreement import StopAgreement, any_asked, check_ranks_agree
+from simclr_dist.train.agreement import StopAgreement, any_stop_signal, check_ranks_agree
 from simclr_dist.train.describe import describe, encoder_card, run_card, view_grid, view_settings
 from simclr_dist.train.images import RunImages, open_images, order
-from simclr_dist.train.learner import build_learner, step_metrics, training_step
+from simclr_dist.train.learner import Learner, MicroBatch, backward, build_learner, step_metrics
 from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
 from simclr_dist.train.profiling import Profile, profiled
 from simclr_dist.train.state import data_identity, full_state, learned_tensors, resume, share_bad_samples
 
 
-def train(config: Config, here: World, profile: Profile | None = None) -> None:
-    """Train (or resume) the run that `config` names; `profile` some steps of this start.
+def train(config: Config, world: World, profile: Profile | None = None) -> None:
+    """Train or resume the run that `config` names. `profile` names steps of this start.
 
-    Raises UserError, DivergedError, SaveError when what must be saved cannot be, and StoppedError after a stop signal, when
-    all that was done is saved.
+    Raises UserError, DivergedError, and SaveError when a required write fails. Raises StoppedError after a stop signal; all
+    work is saved by then.
     """
-    images = together(lambda: open_images(config, here))
-    check_fits(config, len(images), here.size)
-    if len({str(seen) for seen in all_gather_objects((data_identity(images), config.to_dict()))}) > 1:
+    images = together(lambda: open_images(config, world))
+    check_fits(config, len(images), world.size)
+    digest = data_identity(images)
+    if not all_equal((digest, config.to_dict())):
         raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
-    claims: list[ledger.Claim] = []  # rank 0's, which stays there
-    on_rank_0(lambda: claims.append(open_run(config, {**environment(here), "data_digest": data_identity(images)})))
-    claim = claims[0] if claims else None
-    with recorded(Path(config.run_folder), claim), ExitStack() as at_end:
-        _train(config, here, images, claim, at_end, profile)
+    claim = on_rank_0(lambda: open_run(config, {**environment(world), "data_digest": digest}))
+    with recorded(Path(config.run_folder), claim), lost_ranks_named():
+        trainer = Trainer(config, world, images, claim)
+        with closing(trainer.monitor):
+            trainer.introduce()
+            trainer.loop(profile)
+            trainer.finish()
 
 
-def _train(
-    config: Config,
-    here: World,
-    images: RunImages,
-    claim: ledger.Claim | None,
-    at_end: ExitStack,
-    profile: Profile | None,
-) -> None:
-    run, samples = Path(config.run_folder), len(images)
-    settings = view_settings(config)
-    learner = build_learner(config, here)
-    total, warmup = config.total_steps(samples), config.warmup_steps(samples)
-    step, bad_samples = resume(learner, config, here, total)
-    if step > total:
-        raise ConfigError(f"steps: the run in {run} has done {step} steps already, more than the {total} asked for")
-    done_before = step == total
+def training_step(learner: Learner, micro_batches: Sequence[MicroBatch], config: Config, lr: float) -> dict[str, Tensor]:
+    """Update the parameters by this rank's micro-batches. A non-finite loss or gradient changes nothing.
 
-    def begin() -> None:
-        if claim is not None:
-            claim.started(step, here.size)
-            truncate_metrics(run, step)
+    No host sync of ours (torch's SyncBatchNorm has one). All ranks decide alike: the loss is that of the global batch, and
+    the gradient is averaged already.
+    """
+    parameters, optimizer = list(learner.model.parameters()), learner.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    statistics = [(buffer, buffer.clone()) for buffer in learner.model.buffers() if buffer.is_floating_point()]
+    loss, z_a, z_b = backward(learner, micro_batches)  # z of all ranks, NT-Xent, and the mean gradient
+    with learner.local_timer, record_function("optimizer"):
+        if learner.loss_scale:
+            loss = learner.loss_scale.unscale(loss, parameters)
+        clip_norm = config.optim.clip_norm or torch.inf
+        norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+        bad = ~(loss.isfinite() & norm.isfinite())
+        step_unless(optimizer, bad)  # LARS
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(bad, before, buffer))  # a non-finite batch must not stay in the running statistics
+        learner.count_step(loss, bad, clipped=norm > clip_norm)
+    return {"loss": loss, "gradient_norm": norm, "z_a": z_a, "z_b": z_b}
 
-    on_rank_0(begin)  # it may find the disk full
 
-    plan = order(config, images, here, step)
-    agreement = StopAgreement(here.device)
+class Trainer:
+    """One start of a run on one rank.
 
-    def stop_when_asked() -> None:
-        if asked := agreement.exchange(signals.asked()):
-            agreement.finish()
-            raise StoppedError(f"{signals.name(asked)} before the first step")
+    Most methods hold collectives, so every rank calls the same ones in the same order. `claim` is rank 0's right to write;
+    the other ranks have None and write nothing.
+    """
 
-    source = held_in_memory(images, config.data.in_memory if step < total else "never", stop_when_asked)
-    agreement.finish()
-    steps = StepDataset(source, plan, settings, replace_bad=config.data.on_bad_sample == "replace")
-    clock, first = Clock(here.device, learner.own_work), step + 1
-    monitor = Monitor(
-        run,
-        active=here.is_main,
-        total_steps=total,
-        first_step=step,
-        tensorboard=config.log.tensorboard,
-        warmup_steps=warmup,
-        hosts=clock.hosts,
-    )
-    at_end.callback(monitor.close)
-    described = describe(config, plan, learner, here, settings, total, warmup, step)
-    if not done_before:
-        monitor.say(described)
-    monitor.card(run_card(config, described))
-    probe = None
-    if config.probe.every_epochs:
-        assert isinstance(images, ShardDataset), "checked"
-        probe = OnlineProbe(config, settings, images.manifest, here, steps_per_epoch=plan.steps_per_epoch)
-        if not done_before:
-            monitor.say(f"  probe      {probe}")
-    of_run = {"run/restarts": 0.0 if claim is None else claim.generation - 1, "run/checkpoint_seconds": 0.0}
-
-    def save() -> None:
-        if claim is not None:
-            began = time.perf_counter()
-            state = full_state(learner, config, here, step, bad_samples, data_identity(images))
-            keep = config.checkpoint
-            path = checkpoint.save(
-                run / "checkpoints", step, state, keep_last=keep.keep_last, keep_every=keep.keep_every, allowed=claim.check
+    def __init__(self, config: Config, world: World, images: RunImages, claim: Claim | None) -> None:
+        self.config, self.world, self.images, self.claim = config, world, images, claim
+        self.folder = Path(config.run_folder)
+        self.view_settings = view_settings(config)
+        self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
+        self.learner = build_learner(config, world)
+        self.step, self.bad_samples = resume(self.learner, config, world, self.total)
+        self.first = self.step  # steps that were done before this start
+        if self.step > self.total:
+            raise ConfigError(
+                f"steps: the run in {self.folder} has done {self.step} steps already, more than the {self.total} asked for"
             )
-            of_run["run/checkpoint_seconds"] = time.perf_counter() - began
-            monitor.say(f"step {step}: saved {path}")
+        on_rank_0(self._begin)  # it may find the disk full
+        self.plan = order(config, images, world, self.step)
+        self.agreement = StopAgreement(world.device)
+        in_memory = config.data.in_memory if self.step < self.total else "never"
+        source = held_in_memory(images, in_memory, self._end_if_stopped_early)
+        self.agreement.finish()
+        self.dataset = StepDataset(source, self.plan, self.view_settings, replace_bad=config.data.on_bad_sample == "replace")
+        self.clock = Clock(world.device, self.learner.local_timer)
+        self.checkpoint_seconds = 0.0
+        self.probe: OnlineProbe | None = None
+        self.monitor = Monitor(
+            self.folder,
+            active=world.is_main,
+            total_steps=self.total,
+            first_step=self.step,
+            tensorboard=config.log.tensorboard,
+            warmup_steps=self.warmup,
+            hosts=self.clock.hosts,
+        )
 
-    def export() -> None:
-        if claim is not None:
-            card = encoder_card(config, learner, settings, step, images.digest)
-            path = run / "encoders" / f"step-{step:08d}.safetensors"
-            export_encoder(path, learner.model.encoder, card, learner.model.projector)
-            if step < total:  # else the last line names it
-                monitor.say(f"step {step}: exported {path}")
+    def loop(self, profile: Profile | None) -> None:
+        """Take the remaining steps. Log, check and save when due."""
+        config, learner = self.config, self.learner
+        if (stop := any_stop_signal(signals.requested())) and self.step < self.total:
+            raise StoppedError(f"{signals.name(stop)} before the first step")
+        for views in self._views_of_steps(profile):
+            micro_batches = coloured(views, self.view_settings, self.world.device, timed=learner.local_timer)
+            self._show(micro_batches)
+            lr = learning_rate(self.step, peak=config.peak_lr, warmup_steps=self.warmup, total_steps=self.total)
+            outcome = training_step(learner, micro_batches, config, lr)
+            del micro_batches  # before the next ones are made
+            self.step += 1
+            stop = self.agreement.exchange(signals.requested())
+            self._note_step(views)
 
-    views_every = config.log.views_every_epochs * plan.steps_per_epoch
-    asked = any_asked(signals.asked())
-    if asked and step < total:
-        raise StoppedError(f"{signals.name(asked)} before the first step")
-    loaded = load_steps(steps, range(step, total), workers=config.data.workers, pin_memory=here.device.type == "cuda")
-    for views in profiled(clock.waiting(loaded), profile, run / "profile", here, done=step, total=total):
-        pieces = coloured(views, settings, here.device, timed=learner.own_work)
-        if step == 0 or (views_every and step % views_every == 0):
-            monitor.images("views", view_grid(*pieces[0], settings), step)
-        lr = learning_rate(step, peak=config.peak_lr, warmup_steps=warmup, total_steps=total)
-        outcome = training_step(learner, pieces, config, lr)
-        del pieces  # before the next ones are made
-        step += 1
-        asked = agreement.exchange(signals.asked())
-        if step == first:
-            set_timeout(config.timeout_minutes)
-        if claim is not None:
-            claim.beat(step)
-        monitor.advance()
+            last = self.step == self.total
+            must_save = last or bool(stop)
+            save_due = must_save or self._is_due(config.checkpoint.every)
+            export_due = last or self._is_due(config.checkpoint.export_every)
+            probe_due = self.probe is not None and self.probe.is_due(self.step)
+            log_due = last or probe_due or self._is_due(config.log.every)
+            if log_due or save_due:
+                share_bad_samples(self.bad_samples, config, self.folder, self.world, self.monitor)
+                if log_due:
+                    self._log(outcome, lr, probe_due)
+                self._end_if_diverged()
+            if save_due or self._is_due(config.check_ranks_every):
+                check_ranks_agree(learned_tensors(learner), self.step)
+            self._write([self._save] * save_due + [self._export] * export_due, required=must_save)
+            if stop and not last:
+                self.agreement.finish()
+                raise StoppedError(signals.name(stop))
+
+    def introduce(self) -> None:
+        """Describe the run in text and pictures, and read the probe's images."""
+        unfinished, config = self.step < self.total, self.config
+        described = describe(config, self.plan, self.learner, self.world, self.step)
+        if unfinished:
+            self.monitor.say(described)
+        self.monitor.card(run_card(config, described))
+        if config.probe.every_epochs:
+            assert isinstance(self.images, ShardDataset), "checked"
+            steps = self.plan.steps_per_epoch
+            self.probe = OnlineProbe(config, self.view_settings, self.images.manifest, self.world, steps_per_epoch=steps)
+            if unfinished:
+                self.monitor.say(f"  probe      {self.probe}")
+
+    def finish(self) -> None:
+        """Export the last encoder if a kill prevented it. Say where it is."""
+        self.agreement.finish()
+        encoder = encoder_path(self.folder, self.step)
+        if not encoder.exists():
+            on_rank_0(self._export)  # killed between the last checkpoint and its encoder
+        already = " already" if self.first == self.total else ""
+        self.monitor.say(f"done{already}: {self.step} steps; encoder {encoder}")
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _begin(self) -> None:
+        assert self.claim is not None, "only rank 0 begins"
+        record_start(self.claim, self.step, self.world.size)
+        truncate_metrics(self.folder, self.step)
+
+    def _end_if_stopped_early(self) -> None:
+        """Raise StoppedError at a stop signal while images are decoded. Every rank must call it equally often."""
+        if stop := self.agreement.exchange(signals.requested()):
+            self.agreement.finish()
+            raise StoppedError(f"{signals.name(stop)} before the first step")
+
+    def _views_of_steps(self, profile: Profile | None) -> Iterator[Views]:
+        """Load this rank's views of the remaining steps, ahead of time."""
+        steps, pin = range(self.step, self.total), self.world.device.type == "cuda"
+        loaded = self.clock.waiting(load_steps(self.dataset, steps, workers=self.config.data.workers, pin_memory=pin))
+        return profiled(loaded, profile, self.folder / "profile", self.world, done=self.step, total=self.total)
+
+    def _show(self, micro_batches: Sequence[MicroBatch]) -> None:
+        if self.step == 0 or self._is_due(self.config.log.views_every_epochs * self.plan.steps_per_epoch):
+            self.monitor.images("views", view_grid(*micro_batches[0], self.view_settings), self.step)
+
+    def _note_step(self, views: Views) -> None:
+        """Give a sign of life, and keep the step's unreadable images."""
+        if self.step == self.first + 1:
+            set_timeout(self.config.timeout_minutes)
+        if self.claim is not None:
+            self.claim.beat(self.step)
+        self.monitor.advance()
         for row, reason in views.bad:
-            bad_samples[images.bad_sample(row, reason)] = reason
+            self.bad_samples[self.images.bad_sample(row, reason)] = reason
 
-        last = step == total
-        must_save = last or bool(asked)
-        probe_now = probe is not None and probe.is_due(step)
-        save_now = must_save or step % config.checkpoint.every == 0
-        log_now = last or probe_now or step % config.log.every == 0
-        if log_now or save_now:
-            share_bad_samples(bad_samples, config, run, here, monitor)
-            if log_now:
-                metrics = step_metrics(outcome, learner, config, step, lr, len(bad_samples))
-                if probe is not None and probe_now:
-                    metrics |= probe.measure(learner.model)
-                timing = clock.read(config.global_batch_size, total - step) | of_run
-                monitor.log(step, metrics, timing, (outcome["z_a"], outcome["z_b"]))
-            if (skipped := int(learner.counters["longest_skip"])) >= config.max_skipped_steps:
-                before = step - skipped  # what was saved since then has the same dead parameters
-                good = [saved for saved in checkpoint.saved_steps(run / "checkpoints") if saved <= before]
-                raise DivergedError(
-                    f"step {step}: {config.max_skipped_steps} steps in a row were not finite; last good checkpoint:"
-                    f" {run / 'checkpoints' / f'step-{good[-1]:08d}.pt' if good else 'none'};"
-                    " lower optim.base_lr, in another run_folder"
-                )
-        if save_now or (config.check_ranks_every and step % config.check_ranks_every == 0):
-            check_ranks_agree(learned_tensors(learner), step)
-        writes = [save] if save_now else []
-        if last or (config.checkpoint.export_every and step % config.checkpoint.export_every == 0):
-            writes.append(export)
-        if must_save:
+    def _log(self, outcome: dict[str, Tensor], lr: float, probe_due: bool) -> None:
+        metrics = step_metrics(outcome, self.learner, self.config, self.step, lr, len(self.bad_samples))
+        if self.probe is not None and probe_due:
+            metrics |= self.probe.measure(self.learner.model)
+        timing = self.clock.read(self.config.global_batch_size, self.total - self.step)
+        timing["run/restarts"] = 0.0 if self.claim is None else self.claim.generation - 1
+        timing["run/checkpoint_seconds"] = self.checkpoint_seconds
+        self.monitor.log(self.step, metrics, timing, (outcome["z_a"], outcome["z_b"]))
+
+    def _end_if_diverged(self) -> None:
+        if (skipped := int(self.learner.counters["longest_skip"])) < self.config.max_skipped_steps:
+            return
+        checkpoints = self.folder / "checkpoints"
+        # Checkpoints of the skipped steps hold the same dead parameters.
+        good = [step for step in checkpoint.saved_steps(checkpoints) if step <= self.step - skipped]
+        raise DivergedError(
+            f"step {self.step}: {self.config.max_skipped_steps} steps in a row were not finite; last good checkpoint:"
+            f" {checkpoints / step_name(good[-1], '.pt') if good else 'none'}; lower optim.base_lr, in another run_folder"
+        )
+
+    def _save(self) -> None:
+        if self.claim is None:
+            return
+        began, digest = time.perf_counter(), data_identity(self.images)
+        state = full_state(self.learner, self.config, self.world, self.step, self.bad_samples, digest)
+        folder, keep, allowed = self.folder / "checkpoints", self.config.checkpoint, self.claim.check
+        path = checkpoint.save(folder, self.step, state, keep_last=keep.keep_last, keep_every=keep.keep_every, allowed=allowed)
+        self.checkpoint_seconds = time.perf_counter() - began
+        self.monitor.say(f"step {self.step}: saved {path}")
+
+    def _export(self) -> None:
+        if self.claim is None:
+            return
+        model, path = self.learner.model, encoder_path(self.folder, self.step)
+        card = encoder_card(self.config, self.learner, self.step, self.images.digest)
+        export_encoder(path, model.encoder, card, model.projector)
+        if self.step < self.total:  # else the last line names it
+            self.monitor.say(f"step {self.step}: exported {path}")
+
+    def _write(self, writes: Sequence[Callable[[], None]], *, required: bool) -> None:
+        """Do each of `writes`. If `required`, every rank waits until they are on disk, or raises SaveError."""
+        if required:
             for write in writes:
-                on_rank_0(write)  # no rank leaves before it is on disk
-        else:
-            try:
-                for write in writes:
-                    write()
-            except SaveError as error:  # the next one may find room
-                monitor.say(f"WARNING: step {step}: {error}; training goes on, and the last checkpoints are whole")
-                ledger.record(run, "save_failed", step=step, why=str(error))
-        if asked and not last:
-            agreement.finish()
-            raise StoppedError(signals.name(asked))
-    agreement.finish()
-    if not any((run / "encoders").glob(f"step-{step:08d}.safetensors")):
-        on_rank_0(export)  # killed between the last checkpoint and its encoder
-    monitor.say(
-        f"done{' already' if done_before else ''}: {step} steps; encoder {run / 'encoders' / f'step-{step:08d}.safetensors'}"
-    )
+                on_rank_0(write)
+            return
+        try:
+            for write in writes:
+                write()
+        except SaveError as error:  # the next one may find room
+            self.monitor.say(f"WARNING: step {self.step}: {error}; training goes on, and the last checkpoints are whole")
+            record_event(self.folder, "save_failed", step=self.step, why=str(error))

@@ -1,15 +1,9 @@
-"""kNN while the run goes on: how good the representation is, on labelled images that the run does not train on.
-
-Watched and never used to select: nothing in the training reads it.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Measure the kNN accuracy of a running training, on separate images. Nothing in the training reads it."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_dist.config.settings import Config
 from simclr_dist.data.manifest import Manifest
@@ -26,17 +20,17 @@ TEMPERATURE = 0.1
 
 
 class OnlineProbe:
-    """Holds each rank's share of the images, decoded once, uint8; every image is a neighbour or asks, never both.
+    """kNN on a fixed choice of images, evenly spread over the shards. Every second one votes, the others are classified.
 
-    The images are a fixed choice, evenly spread over the shards: every second one votes, the others ask. Those that the run
-    trains on are left out. Raises ConfigError when too few remain, DataError (on every rank) for one that cannot be read.
+    Each rank holds its share, decoded once, uint8. Images that the run trains on are left out. Raises ConfigError when too few
+    remain, and DataError (on every rank) for one that cannot be read.
     """
 
-    def __init__(self, config: Config, settings: ViewSettings, train: Manifest, here: World, *, steps_per_epoch: int) -> None:
+    def __init__(self, config: Config, settings: ViewSettings, train: Manifest, world: World, *, steps_per_epoch: int) -> None:
         self.every = config.probe.every_epochs * steps_per_epoch
         self._settings = settings
-        self._batch = max(1, min(512, 2 * config.global_batch_size // (config.micro_batches * here.size)))
-        self._device = here.device
+        self._batch = max(1, min(512, 2 * config.global_batch_size // (config.micro_batches * world.size)))
+        self._device = world.device
         images = together(lambda: ShardDataset(config.probe.shards))
         rows, self.left_out = choose(images.manifest, train, config.probe.images)
         if len(rows) < 4:
@@ -47,34 +41,35 @@ class OnlineProbe:
         self.images = len(rows)
         self._labels = torch.from_numpy(images.manifest.label[rows].astype(np.int64))
         self.classes = int(self._labels.max()) + 1
-        self._mine = [torch.arange(part + 2 * here.rank, len(rows), 2 * here.size) for part in (0, 1)]  # voting, asking
+        self._mine = [torch.arange(part + 2 * world.rank, len(rows), 2 * world.size) for part in (0, 1)]  # voting, asking
         self._crops = together(lambda: [self._read(images, rows[part.numpy()]) for part in self._mine])
 
     def __str__(self) -> str:
         left_out = f" ({self.left_out} that are trained on left out)" if self.left_out else ""
-        return (
-            f"kNN every {self.every} steps, k {K}, {self.images} images of {self.classes} classes, half of them vote{left_out}"
-        )
+        images = f"{self.images} images of {self.classes} classes, half of them vote{left_out}"
+        return f"kNN every {self.every} steps, k {K}, {images}"
 
     def is_due(self, step: int) -> bool:
-        """Whether it is time, after `step` steps."""
+        """Return whether to measure after `step` steps."""
         return step % self.every == 0
 
+    @torch.no_grad()
     def measure(self, model: SimCLR) -> dict[str, float]:
-        """`probe/knn_top1`, in percent of the asking images; on every rank alike.
-
-        The encoder is left as it was: in its mode, with its running statistics, and no random number is drawn.
-        """
-        with torch.no_grad(), _eval_mode(model.encoder):
+        """Measure `probe/knn_top1` in percent, alike on every rank. Leaves the encoder and the random numbers alone."""
+        was_training = model.encoder.training
+        model.encoder.eval()
+        try:
             voting, asking = (self._features(model, crops) for crops in self._crops)
-            index = all_gather_rows(self._mine[0].to(self._device))
-            order = index.argsort()  # so that equal votes fall alike at every number of ranks
-            bank, labels = all_gather_rows(voting)[order], self._labels.to(self._device)
-            right = torch.zeros((), dtype=torch.float64, device=self._device)
-            if len(asking):
-                votes = weighted_knn(bank, labels[index[order]], asking, k=K, temperature=TEMPERATURE, classes=self.classes)
-                right += (votes.argmax(1) == labels[self._mine[1].to(self._device)]).sum()
-            return {"probe/knn_top1": 100 * float(all_sum(right)) / (self.images // 2)}
+        finally:
+            model.encoder.train(was_training)
+        index = all_gather_rows(self._mine[0].to(self._device))
+        order = index.argsort()  # so that equal votes fall alike at every number of ranks
+        bank, labels = all_gather_rows(voting)[order], self._labels.to(self._device)
+        right = torch.zeros((), dtype=torch.float64, device=self._device)
+        if len(asking):
+            votes = weighted_knn(bank, labels[index[order]], asking, k=K, temperature=TEMPERATURE, classes=self.classes)
+            right += (votes.argmax(1) == labels[self._mine[1].to(self._device)]).sum()
+        return {"probe/knn_top1": 100 * float(all_sum(right)) / (self.images // 2)}
 
     def _read(self, images: ShardDataset, rows: NDArray[np.int64]) -> Tensor:
         size = self._settings.image_size
@@ -96,23 +91,10 @@ class OnlineProbe:
 
 
 def choose(images: Manifest, train: Manifest, most: int) -> tuple[NDArray[np.int64], int]:
-    """Rows of at most `most` labelled images, evenly spread, and how many were left out because `train` has them too."""
+    """Choose rows of at most `most` labelled images, evenly spread. Omits those in `train`; returns also their number."""
     labelled = np.flatnonzero(images.label >= 0)
-    known = np.isin(_digests(images)[labelled], _digests(train))
-    free = labelled[~known]
+    keys, trained = (np.ascontiguousarray(manifest.sha256).view("V32").ravel() for manifest in (images, train))
+    trained_on = np.isin(keys[labelled], trained)
+    free = labelled[~trained_on]
     count = min(most, len(free))
-    return free[np.arange(count) * len(free) // max(count, 1)], int(known.sum())
-
-
-def _digests(manifest: Manifest) -> "NDArray[np.void]":
-    return np.ascontiguousarray(manifest.sha256).view("V32").ravel()
-
-
-@contextmanager
-def _eval_mode(encoder: nn.Module) -> Iterator[None]:
-    was = encoder.training
-    encoder.eval()
-    try:
-        yield
-    finally:
-        encoder.train(was)
+    return free[np.arange(count) * len(free) // max(count, 1)], int(trained_on.sum())

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the way back from it; and what all ranks have to know of the data."""
+"""Move a run's state into a checkpoint and back. Share among ranks what they must know of the data."""
 
 import hashlib
 import sys
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simclr_dist.config.settings import Config
 from simclr_dist.data.stream import StreamImages
-from simclr_dist.method.distributed import World, all_gather_objects, environment, together
+from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
 from simclr_dist.run import checkpoint
 from simclr_dist.system.errors import DataError
 from simclr_dist.system.files import write_atomically
@@ -18,38 +18,32 @@ from simclr_dist.train.monitor import Monitor
 
 
 def data_identity(images: RunImages) -> str:
-    """Names the images and their order: the same images cut into other shards are read in another order."""
+    """Return a digest of the images and their order. The same images in other shards are read in another order."""
     if isinstance(images, StreamImages):
         return images.digest
     return hashlib.sha256(images.manifest.digest.encode() + images.manifest.shard_sizes.tobytes()).hexdigest()
 
 
 def full_state(
-    learner: Learner, config: Config, here: World, step: int, bad_samples: dict[str, str], digest: str
+    learner: Learner, config: Config, world: World, step: int, bad_samples: dict[str, str], digest: str
 ) -> checkpoint.State:
-    """What a checkpoint holds: tensors and plain values."""
+    """Gather what a checkpoint holds: tensors and plain values."""
     return {
         "step": step,
         "model": learner.model.state_dict(),
         "optimizer": learner.optimizer.state_dict(),
-        "loss_scale": _loss_scale(learner),
+        "loss_scale": learner.loss_scale.state() if learner.loss_scale else None,
         "counters": {name: int(value) for name, value in learner.counters.items()},
         "init": learner.init,
         "bad_samples": dict(bad_samples),
         "data_digest": digest,
         "config": config.to_dict(),
-        "environment": environment(here),
+        "environment": environment(world),
     }
 
 
-def _loss_scale(learner: Learner) -> dict[str, float] | None:
-    if (scale := learner.loss_scale) is None:
-        return None
-    return {"factor": float(scale.factor), "good_steps": int(scale.good_steps)}
-
-
 def learned_tensors(learner: Learner) -> dict[str, Tensor]:
-    """Every tensor that the ranks hold a copy of each: parameters, buffers, optimizer state."""
+    """Name the tensors that every rank has: parameters, buffers, optimizer state."""
     tensors: dict[str, Tensor] = dict(learner.model.state_dict())
     for number, state in enumerate(learner.optimizer.state.values()):
         for name, value in state.items():
@@ -58,19 +52,19 @@ def learned_tensors(learner: Learner) -> dict[str, Tensor]:
     return tensors
 
 
-def resume(learner: Learner, config: Config, here: World, total_steps: int) -> tuple[int, dict[str, str]]:
-    """Put the newest whole checkpoint into the learner; returns (steps done, bad samples so far).
+def resume(learner: Learner, config: Config, world: World, total_steps: int) -> tuple[int, dict[str, str]]:
+    """Load the newest whole checkpoint into the learner. Returns (steps done, bad samples so far).
 
-    Where there are steps to do, standard error says what of the environment is another than before.
+    If steps are left, standard error shows what differs in the environment.
     """
 
     def report(line: str) -> None:
-        if here.is_main:
+        if world.is_main:
             print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
     state = together(lambda: checkpoint.load_newest(Path(config.run_folder) / "checkpoints", report=report))
     step = 0 if state is None else int(state["step"])
-    if len(set(all_gather_objects(step))) > 1:
+    if not all_equal(step):
         raise DataError(
             f"run_folder: {config.run_folder!r}: the ranks see different checkpoints; put the run folder on a shared disk"
         )
@@ -79,28 +73,26 @@ def resume(learner: Learner, config: Config, here: World, total_steps: int) -> t
     learner.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     if learner.loss_scale and (saved := state.get("loss_scale")):
-        learner.loss_scale.factor.fill_(saved["factor"])
-        learner.loss_scale.good_steps.fill_(saved["good_steps"])
+        learner.loss_scale.restore(saved)
     for name, value in state["counters"].items():
         learner.counters[name].fill_(value)
     learner.init = state["init"]
     for name, old in state["environment"].items():
-        if old != (new := environment(here)[name]) and step < total_steps:
+        if old != (new := environment(world)[name]) and step < total_steps:
             report(f"{name} was {old} and is {new}: the run goes on, and may differ from an uninterrupted one in the last bits")
     return step, dict(state["bad_samples"])
 
 
-def share_bad_samples(bad: dict[str, str], config: Config, run: Path, here: World, monitor: Monitor) -> None:
-    """Tell every rank of every unreadable image; beyond the limit the run ends, on all ranks alike."""
+def share_bad_samples(bad: dict[str, str], config: Config, run: Path, world: World, monitor: Monitor) -> None:
+    """Put every rank's unreadable images into `bad` and list them. Too many raise DataError on all ranks."""
     if config.data.on_bad_sample == "error":
         return
-    known = len(bad)
     for others in all_gather_objects(dict(bad)):
         bad.update(others)
-    if len(bad) == known and known == 0:
+    if not bad:
         return
     lines = "".join(f"{reason}\n" for _, reason in sorted(bad.items()))
-    if here.is_main:
+    if world.is_main:
         path = run / "bad_samples.txt"
         if not path.exists() or path.read_text() != lines:
             try:

@@ -9,7 +9,7 @@ import pytest
 
 import training_runs as runs
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.run.folder import read_status
+from simclr_dist.run.status import read_status
 from simclr_dist.system.errors import PREEMPTED
 from terminal import INTERRUPT, Terminal, terminal
 
@@ -24,7 +24,7 @@ DEMO = """
 import sys
 from pathlib import Path
 from simclr_dist.preflight.demo import run as demo
-from simclr_dist.cli import main
+from simclr_dist.cli.main import main
 demo.CONFIG, demo.DATA = Path("demo.yaml"), Path("data")
 sys.exit(main(["demo", "--folder", "demo", "--processes", "1"]))
 """

@@ -11,7 +11,7 @@ from simclr_dist.config.settings import Config
 from simclr_dist.data.views.draws import PRESETS
 from simclr_dist.method.model import ResNet, SimCLR, build_projector
 from simclr_dist.method.optim import build_optimizer, parameter_groups
-from simclr_dist.preflight.plan.report import plan
+from simclr_dist.preflight.plan.report import make_plan, text
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -72,5 +72,4 @@ def test_it_builds_its_model_and_optimizer(path: Path) -> None:
 @shipped
 def test_it_can_be_planned(path: Path) -> None:
     config = load_config(path)
-    text = plan(config, samples=1_281_167)
-    assert f"{2 * (config.global_batch_size - 1)}" in text
+    assert f"{2 * (config.global_batch_size - 1)}" in text(make_plan(config, samples=1_281_167))

@@ -1,4 +1,5 @@
-"""Broken image files of every kind: an image that every reader can decode, or one line that says why not. Never a crash."""
+"""Broken image files of the kinds whose readers answer with an error: an image that every reader can decode, or one line that
+says why not. What images.py keeps from a reader is not among them."""
 
 import random
 import re
@@ -14,6 +15,7 @@ import torch
 
 from pictures import encoded, stored
 from simclr_dist.convert.shards import write_shards
+from simclr_dist.data.pixels import images
 from simclr_dist.data.pixels.decode import decode
 from simclr_dist.data.pixels.images import prepare_image
 from simclr_dist.system.errors import DataError
@@ -23,10 +25,10 @@ SECONDS = 5.0  # a case takes some milliseconds
 
 
 def originals() -> dict[str, bytes]:
-    """Images of each kind, also of the sorts that are converted."""
+    """Images of these kinds, also of the sorts that are converted."""
     found = {kind: encoded(7, kind, 40, 30) for kind in KINDS}
-    found |= {f"gray {kind}": encoded(7, kind, 40, 30, mode="L") for kind in ("JPEG", "PNG")}
     found |= {
+        "gray": encoded(7, "JPEG", 40, 30, mode="L"),
         "progressive": encoded(7, "JPEG", 40, 30, progressive=True),
         "CMYK": encoded(7, "JPEG", 40, 30, mode="CMYK"),
         "palette": encoded(7, "PNG", 40, 30, mode="P"),
@@ -126,6 +128,14 @@ def resized(kind: str, width: int, height: int) -> bytes:
     return bytes(content)
 
 
+def test_a_png_that_does_not_fit_its_checksum_reaches_no_other_reader() -> None:
+    """Shown on an image that all of them refuse with an error."""
+    content = bytearray(encoded(7, "PNG", 40, 30))
+    content[content.index(b"IDAT") + 20] ^= 1
+    with pytest.raises(DataError, match=r"^damaged: its IDAT chunk does not fit its checksum$"):
+        images._is_sound_png(bytes(content))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_headers_that_promise_much(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import ImageFile
@@ -134,9 +144,9 @@ def test_headers_that_promise_much(kind: str, monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    for side in (30000, 65000, 16000):
+    for side in (10_001, 12_000):
         reason = check(resized(kind, side, side))
-        assert "megapixels" in reason or "exceeds limit" in reason or "not an image" in reason
+        assert "megapixels" in reason or "not an image" in reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +165,7 @@ def test_a_folder_of_broken_files(tmp_path: Path) -> None:
         wrong[name] = check(content) if content else "an empty file"
     for name, content in (
         ("good.png", encoded(1, "JPEG")),
-        ("large.jpg", png(30000, 30000)),
+        ("large.jpg", png(10_001, 10_000)),
         ("one.webp", encoded(2, "WEBP", 1, 1)),
     ):
         (source / name).write_bytes(content)

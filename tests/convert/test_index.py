@@ -340,7 +340,7 @@ def test_verify_of_a_split(tmp_path: Path) -> None:
         (("src", "out", "--part", "0/8"), "--part: '0/8' is not I/N"),
         (("src", "out", "--part", "x"), "--part: 'x' is not I/N"),
         (("src", "out", "--part", "1/8", "--finish"), "--finish: has no effect with --part"),
-        (("src", "out", "--quality", "101"), "quality: 101 is out of range"),
+        (("src", "out", "--quality", "101"), "quality: 101 must be at least 1 and at most 100"),
         (("src", "out", "--speed", "1"), "unrecognized arguments: --speed"),
     ],
 )

@@ -208,7 +208,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(tmp_path: Path, source: 
     shutil.copy(tmp_path / "x.partial" / "units" / "000002.arrow", unit)
     with pytest.raises(DataError, match=r"000002.arrow: \(part 3\) was made with other settings"):
         finish_shards(source, out, SETTINGS)
-    with pytest.raises(ConfigError, match="part: 5 is out of range; give 1 to 4"):
+    with pytest.raises(ConfigError, match="part: 5 must be at least 1 and at most 4"):
         write_part(source, out, SETTINGS, 5, 4)
 
 

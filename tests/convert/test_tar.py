@@ -102,14 +102,14 @@ def test_no_tar(tmp_path: Path, content: bytes, says: str) -> None:
     assert "No such file" in refused(tmp_path / "none.tar")
 
 
-def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+def test_a_header_longer_than_any_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     member = tarfile.TarInfo("a")
-    member.type, member.size = tarfile.XHDTYPE, 1 << 33
+    member.type, member.size = tarfile.XHDTYPE, (1 << 20) + 1
     with path.open("wb") as file:
         file.write(member.tobuf(tarfile.GNU_FORMAT))
-        file.truncate((1 << 33) + 2048)
-    assert "a header of 8589934592 bytes" in refused(path)
+        file.truncate((1 << 20) + 4096)
+    assert "a header of 1048577 bytes" in refused(path)
 
 
 def test_sizes_beyond_octal(tmp_path: Path) -> None:

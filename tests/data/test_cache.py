@@ -224,9 +224,9 @@ def open_tars(folder: Path) -> list[str]:
 READER = """
 import sys
 from pathlib import Path
-from simclr_dist.data.cache import CacheSettings, ShardCache
+from simclr_dist.data.remote.cache import CacheSettings, ShardCache
 from simclr_dist.data.collection import load_collection
-from simclr_dist.data.remote import Patience
+from simclr_dist.data.remote.fetch import Patience
 import os
 url, folder, limit, shards = sys.argv[1:]
 manifest = load_collection(url)

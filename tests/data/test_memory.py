@@ -11,7 +11,7 @@ from PIL import Image
 
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data import memory
-from simclr_dist.data.memory import AUTO_BYTES, DecodedImages, decoded_bytes, held_in_memory
+from simclr_dist.data.memory import AUTO_BYTES, DecodedImages, held_in_memory
 from simclr_dist.data.order import Plan
 from simclr_dist.data.pixels import resize
 from simclr_dist.data.reader import ShardDataset
@@ -122,11 +122,15 @@ def test_pauses_come_as_often_on_every_rank(small: Path, monkeypatch: pytest.Mon
         held_in_memory(ShardDataset(small), "always", stop)
 
 
-def test_what_auto_takes(small: Path) -> None:
+def test_what_auto_takes(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = ShardDataset(small)
-    assert decoded_bytes(shards.manifest) == 40 * 32 * 32 * 3
     assert isinstance(held_in_memory(shards, "auto"), DecodedImages)
     assert held_in_memory(shards, "never") is shards
     many = replace(shards.manifest, height=np.full(40, AUTO_BYTES // 40 // 96 + 1), width=np.full(40, 32))
     shards.manifest = many
+    assert held_in_memory(shards, "auto") is shards
+    shards = ShardDataset(small)
+    monkeypatch.setattr(memory, "AUTO_BYTES", 40 * 32 * 32 * 3)
+    assert isinstance(held_in_memory(shards, "auto"), DecodedImages)
+    monkeypatch.setattr(memory, "AUTO_BYTES", 40 * 32 * 32 * 3 - 1)
     assert held_in_memory(shards, "auto") is shards

@@ -11,11 +11,11 @@ import torch
 import ranks
 import training_runs as runs
 from simclr_dist.cli import main as cli
+from simclr_dist.cli.train import main
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import CacheSettings
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, extract
 from simclr_dist.method.distributed import World
-from simclr_dist.train.__main__ import main
 from small_shards import Server, png, serve, write_small_shards, write_tar
 
 pytestmark = [
@@ -89,12 +89,12 @@ def test_the_other_verbs_read_the_manifest_by_url(server: Server, capsys: pytest
     assert sum(server.asked[f"train-{shard:06d}.tar"] for shard in range(9)) == 0
 
 
-PIXELS: dict[str, Any] = {"image_size": 8, "mean": (0, 0, 0), "std": (1, 1, 1), "pixels": True}
+PIXELS: dict[str, Any] = {"image_size": 8}
 
 
 def _pixels(here: World | None, url: str, cache: str, workers: int = 0) -> list[object]:
     images = ShardDataset(url, cache=CacheSettings(Path(cache), 1 << 30))
-    found = extract(images, {}, **PIXELS, batch_size=4, workers=workers)[RAW_PIXELS]
+    found = extract(images, {}, PIXELS, pixels=True, batch_size=4, workers=workers)[RAW_PIXELS]
     return [found.h, found.label, found.row]
 
 
@@ -103,7 +103,7 @@ def _pixels(here: World | None, url: str, cache: str, workers: int = 0) -> list[
 def test_evaluation_sees_every_image_once_on_any_world_size(
     server: Server, shards: Path, tmp_path: Path, world_size: int
 ) -> None:
-    expected, cache = extract(ShardDataset(shards), {}, **PIXELS)[RAW_PIXELS], str(tmp_path / "cache")
+    expected, cache = extract(ShardDataset(shards), {}, PIXELS, pixels=True)[RAW_PIXELS], str(tmp_path / "cache")
     # The harness's ranks may have no children, so workers are for one process.
     several = ranks.run(_pixels, world_size, server.url, cache) if world_size > 1 else [_pixels(None, server.url, cache, 2)]
     for h, label, row in several:

@@ -160,10 +160,10 @@ def test_what_waits_for_the_step_is_bounded(images: Path) -> None:
     made = multiprocessing.get_context("fork").Value("i", 0)
 
     class Counted(StepDataset):
-        def portion(self, step: int, number: int) -> steps_module.Portion:
+        def portion(self, number: int) -> steps_module.Portion:
             with made.get_lock():
                 made.value += 1
-            return super().portion(step, number)
+            return super().portion(number)
 
     with mock.patch.object(steps_module, "_PORTION_BYTES", 2 * 3 * 16**2):
         steps = Counted(dataset, plan_for(dataset), SETTINGS)

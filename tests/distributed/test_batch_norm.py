@@ -58,13 +58,13 @@ def _pass(norm: nn.Module, x: Tensor, upstream: Tensor, dtype: torch.dtype) -> d
     }
 
 
-def _on_ranks(here: World) -> list[dict[str, Tensor]]:
+def _on_ranks(world: World) -> list[dict[str, Tensor]]:
     found = []
     for case in CASES:
         x, upstream, norm = _case(*case)
         wrapped = nn.Sequential(norm)
-        use_global_batch_norm(wrapped, here.device)
-        mine = _my_rows(len(x), here.rank, here.size)
+        use_global_batch_norm(wrapped, world.device)
+        mine = _my_rows(len(x), world.rank, world.size)
         result = _pass(wrapped[0], x[mine], upstream[mine], torch.float64)
         wrapped.eval()
         result["evaluated"] = wrapped(x[mine]).detach().double()
@@ -95,11 +95,11 @@ def test_equals_torch_on_the_whole_batch(size: int) -> None:
                 assert error < tolerance, f"{case}, {name}: relative error {error:.2e}"
 
 
-def _other_uses(here: World) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(here.rank)
+def _other_uses(world: World) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(world.rank)
     x = torch.randn(6, 3, 8, 8, generator=generator)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3), nn.BatchNorm1d(3))
-    use_global_batch_norm(model, here.device)
+    use_global_batch_norm(model, world.device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
 

@@ -24,7 +24,8 @@ from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.method.distributed import World, all_gather
 from simclr_dist.train.describe import view_settings
-from simclr_dist.train.learner import Learner, backward, build_learner, cut, training_step
+from simclr_dist.train.learner import Learner, backward, build_learner, cut
+from simclr_dist.train.loop import training_step
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SHARDS = np.array([20, 31, 49])
@@ -54,16 +55,16 @@ class _Images(ShardDataset):
         return Sample((smooth * 255).to(torch.uint8), -1, row)
 
 
-def _views(config: Config, here: World, step: int) -> tuple[Tensor, Tensor]:
+def _views(config: Config, world: World, step: int) -> tuple[Tensor, Tensor]:
     """This rank's two views in a step, as train.py makes them."""
-    plan = Plan(SHARDS, config.seed, config.global_batch_size, config.micro_batches, rank=here.rank, world_size=here.size)
+    plan = Plan(SHARDS, config.seed, config.global_batch_size, config.micro_batches, rank=world.rank, world_size=world.size)
     settings = view_settings(config)
-    return two_views(StepDataset(_Images(), plan, settings)[step], settings, here.device)
+    return two_views(StepDataset(_Images(), plan, settings)[step], settings, world.device)
 
 
-def _learner(config: Config, here: World, *, smooth: bool = False) -> Learner:
+def _learner(config: Config, world: World, *, smooth: bool = False) -> Learner:
     """The trainer's, no parameter at a special value (0, 1) and, if asked, SiLU for ReLU."""
-    learner = build_learner(config, here)
+    learner = build_learner(config, world)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in learner.model.parameters():
@@ -101,30 +102,30 @@ def _broken(fault: str) -> Iterator[None]:
 
 
 def _cases() -> Iterator[tuple[str, Config, bool, str]]:
-    for pieces in (1, 2, 4):
-        config = dataclasses.replace(CONFIG, micro_batches=pieces)
-        yield f"float64, ReLU, {pieces} micro-batches", config, False, ""
-        yield f"float32, SiLU, {pieces} micro-batches", dataclasses.replace(config, precision="fp32"), True, ""
+    for micro_batches in (1, 2, 4):
+        config = dataclasses.replace(CONFIG, micro_batches=micro_batches)
+        yield f"float64, ReLU, {micro_batches} micro-batches", config, False, ""
+        yield f"float32, SiLU, {micro_batches} micro-batches", dataclasses.replace(config, precision="fp32"), True, ""
     for fault in BREAKS:
         yield fault, CONFIG, False, fault
 
 
-def _gradients(here: World) -> dict[str, Tensor]:
+def _gradients(world: World) -> dict[str, Tensor]:
     found = {}
     for name, config, smooth, fault in _cases():
         with _broken(fault):
-            learner = _learner(config, here, smooth=smooth)
-            backward(learner, cut(*_views(config, here, step=1), config.micro_batches))
+            learner = _learner(config, world, smooth=smooth)
+            backward(learner, cut(*_views(config, world, step=1), config.micro_batches))
         found[name] = _flat_gradient(learner)
     return found
 
 
-def _trajectory(here: World) -> dict[str, Any]:
+def _trajectory(world: World) -> dict[str, Any]:
     """Thirty steps, every fifth of them in two micro-batches."""
-    learner = _learner(CONFIG, here)
+    learner = _learner(CONFIG, world)
     for step in range(30):
         config = dataclasses.replace(CONFIG, micro_batches=1 if step % 5 else 2)
-        outcome = training_step(learner, cut(*_views(config, here, step), config.micro_batches), config, lr=config.peak_lr)
+        outcome = training_step(learner, cut(*_views(config, world, step), config.micro_batches), config, lr=config.peak_lr)
     state = learner.model.state_dict()
     return {
         "parameters": torch.cat([p.detach().flatten() for p in learner.model.parameters()]),
@@ -135,8 +136,8 @@ def _trajectory(here: World) -> dict[str, Any]:
     }
 
 
-def _everything(here: World) -> dict[str, Any]:
-    return {"gradients": _gradients(here), "trajectory": _trajectory(here)}
+def _everything(world: World) -> dict[str, Any]:
+    return {"gradients": _gradients(world), "trajectory": _trajectory(world)}
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +146,12 @@ def results() -> dict[int, list[dict[str, Any]]]:
     return {size: ranks.run(_everything, size) for size in (1, 2, 3, 4)}
 
 
-def _definition(learner: Learner, view_a: Tensor, view_b: Tensor, pieces: int, temperature: float) -> Tensor:
+def _definition(learner: Learner, view_a: Tensor, view_b: Tensor, micro_batches: int, temperature: float) -> Tensor:
     """The gradient by equation 1 of the paper, on one process's own torch BatchNorm; a block of anchors at a time."""
     dtype = next(learner.model.parameters()).dtype
     halves = [
-        learner.model(torch.cat(piece)).chunk(2)
-        for piece in zip(view_a.to(dtype).chunk(pieces), view_b.to(dtype).chunk(pieces), strict=True)
+        learner.model(torch.cat(micro_batch)).chunk(2)
+        for micro_batch in zip(view_a.to(dtype).chunk(micro_batches), view_b.to(dtype).chunk(micro_batches), strict=True)
     ]
     z = torch.cat([torch.cat(view) for view in zip(*halves, strict=True)])
     leaf = z.detach().requires_grad_()
@@ -181,12 +182,12 @@ def truths() -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
 @pytest.mark.parametrize(("kind", "tolerance"), [("float64, ReLU", 1e-12), ("float32, SiLU", 5e-5)])
 def test_gradient_is_that_of_one_process(
-    results: dict[int, Any], truths: dict[str, Tensor], kind: str, tolerance: float, pieces: int
+    results: dict[int, Any], truths: dict[str, Tensor], kind: str, tolerance: float, micro_batches: int
 ) -> None:
-    name = f"{kind}, {pieces} micro-batches"
+    name = f"{kind}, {micro_batches} micro-batches"
     for size, by_rank in results.items():
         errors = [_error(result["gradients"][name].double(), truths[name]) for result in by_rank]
         print(f"{name}, {size} processes: relative error {max(errors):.2e}")
@@ -196,7 +197,7 @@ def test_gradient_is_that_of_one_process(
 
 def test_micro_batches_are_another_objective(truths: dict[str, Tensor]) -> None:
     """Through BatchNorm's statistics: so the test above does compare unlike things."""
-    whole, quarters = (truths[f"float64, ReLU, {pieces} micro-batches"] for pieces in (1, 4))
+    whole, quarters = (truths[f"float64, ReLU, {micro_batches} micro-batches"] for micro_batches in (1, 4))
     assert _error(quarters, whole) > 0.1
 
 
@@ -245,46 +246,48 @@ class _TinyEncoderWithoutNorm(_TinyEncoder):
     batch_norm = False
 
 
-def _large(pieces: int, *, batch_norm: bool) -> Config:
+def _large(micro_batches: int, *, batch_norm: bool) -> Config:
     model = dataclasses.replace(CONFIG.model, projector_batch_norm=batch_norm)
-    return dataclasses.replace(CONFIG, global_batch_size=4096, micro_batches=pieces, channels_last=False, model=model)
+    return dataclasses.replace(CONFIG, global_batch_size=4096, micro_batches=micro_batches, channels_last=False, model=model)
 
 
 LARGE_SHARDS = np.array([3000, 2000])
-LARGE = [_large(pieces, batch_norm=batch_norm) for pieces in (64, 16, 4) for batch_norm in (True, False)]
+LARGE = [_large(micro_batches, batch_norm=batch_norm) for micro_batches in (64, 16, 4) for batch_norm in (True, False)]
 
 
-def _large_learner(config: Config, here: World) -> Learner:
+def _large_learner(config: Config, world: World) -> Learner:
     encoder = _TinyEncoder if config.model.projector_batch_norm else _TinyEncoderWithoutNorm
     with mock.patch("simclr_dist.method.model.ResNet", encoder):
-        return _learner(config, here, smooth=True)
+        return _learner(config, world, smooth=True)
 
 
-def _large_views(config: Config, here: World) -> Iterator[Tensor]:
-    rows = Plan(LARGE_SHARDS, config.seed, 4096, config.micro_batches, rank=here.rank, world_size=here.size)[0][1]
+def _large_views(config: Config, world: World) -> Iterator[Tensor]:
+    rows = Plan(LARGE_SHARDS, config.seed, 4096, config.micro_batches, rank=world.rank, world_size=world.size)[0][1]
     pixels = torch.randn(5000, 2, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     pixels[:, 1] += 2 * pixels[:, 0]
     return iter(pixels[rows].unbind(1))
 
 
-def _large_gradients(here: World) -> list[Tensor]:
+def _large_gradients(world: World) -> list[Tensor]:
     found = []
     for config in LARGE:
-        learner = _large_learner(config, here)
-        backward(learner, cut(*_large_views(config, here), config.micro_batches))
+        learner = _large_learner(config, world)
+        backward(learner, cut(*_large_views(config, world), config.micro_batches))
         found.append(_flat_gradient(learner))
     return found
 
 
 @pytest.fixture(scope="module")
 def large_truth() -> list[Tensor]:
-    """By the definition: the whole batch at once, or where there is BatchNorm in as many pieces."""
-    found = []
-    for config in LARGE:
-        pieces = config.micro_batches if config.model.projector_batch_norm else 1
-        learner = _large_learner(config, ALONE)
-        found.append(_definition(learner, *_large_views(config, ALONE), pieces, config.loss.temperature))
-    return found
+    """By the definition: the whole batch at once, or where there is BatchNorm in as many micro-batches."""
+    found: dict[int, Tensor] = {}
+    cuts = [config.micro_batches if config.model.projector_batch_norm else 1 for config in LARGE]
+    for config, micro_batches in zip(LARGE, cuts, strict=True):
+        if micro_batches not in found:
+            learner = _large_learner(config, ALONE)
+            views = _large_views(config, ALONE)
+            found[micro_batches] = _definition(learner, *views, micro_batches, config.loss.temperature)
+    return [found[micro_batches] for micro_batches in cuts]
 
 
 @pytest.mark.slow
@@ -294,5 +297,5 @@ def test_gradient_of_4096_images(large_truth: list[Tensor], size: int) -> None:
         for config, found, truth in zip(LARGE, by_config, large_truth, strict=True):
             norm = "with" if config.model.projector_batch_norm else "without"
             error = _error(found, truth)
-            print(f"4096 images, {config.micro_batches} pieces, {size} processes, {norm} BatchNorm: relative error {error:.2e}")
+            print(f"4096 images, {config.micro_batches} micro-batches, {size} processes, {norm} BatchNorm: error {error:.2e}")
             assert error < 1e-12

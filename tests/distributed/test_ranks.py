@@ -4,15 +4,16 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ranks
 from simclr_dist.method import distributed
 from simclr_dist.method.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, LostRankError
 
 
-def _collectives(here: World) -> dict[str, object]:
-    mine = torch.arange(here.rank + 1.0)
+def _collectives(world: World) -> dict[str, object]:
+    mine = torch.arange(world.rank + 1.0)
 
     def fail() -> None:
         raise DataError("only rank 0 knows")
@@ -23,16 +24,16 @@ def _collectives(here: World) -> dict[str, object]:
     except DataError as error:
         told = str(error)
     return {
-        "gathered": all_gather(mine[:1] + here.rank),
+        "gathered": all_gather(mine[:1] + world.rank),
         "sum": all_sum(mine[-1]),
         "rows": all_gather_rows(mine),
-        "objects": all_gather_objects(f"rank {here.rank}"),
+        "objects": all_gather_objects(f"rank {world.rank}"),
         "told": told,
     }
 
 
-def _summed_at_two_places(here: World) -> tuple[torch.Tensor, torch.Tensor]:
-    values = torch.randn(1003, generator=torch.Generator().manual_seed(here.rank))
+def _summed_at_two_places(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.randn(1003, generator=torch.Generator().manual_seed(world.rank))
     return all_sum(values), all_sum(values.roll(500)).roll(-500)
 
 
@@ -54,9 +55,9 @@ class _Bucket:
         return self._flat
 
 
-def _averaged(here: World, message_bytes: int) -> torch.Tensor:
+def _averaged(world: World, message_bytes: int) -> torch.Tensor:
     distributed.GLOO_MESSAGE_BYTES = message_bytes
-    flat = torch.randn(1003, generator=torch.Generator().manual_seed(here.rank))
+    flat = torch.randn(1003, generator=torch.Generator().manual_seed(world.rank))
     averaged: torch.Tensor = distributed._sum_in_rank_order(None, _Bucket(flat)).wait()  # type: ignore[arg-type]
     return averaged
 
@@ -83,3 +84,20 @@ def test_a_failing_rank_ends_all() -> None:
     with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*as it should"):
         ranks.run(ranks.failing, 2)
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer"),
+        dist.DistNetworkError("The client socket has timed out"),
+        dist.DistBackendError("NCCL communicator was aborted"),
+    ],
+)
+def test_a_lost_rank_is_told_from_an_error_of_the_rank_itself(error: RuntimeError) -> None:
+    with pytest.raises(LostRankError, match=str(error).split()[-1]), distributed.lost_ranks_named():
+        raise error
+    for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), TimeoutError("timed out"), DataError("x")):
+        with pytest.raises(type(other)) as caught, distributed.lost_ranks_named():
+            raise other
+        assert caught.value is other

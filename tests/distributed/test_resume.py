@@ -28,19 +28,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_started_again_a_run_ends_with_the_same_bits(shards: Path, tmp_path: Path, world_size: int) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for folder in (straight, killed):
-        runs.write_config(folder, shards, steps=40, data={"workers": 1 if world_size == 1 else 0})
+        runs.write_config(folder, shards, steps=20, data={"workers": 1 if world_size == 1 else 0})
     runs.train(straight, world_size)
-    runs.killed_after(killed, world_size, 17)
+    runs.killed_after(killed, world_size, 8)
     assert not (killed / "run/encoders").exists()
     assert "resumed at step" in runs.train(killed, world_size)
 
-    after, expected = runs.checkpoint(killed / "run", 40), runs.checkpoint(straight / "run", 40)
+    after, expected = runs.checkpoint(killed / "run", 20), runs.checkpoint(straight / "run", 20)
     runs.assert_same_bits(after, expected)
     assert {"model", "optimizer", "counters", "step", "init", "data_digest", "bad_samples", "config"} <= set(after)
     assert any(state["momentum_buffer"].any() for state in after["optimizer"]["state"].values())
-    assert [line["step"] for line in runs.metrics(killed / "run")] == list(range(1, 41))
+    assert [line["step"] for line in runs.metrics(killed / "run")] == list(range(1, 21))
     assert runs.metrics(killed / "run") == runs.metrics(straight / "run")
-    for name in ("step-00000040.safetensors", "step-00000040.json"):
+    for name in ("step-00000020.safetensors", "step-00000020.json"):
         encoder = Path("run/encoders", name)
         assert (killed / encoder).read_bytes() == (straight / encoder).read_bytes()
 

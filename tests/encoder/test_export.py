@@ -1,6 +1,5 @@
 """The way out, into plain torchvision, timm and ONNX, and back, up to any layer."""
 
-import copy
 import json
 import re
 from collections import OrderedDict
@@ -19,13 +18,13 @@ from torchvision.models import resnet as blocks
 import training_runs as runs
 from networks import images, randomised
 from simclr_dist.cli import main as cli
-from simclr_dist.cli.manual import about
+from simclr_dist.cli.manual import ABOUT
+from simclr_dist.cli.train import main as train
 from simclr_dist.encoder import file as export
 from simclr_dist.encoder import onnx
 from simclr_dist.encoder.file import export_encoder, file_digest, load_encoder, projector_path, untrained_encoder
 from simclr_dist.method.model import ResNet, build_projector
 from simclr_dist.system.errors import ConfigError, DataError, SaveError
-from simclr_dist.train.__main__ import main as train
 
 CARD = {
     "encoder": "resnet18", "width": 1, "stem": "imagenet", "feature_size": 512, "image_size": 64, "step": 7,
@@ -347,17 +346,24 @@ def test_onnx_gives_what_torch_gives(
         assert close(torch.from_numpy(found), encoder(x))
 
 
-def test_onnx_that_differs_is_not_written(tmp_path: Path, onnxruntime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, out = tmp_path / "e.safetensors", tmp_path / "e.onnx"
+def test_onnx_that_differs_is_not_written_nor_into_a_folder_that_is_not_there(
+    tmp_path: Path, onnxruntime: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "e.safetensors", tmp_path / "none" / "e.onnx"
     exported(path)
-    write = torch.onnx.export
+    write, programs = torch.onnx.export, []
 
-    def of_another_network(encoder: nn.Module, *arguments: Any, **settings: Any) -> Any:
-        other = copy.deepcopy(encoder)
-        other.bn1.bias.add_(1e-2)
-        return write(other, *arguments, **settings)
+    def kept(*arguments: Any, **settings: Any) -> Any:
+        programs.append(write(*arguments, **settings))
+        return programs[0]
 
-    monkeypatch.setattr(torch.onnx, "export", of_another_network)
+    monkeypatch.setattr(torch.onnx, "export", kept)
+    assert refusal(DataError, lambda: onnx.export_onnx(path, out)) == f"{out}: cannot be written: No such file or directory"
+
+    other, out = load_encoder(path), tmp_path / "e.onnx"
+    other.bn1.bias.add_(1e-2)
+    export_encoder(path, other, SMALL)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: programs[0])
     assert "nothing was written" in refusal(DataError, lambda: onnx.export_onnx(path, out))
     assert not out.exists()
 
@@ -370,7 +376,7 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
     assert capsys.readouterr().err == f"simclr-dist: export: ONNX needs onnxscript; {onnx.CURE}\n"
-    for text in (about("export"), (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")):
+    for text in (ABOUT["export"], (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")):
         assert f"`{onnx.CURE}`" in text
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: name)
     assert cli.main(["export", str(tmp_path / "none.safetensors"), str(tmp_path / "e.onnx")]) == 2
@@ -380,10 +386,3 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(onnx, "_MOST", 1000)
     message = refusal(DataError, lambda: onnx.export_onnx(path, tmp_path / "e.onnx"))
     assert message.endswith("GiB of weights; an ONNX file holds at most 2 GiB")
-
-
-def test_onnx_into_a_folder_that_is_not_there(tmp_path: Path, onnxruntime: Any) -> None:
-    path = tmp_path / "e.safetensors"
-    exported(path)
-    out = tmp_path / "none" / "e.onnx"
-    assert refusal(DataError, lambda: onnx.export_onnx(path, out)) == f"{out}: cannot be written: No such file or directory"

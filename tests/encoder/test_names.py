@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from simclr_dist.encoder.file import load_encoder
-from simclr_dist.encoder.names import check_is_file
+from simclr_dist.encoder.names import check_is_file, encoder_path, encoders, newest_encoder, result_path, run_of_result
 from simclr_dist.system.errors import DataError
 
 
@@ -55,3 +55,17 @@ def test_nothing_of_a_run(here: Path, asked: str) -> None:
 def test_a_file_is_taken(here: Path) -> None:
     (here / "e.safetensors").touch()
     check_is_file("e.safetensors")
+
+
+def test_a_runs_encoders_and_results_are_found_by_their_names() -> None:
+    paths = [encoder_path("runs/mine", step) for step in (900, 1000, 20_000)]
+    paths[0].parent.mkdir(parents=True)
+    assert newest_encoder("runs/mine") is None
+    for path in reversed(paths):
+        path.touch()
+        path.with_suffix(".json").touch()
+    assert encoders("runs/mine") == paths
+    assert newest_encoder("runs/mine") == paths[-1]
+    assert result_path(paths[0]) == Path("runs/mine/eval/step-00000900.json")
+    assert run_of_result(result_path(paths[0])) == Path("runs/mine").absolute()
+    assert run_of_result(Path("elsewhere/eval/step-00000900.json")) is None

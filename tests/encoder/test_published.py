@@ -273,12 +273,12 @@ def test_dictionaries_without_end(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ({"arch": "resnet51"}, "arch: 'resnet51' is not one of resnet10, resnet18,"),
-        ({"width": 3}, "width: 3: must be 1, 2 or 4"),
+        ({"width": 3}, "width: 3 is not one of 1, 2, 4"),
         ({"stem": "tiny"}, "stem: 'tiny' is not one of imagenet, small, small_stride2"),
         ({"mean": (0.5, 0.5)}, "mean: [0.5, 0.5]: must be three finite numbers"),
         ({"mean": (0.5, 0.5, float("nan"))}, "mean: [0.5, 0.5, nan]: must be three finite numbers"),
         ({"std": (0.5, 0.5, 0)}, "std: [0.5, 0.5, 0]: must be three numbers above 0, and finite"),
-        ({"image_size": 0}, "image_size: 0: must be from 8 to 4096"),
+        ({"image_size": 0}, "image_size: 0 must be at least 8 and at most 4096"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], says: str) -> None:

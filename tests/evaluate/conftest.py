@@ -2,9 +2,8 @@
 
 import hashlib
 import io
-import signal
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,7 @@ from PIL import Image
 from evaluated import CARD, CLASSES
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.encoder.file import export_encoder, untrained_encoder
-from simclr_dist.system import signals
-
-
-@pytest.fixture(autouse=True)
-def stop_signals_as_before() -> Iterator[None]:
-    """The commands set handlers for their process, which here is that of all tests."""
-    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+from simclr_dist.encoder.names import encoder_path
 
 
 @pytest.fixture
@@ -61,7 +51,7 @@ def make_encoder(tmp_path: Path) -> Callable[..., Path]:
     """Exports an encoder with fresh weights in a run folder; keywords change its card."""
 
     def make(seed: int = 5, run: str = "run", **card: Any) -> Path:
-        path = tmp_path / run / "encoders" / f"step-{card.get('step', CARD['step']):08d}.safetensors"
+        path = encoder_path(tmp_path / run, card.get("step", CARD["step"]))
         encoder = untrained_encoder(CARD, seed)
         with torch.no_grad():
             for name, weight in encoder.named_parameters():

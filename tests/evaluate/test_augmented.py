@@ -15,8 +15,8 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.data.views.draws import PRESETS
 from simclr_dist.encoder.file import load_encoder
-from simclr_dist.evaluate.features import augmented
-from simclr_dist.evaluate.features.augmented import choose_rows, training_views
+from simclr_dist.evaluate.features import views
+from simclr_dist.evaluate.features.views import choose_rows, training_views
 from simclr_dist.evaluate.job import evaluate
 
 Make = Callable[..., Path]
@@ -28,13 +28,13 @@ def test_the_cards_views() -> None:
     drawn = training_views({**CARD, "config": CONFIG})
     assert drawn.source == "the encoder's card"
     expected = (16, (0.3, 0.9), 0.3, 0.5, PRESETS["small"].hue, (0.5, 0.5, 0.5))
-    views = drawn.settings
-    assert (views.image_size, views.crop_scale, views.brightness, views.blur, views.hue, views.mean) == expected
+    own = drawn.settings
+    assert (own.image_size, own.crop_scale, own.brightness, own.blur, own.hue, own.mean) == expected
     for size, preset in ((32, "small"), (224, "imagenet")):
         other = training_views({**CARD, "image_size": size, "config": None})
         assert other.source == f"preset {preset}, as the encoder's card has none"
         assert other.settings.brightness == PRESETS[preset].brightness
-    assert json.loads(json.dumps(drawn.told())) == drawn.told()
+    assert json.loads(json.dumps(drawn.describe())) == drawn.describe()
 
 
 def test_at_most_so_many_rows() -> None:
@@ -49,7 +49,7 @@ def test_at_most_so_many_rows() -> None:
 def test_alignment_is_that_of_the_trainings_views(
     make_encoder: Make, make_shards: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(augmented, "IMAGES", 15)
+    monkeypatch.setattr(views, "IMAGES", 15)
     train, test = (make_shards(name, draw_images(n, seed=n)[0], [-1] * n, ()) for name, n in (("train", 9), ("test", 20)))
     encoder = make_encoder(config=CONFIG)
     result = evaluate(encoder, train, test, workers=0, device="cpu")

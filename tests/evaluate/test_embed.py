@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from PIL import Image
 
 import ranks
 from evaluated import draw_images
+from forkserver import Command
 from simclr_dist.cli.main import main
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.encoder.file import file_digest, load_encoder
 from simclr_dist.evaluate.embed import embed, embed_within
-from simclr_dist.evaluate.embed import main as module_main
-from simclr_dist.evaluate.embed_options import EmbedSettings, find_images
-from simclr_dist.evaluate.features.extraction import extract_features
+from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.features.file import read_features
+from simclr_dist.evaluate.settings import EmbedSettings
+from simclr_dist.evaluate.sources import find_images
 from simclr_dist.method.distributed import World
 from simclr_dist.system.errors import ConfigError, DataError, RankError
 
@@ -66,7 +68,9 @@ def test_shards(make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
     assert table.about.encoder_sha256 == file_digest(encoder)
     assert table.about.shape == {"encoder": "resnet10", "width": 1, "stem": "small_stride2", "feature_size": 128}
     assert (table.about.layer, table.about.image_size, table.about.precision) == ("h", 16, "fp32")
-    h = extract_features(load_encoder(encoder), ShardDataset(shards), image_size=16, mean=[0.5] * 3, std=[0.25] * 3).h
+    h = extract(ShardDataset(shards), {"h": load_encoder(encoder)}, {"image_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3})[
+        "h"
+    ].h
     assert np.array_equal(table.embedding, h.numpy())
 
 
@@ -242,8 +246,8 @@ def test_mistakes_are_one_line_before_torch(
         f"{a}: is named twice": [encoder, a, a, out],
         f"{folder}: is a folder, and 1 more are named": [encoder, a, str(folder), out],
         f"{tmp_path / 'x.tar'}: is no image; name the folder of shards": [encoder, str(tmp_path / "x.tar"), out],
-        "batch_size: 0: must be 1 or more": [encoder, a, out, "--batch-size", "0"],
-        "workers: -1: must be 0 or more": [encoder, a, out, "--workers", "-1"],
+        "batch_size: 0 is too small; the least is 1": [encoder, a, out, "--batch-size", "0"],
+        "workers: -1 is too small; the least is 0": [encoder, a, out, "--workers", "-1"],
     }
     for says, arguments in mistakes.items():
         assert main(["embed", *arguments]) == 2
@@ -297,19 +301,15 @@ def test_two_files_of_one_printable_name(make_encoder: Make, tmp_path: Path) -> 
 def test_a_stop_signal_leaves_nothing(make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
     shards, out = make_shards("set", *draw_images(600, seed=0)), tmp_path / "f.parquet"
     arguments = [str(make_encoder()), str(shards), str(out), "--device", "cpu", "--batch-size", "1", "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simclr_dist", "embed", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not children.read_text():
-        assert process.poll() is None
-    os.kill(process.pid, signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert error == "simclr-dist: stopped by SIGTERM, nothing is written; the same command starts again\n"
-    assert process.returncode == 75
+    with Command(main, ["embed", *arguments]) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+        assert error == "simclr-dist: stopped by SIGTERM, nothing is written; the same command starts again\n"
+        assert process.returncode == 75
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "set"]
 
 
@@ -319,7 +319,7 @@ def test_under_torchrun(make_encoder: Make, folder: Path, tmp_path: Path) -> Non
         tmp_path / "f.parquet",
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     )
-    command = [*torchrun, "-m", "simclr_dist.evaluate.embed", str(make_encoder()), str(folder), str(out), "--device", "cpu"]
+    command = [*torchrun, "-m", "simclr_dist", "embed", str(make_encoder()), str(folder), str(out), "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
@@ -327,7 +327,7 @@ def test_under_torchrun(make_encoder: Make, folder: Path, tmp_path: Path) -> Non
 
 
 def test_one_rank_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, says in (("1", ""), ("0", "simclr-dist: workers: -1: must be 0 or more\n")):
+    for rank, says in (("1", ""), ("0", "simclr-dist: workers: -1 is too small; the least is 0\n")):
         monkeypatch.setenv("RANK", rank)
-        assert module_main(["e.safetensors", "a.jpg", "f.parquet", "--workers", "-1"]) == 2
+        assert main(["embed", "e.safetensors", "a.jpg", "f.parquet", "--workers", "-1"]) == 2
         assert capsys.readouterr().err == says

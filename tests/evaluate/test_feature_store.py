@@ -10,11 +10,10 @@ import pytest
 
 from evaluated import draw_images
 from simclr_dist.evaluate.embed import embed
-from simclr_dist.evaluate.embed_options import EmbedSettings
 from simclr_dist.evaluate.features.file import read_about, read_features
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.options import Settings
 from simclr_dist.evaluate.result.report import summary
+from simclr_dist.evaluate.settings import EmbedSettings, Settings
 from simclr_dist.system.errors import ConfigError
 
 Make = Callable[..., Path]

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+import ranks
 from evaluated import CARD, draw_images
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.views.crops import eval_view, normalise
 from simclr_dist.encoder.file import load_encoder
-from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features, extract, extract_features
+from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features, extract
+from simclr_dist.method.distributed import World
 from simclr_dist.system.errors import DataError, RankError
 
 VIEW: dict[str, Any] = {"image_size": CARD["image_size"], "mean": CARD["mean"], "std": CARD["std"]}
@@ -53,13 +53,13 @@ def check(found: Features, images: CountingImages, encoder: nn.Module) -> None:
 @pytest.mark.parametrize(("batch_size", "workers"), [(4, 0), (100, 0), (5, 2)])
 def test_each_image_once_in_order(make_encoder: Callable[..., Path], batch_size: int, workers: int) -> None:
     encoder, images = load_encoder(make_encoder()), CountingImages(13)
-    check(extract_features(encoder, images, **VIEW, batch_size=batch_size, workers=workers), images, encoder)
+    check(extract(images, {"h": encoder}, VIEW, batch_size=batch_size, workers=workers)["h"], images, encoder)
 
 
 def test_one_decode_serves_all(make_encoder: Callable[..., Path]) -> None:
     encoders = {"a": load_encoder(make_encoder(1)), "b": load_encoder(make_encoder(2, run="other"))}
     images = CountingImages(7)
-    found = extract(images, encoders, **VIEW, pixels=True, batch_size=3)
+    found = extract(images, encoders, VIEW, pixels=True, batch_size=3)
     assert images.decoded == [1] * 7
     for name, encoder in encoders.items():
         check(found[name], images, encoder)
@@ -70,42 +70,39 @@ def test_one_decode_serves_all(make_encoder: Callable[..., Path]) -> None:
 
 
 def pixels(images: CountingImages, image_size: int) -> Features:
-    return extract(images, {}, image_size=image_size, mean=(0, 0, 0), std=(1, 1, 1), pixels=True)[RAW_PIXELS]
+    return extract(images, {}, {"image_size": image_size}, pixels=True)[RAW_PIXELS]
 
 
 def test_the_encoder_is_read_in_eval_mode_and_left_as_it_was(make_encoder: Callable[..., Path]) -> None:
     encoder, images = load_encoder(make_encoder()), CountingImages(9)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    in_eval = extract_features(encoder, images, **VIEW)
+    in_eval = extract(images, {"h": encoder}, VIEW)["h"]
     encoder.train()
-    in_training = extract_features(encoder, images, **VIEW)
+    in_training = extract(images, {"h": encoder}, VIEW)["h"]
     assert torch.equal(in_eval.h, in_training.h)
     assert encoder.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def extract_on_a_rank(rank: int, world_size: int, counts: list[int], encoder_file: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size)
+def extract_on_a_rank(_: World, counts: list[int], encoder_file: Path) -> list[dict[str, Any]]:
+    results = []
     for n in counts:
         images = CountingImages(n)
-        found = extract(images, {"h": load_encoder(encoder_file)}, **VIEW, pixels=True, batch_size=4)
-        parts = {name: tuple(part) for name, part in found.items()}
-        torch.save(parts | {"decoded": images.decoded}, folder / f"{n}-{rank}.pt")
-    dist.destroy_process_group()
+        found = extract(images, {"h": load_encoder(encoder_file)}, VIEW, pixels=True, batch_size=4)
+        results.append({name: tuple(part) for name, part in found.items()} | {"decoded": images.decoded})
+    return results
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_real_processes_give_what_one_gives(make_encoder: Callable[..., Path], tmp_path: Path, world_size: int) -> None:
+def test_real_processes_give_what_one_gives(make_encoder: Callable[..., Path], world_size: int) -> None:
     path, counts = make_encoder(), [13, 1]  # with one image, all ranks but the first have none
-    mp.spawn(extract_on_a_rank, (world_size, counts, path, tmp_path), nprocs=world_size)
+    by_rank = ranks.run(extract_on_a_rank, world_size, counts, path)
     encoder = load_encoder(path)
-    for n in counts:
+    for number, n in enumerate(counts):
         images, alone = CountingImages(n), pixels(CountingImages(n), 16)
-        ranks = [torch.load(tmp_path / f"{n}-{rank}.pt", weights_only=True) for rank in range(world_size)]
-        assert torch.tensor([rank["decoded"] for rank in ranks]).sum(0).tolist() == [1] * n
-        for rank in ranks:
+        found = [results[number] for results in by_rank]
+        assert torch.tensor([rank["decoded"] for rank in found]).sum(0).tolist() == [1] * n
+        for rank in found:
             check(Features(*rank["h"]), images, encoder)
             assert all(torch.equal(a, b) for a, b in zip(rank[RAW_PIXELS], alone, strict=True))
 
@@ -120,18 +117,18 @@ def test_a_corrupt_image_is_one_line(make_shards: Callable[..., Path], make_enco
     content[int(dataset.manifest.offset[5]) + 60] ^= 1
     tar.write_bytes(content)
     with pytest.raises(RankError, match=r"part-1\.tar: image 000005") as caught:
-        extract_features(load_encoder(make_encoder()), dataset, **VIEW, workers=workers)
+        extract(dataset, {"h": load_encoder(make_encoder())}, VIEW, workers=workers)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_set_and_infinite_features_are_refused(make_encoder: Callable[..., Path]) -> None:
     encoder = load_encoder(make_encoder())
     with pytest.raises(DataError, match="no images"):
-        extract_features(encoder, _Nothing(), **VIEW)
+        extract(_Nothing(), {"h": encoder}, VIEW)
     with torch.no_grad():
         next(encoder.parameters()).fill_(torch.nan)
     with pytest.raises(DataError, match="5 of 5 images is not finite"):
-        extract_features(encoder, CountingImages(5), **VIEW)
+        extract(CountingImages(5), {"h": encoder}, VIEW)
 
 
 class _Nothing:

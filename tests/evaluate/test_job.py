@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +13,11 @@ import pytest
 import torch
 import torchvision
 
+import ranks
 from evaluated import draw_images
+from simclr_dist.cli.main import main
 from simclr_dist.data.reader import ShardDataset
-from simclr_dist.evaluate.__main__ import main
-from simclr_dist.evaluate.features.crops import RandomCrops, crop_and_flip
+from simclr_dist.evaluate.features.views import RandomCrops, crop_and_flip
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.result.report import summary, table
 from simclr_dist.system.errors import ConfigError, DataError
@@ -79,7 +79,7 @@ def test_the_seed_is_of_the_untrained_encoder_alone(make_encoder: Make, sets: tu
 
 def test_without_baselines(make_encoder: Make, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     train, test = map(str, sets)
-    arguments = [str(make_encoder()), "--train", train, "--test", test, "--workers", "0", "--no-baselines"]
+    arguments = ["eval", str(make_encoder()), "--train", train, "--test", test, "--workers", "0", "--no-baselines"]
     assert main([*arguments, "--device", "cpu"]) == 0
     out, progress = capsys.readouterr()
     assert "features of 138 images" in progress
@@ -145,7 +145,7 @@ def test_new_crops_are_new_in_every_epoch_and_the_same_for_every_order(sets: tup
 
 def test_without_any_labels(make_encoder: Make, make_shards: Make, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = (make_shards(name, draw_images(n, seed=n)[0], [-1] * n, ()) for name, n in (("train", 30), ("test", 20)))
-    arguments = [str(make_encoder()), "--train", str(train), "--test", str(test), "--workers", "0", "--device", "cpu"]
+    arguments = ["eval", str(make_encoder()), "--train", str(train), "--test", str(test), "--workers", "0", "--device", "cpu"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "30 training and 20 test images, none with a label" in out
@@ -161,14 +161,14 @@ def test_a_published_checkpoint(sets: tuple[Path, Path], tmp_path: Path, capsys:
     file = tmp_path / "theirs.pt"
     torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, file)
     options = ["--train", str(sets[0]), "--test", str(sets[1]), "--workers", "0", "--device", "cpu", "--image-size", "32"]
-    assert main(["--arch", "resnet18", "--weights", str(file), "--no-baselines", *options]) == 0
+    assert main(["eval", "--arch", "resnet18", "--weights", str(file), "--no-baselines", *options]) == 0
     assert "resnet18, width 1" in capsys.readouterr().out
     result = json.loads((tmp_path / "theirs.eval.json").read_text())
     assert result["encoder"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert main(["--arch", "resnet50", "--weights", str(file), "--no-baselines", *options]) == 2
+    assert main(["eval", "--arch", "resnet50", "--weights", str(file), "--no-baselines", *options]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     for wrong in (["--arch", "resnet18"], ["x", "--arch", "resnet18", "--weights", str(file)], ["x"]):
-        assert main([*wrong, *options]) == 2
+        assert main(["eval", *wrong, *options]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -176,23 +176,34 @@ def test_a_published_checkpoint(sets: tuple[Path, Path], tmp_path: Path, capsys:
 def test_two_processes_write_one_result_like_one_process(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
     encoder, out = make_encoder(), tmp_path / "two.json"
     alone = evaluate(encoder, *sets, k=10, workers=0, device="cpu", protocols=("knn", "linear", "sgd"), sgd_epochs=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    job = ["-m", "simclr_dist.evaluate", encoder, "--train", sets[0], "--test", sets[1], "--k", "10"]
-    job += ["--protocols", "knn,linear,sgd", "--sgd-epochs", "2"]
-    command = [*launcher, *map(str, [*job, "--workers", "1", "--device", "cpu", "--out", out])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = [
+        "eval",
+        encoder,
+        "--train",
+        sets[0],
+        "--test",
+        sets[1],
+        "--k",
+        "10",
+        "--protocols",
+        "knn,linear,sgd",
+        "--sgd-epochs",
+        "2",
+    ]
+    job += ["--workers", "1", "--device", "cpu", "--out", out]
     for reused in (0, 8):  # features of the second start come out of files, which rank 0 alone reads
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("trained encoder, step 1200") == 1
+        codes, said, errors = ranks.commands(main, job, 2)
+        assert codes == [0, 0], errors
+        assert said.count("trained encoder, step 1200") == 1
         both = json.loads(out.read_text())
         assert both["hardware"]["world_size"] == 2
         assert len(both["features_reused"]) == reused
         assert summary(both) == summary(alone)
-    command[-1] = str(tmp_path / "two.txt")  # refused on rank 0: the other has to hear of it
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.stderr.count("a result is a .json file") == 1
-    assert "[rank1]" not in done.stderr
+    job[-1] = tmp_path / "two.txt"  # refused on rank 0: the other has to hear of it
+    codes, _, errors = ranks.commands(main, job, 2)
+    assert codes == [2, 2]
+    assert errors.count("a result is a .json file") == 1
+    assert "[rank1]" not in errors
 
 
 def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -230,14 +241,14 @@ def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tupl
     [("k", 0), ("temperature", 0.0), ("l2", -1.0), ("l2", float("nan")), ("batch_size", 0), ("sgd_epochs", 0), ("seed", -1)],
 )
 def test_settings_out_of_range_are_refused_first(setting: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"^{setting}: {value}: must be"):
+    with pytest.raises(ConfigError, match=f"^{setting}: {value} (must be|is too small|is not)"):
         evaluate("no-encoder", "no-train", "no-test", **{setting: value})
 
 
 def test_help_and_wrong_settings_do_without_torch() -> None:
-    imports = "import sys; from simclr_dist.evaluate.__main__ import main; "
+    imports = "import sys; from simclr_dist.cli.main import main; "
     probe = imports + "code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
-    command = [sys.executable, "-c", probe, "x", "--train", "a", "--test", "b", "--k", "0"]
+    command = [sys.executable, "-c", probe, "eval", "x", "--train", "a", "--test", "b", "--k", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout.split() == ["2", "False"]
-    assert done.stderr == "simclr-dist: k: 0: must be 1 or more\n"
+    assert done.stderr == "simclr-dist: k: 0 is too small; the least is 1\n"

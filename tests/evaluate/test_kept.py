@@ -9,15 +9,15 @@ import pytest
 
 from evaluated import draw_images
 from faults.small_disk import PAGE, SmallDisk, why_not
-from simclr_dist.evaluate.__main__ import main
+from simclr_dist.cli.main import main
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.options import Settings
 from simclr_dist.evaluate.result import page
-from simclr_dist.evaluate.result.earlier import comparable, read_result
-from simclr_dist.evaluate.result.kept import write_result
+from simclr_dist.evaluate.result.earlier import comparable
+from simclr_dist.evaluate.result.file import read_result, write_result
 from simclr_dist.evaluate.result.report import FORMAT, UnwrittenError, summary
+from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import watch
-from simclr_dist.run.folder import write_status
+from simclr_dist.run.status import write_status
 
 Make = Callable[..., Path]
 ON_CPU: dict[str, Any] = {"k": 10, "workers": 0, "device": "cpu"}
@@ -156,7 +156,7 @@ def test_a_disk_that_takes_the_result_but_not_the_page(
     make_encoder: Make, sets: tuple[Path, Path], small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = small_disk.path / "result.json"
-    command = [str(make_encoder()), "--train", str(sets[0]), "--test", str(sets[1]), "--k", "10", "--out", str(out)]
+    command = ["eval", str(make_encoder()), "--train", str(sets[0]), "--test", str(sets[1]), "--k", "10", "--out", str(out)]
     command += ["--workers", "0", "--device", "cpu", "--no-features"]
     assert main(command) == 0
     needed = -(-out.stat().st_size // PAGE)

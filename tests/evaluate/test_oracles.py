@@ -14,7 +14,7 @@ from evaluated import CARD
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.encoder.file import untrained_encoder
-from simclr_dist.evaluate.features.extraction import extract_features
+from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.protocols.knn import weighted_knn
 from simclr_dist.evaluate.protocols.linear import linear_probe
 
@@ -45,7 +45,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor, Tens
             return sample._replace(image=image.flip(-1) if self.flip else image)
 
     parts = [
-        extract_features(network, Shifted(by, flip), image_size=48, mean=card["mean"], std=card["std"])
+        extract(Shifted(by, flip), {"h": network}, {**card, "image_size": 48})["h"]
         for by, flip in itertools.product(range(0, 4 * COPIES // 2, 4), (False, True))
     ]
     h, y = torch.cat([part.h for part in parts]), torch.cat([part.label for part in parts])

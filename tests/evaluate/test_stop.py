@@ -9,29 +9,43 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Union
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from evaluated import draw_images
-from simclr_dist.data.steps import mind_parent_only
-from simclr_dist.evaluate.features import workers
-from simclr_dist.run.folder import write_status
+from forkserver import Command
+from simclr_dist.cli.main import main
+from simclr_dist.data.workers import Loader
+from simclr_dist.run.status import write_status
 
 Make = Callable[..., Path]
-Start = Callable[..., "subprocess.Popen[str]"]
+Process = Union["subprocess.Popen[str]", Command]
+Start = Callable[..., Process]
 STOPPED = "simclr-dist: stopped by {}; the same command starts the evaluation again\n"
 WAYS = {"module": ["-m", "simclr_dist.evaluate"], "verb": ["-m", "simclr_dist", "eval"]}
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `python ARGUMENTS` as the head of its own session, which is ended at the end; temporary files are in tmp/."""
+def started(tmp_path: Path) -> Iterator[list[Process]]:
+    """What has been started as the head of its own session, which is ended at the end; temporary files are in tmp/."""
     (tmp_path / "tmp").mkdir()
-    started = []
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        for pid in session(process):
+            os.kill(pid, signal.SIGKILL)
+        with process:  # waits, and closes the pipes
+            pass
 
-    def python(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+
+@pytest.fixture
+def start(tmp_path: Path, started: list[Process]) -> Start:
+    """Starts `python ARGUMENTS`."""
+
+    def python(*arguments: object, **environment: str) -> Process:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -43,12 +57,19 @@ def start(tmp_path: Path) -> Iterator[Start]:
         started.append(process)
         return process
 
-    yield python
-    for process in started:
-        for pid in session(process):
-            os.kill(pid, signal.SIGKILL)
-        with process:  # waits, and closes the pipes
-            pass
+    return python
+
+
+@pytest.fixture
+def begin(tmp_path: Path, started: list[Process]) -> Start:
+    """Starts an evaluation that need not import torch first."""
+
+    def evaluation(*arguments: object, **environment: str) -> Process:
+        process = Command(main, ["eval", *arguments], environment={"TMPDIR": str(tmp_path / "tmp"), **environment})
+        started.append(process)
+        return process
+
+    return evaluation
 
 
 @pytest.fixture
@@ -58,7 +79,7 @@ def job(make_encoder: Make, make_shards: Make) -> list[object]:
     return [make_encoder(), "--train", train, "--test", test, "--device", "cpu", "--batch-size", "1"]
 
 
-def session(process: "subprocess.Popen[str]") -> list[int]:
+def session(process: Process) -> list[int]:
     """The living processes of a session, but for those that have ended and are not yet waited for."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -71,7 +92,7 @@ def session(process: "subprocess.Popen[str]") -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_until(condition: Callable[[], bool], process: Process) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -79,18 +100,18 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") 
         time.sleep(0.005)
 
 
-def hears(process: "subprocess.Popen[str]", number: signal.Signals) -> bool:
+def hears(process: Process, number: signal.Signals) -> bool:
     """Whether the process has a handler for the signal."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     caught = int(next(line.split()[1] for line in lines if line.startswith("SigCgt")), 16)
     return bool(caught >> (number - 1) & 1)
 
 
-def send(process: "subprocess.Popen[str]", number: signal.Signals, *, group: bool) -> None:
+def send(process: Process, number: signal.Signals, *, group: bool) -> None:
     (os.killpg if group else os.kill)(process.pid, number)
 
 
-def check_stopped(process: "subprocess.Popen[str]", number: signal.Signals, folder: Path) -> None:
+def check_stopped(process: Process, number: signal.Signals, folder: Path) -> None:
     """The process ends as it should, and leaves nothing."""
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (75, STOPPED.format(number.name))
@@ -125,8 +146,8 @@ def test_during_an_import_that_swallows_what_is_raised(start: Start, job: list[o
     ("number", "group"),
     [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGUSR2, False)],
 )
-def test_during_extraction(start: Start, job: list[object], tmp_path: Path, number: signal.Signals, group: bool) -> None:
-    process = start("-m", "simclr_dist.evaluate", *job, "--workers", "2")
+def test_during_extraction(begin: Start, job: list[object], tmp_path: Path, number: signal.Signals, group: bool) -> None:
+    process = begin(*job, "--workers", "2")
     wait_until(lambda: len(session(process)) == 3, process)
     time.sleep(random.uniform(0, 1))
     send(process, number, group=group)
@@ -134,11 +155,11 @@ def test_during_extraction(start: Start, job: list[object], tmp_path: Path, numb
 
 
 @pytest.mark.slow
-def test_during_the_linear_probe_and_twice(start: Start, make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
+def test_during_the_linear_probe_and_twice(begin: Start, make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
     """SLURM signals twice."""
     train, test = make_shards("train", *draw_images(300, seed=0)), make_shards("test", *draw_images(31, seed=1))
     encoder = make_encoder(image_size=32)  # raw pixels of 3072 values: a second for their probe
-    process = start("-m", "simclr_dist.evaluate", encoder, "--train", train, "--test", test, "--device", "cpu")
+    process = begin(encoder, "--train", train, "--test", test, "--device", "cpu")
     assert process.stderr.readline().startswith("features of 331 images")
     assert process.stderr.readline().startswith("features kept in ")
     assert process.stderr.readline().startswith("raw_pixels: kNN")
@@ -149,12 +170,12 @@ def test_during_the_linear_probe_and_twice(start: Start, make_encoder: Make, mak
 
 
 @pytest.mark.slow
-def test_while_waiting_for_an_encoder_and_again(start: Start, make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
+def test_while_waiting_for_an_encoder_and_again(begin: Start, make_encoder: Make, make_shards: Make, tmp_path: Path) -> None:
     train, test = make_shards("train", *draw_images(31, seed=0)), make_shards("test", *draw_images(31, seed=1))
     run = make_encoder().parent.parent
     (run / "config.yaml").write_text("seed: 0\n")
     job = ["--watch", run, "--train", train, "--test", test, "--device", "cpu", "--workers", "0", "--poll", "600"]
-    process = start("-m", "simclr_dist.evaluate", *job)
+    process = begin(*job)
     assert process.stdout.readline().startswith("step-00001200: kNN")
     assert process.stdout.readline() == f"{run}: not started; waiting for its next encoder\n"
     result = (run / "eval" / "step-00001200.json").rename(tmp_path / "result.json")
@@ -162,23 +183,20 @@ def test_while_waiting_for_an_encoder_and_again(start: Start, make_encoder: Make
     check_stopped(process, signal.SIGUSR1, tmp_path)
     result.rename(run / "eval" / "step-00001200.json")
     write_status(run, "done", 0)
-    process = start("-m", "simclr_dist.evaluate", *job)
+    process = begin(*job)
     out, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
     assert out.splitlines()[0].endswith("; evaluated before")
 
 
 @pytest.mark.slow
-def test_ranks_without_a_launcher(start: Start, job: list[object], tmp_path: Path) -> None:
+def test_ranks_without_a_launcher(begin: Start, job: list[object], tmp_path: Path) -> None:
     """As the tasks of a SLURM step: one rank may be waiting, deep in a collective, for another that has gone already."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [
-        start("-m", "simclr_dist.evaluate", *job, "--workers", "1", **where, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(2)
-    ]
+    both = [begin(*job, "--workers", "1", **where, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
     for process in both:
         wait_until(lambda process=process: len(session(process)) == 2, process)  # type: ignore[misc]
     for process in both:
@@ -187,23 +205,16 @@ def test_ranks_without_a_launcher(start: Start, job: list[object], tmp_path: Pat
         check_stopped(process, signal.SIGTERM, tmp_path)
 
 
-class _Signalling(torch.utils.data.Dataset[int]):
+def signalling(processes: int) -> Loader[Tensor]:
     """The numbers to 999; the reading process gets a signal while it waits for each."""
+    reader = os.getpid()
 
-    def __init__(self) -> None:
-        self.reader = os.getpid()
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __getitem__(self, index: int) -> int:
-        os.kill(self.reader, signal.SIGUSR1)
-        os.kill(self.reader, signal.SIGUSR2)
+    def make(index: int) -> int:
+        os.kill(reader, signal.SIGUSR1)
+        os.kill(reader, signal.SIGUSR2)
         return index
 
-
-def signalling(processes: int) -> DataLoader[int]:
-    return DataLoader(_Signalling(), batch_size=10, num_workers=processes, worker_init_fn=mind_parent_only)
+    return Loader(make, range(1000), workers=processes, batch_size=10, collate=torch.tensor)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -212,10 +223,9 @@ def test_a_handler_that_returns_changes_nothing(processes: int) -> None:
     heard = []
     signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
-    seen = []
-    for batch in workers.read(signalling(processes), abandoned):
-        assert not abandoned
+    loader, seen = signalling(processes), []
+    for batch in loader:
+        assert not loader.abandoned
         seen += batch.tolist()
     assert seen == list(range(1000))
     assert heard
@@ -233,9 +243,9 @@ def test_a_handler_that_raises_ends_the_workers_first() -> None:
         raise SystemExit(75)
 
     signal.signal(signal.SIGUSR1, leave)
-    abandoned = torch.zeros((), dtype=torch.uint8).share_memory_()
+    loader = signalling(2)
     with pytest.raises(SystemExit) as kept:
-        list(workers.read(signalling(2), abandoned))
-    assert abandoned
+        list(loader)
+    assert loader.abandoned
     assert kept.value.code == 75
     assert children.read_text().split() == before

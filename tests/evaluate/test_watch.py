@@ -17,13 +17,15 @@ from torch import distributed
 
 import ranks
 from evaluated import CARD, draw_images
+from forkserver import Command
+from simclr_dist.cli.main import main
 from simclr_dist.encoder.file import export_encoder, untrained_encoder
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.options import Settings
-from simclr_dist.evaluate.result.curve import Curve
+from simclr_dist.evaluate.result.board import Curve
+from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import Orders, watch
 from simclr_dist.method.distributed import World, set_timeout
-from simclr_dist.run.folder import write_status
+from simclr_dist.run.status import write_status
 from simclr_dist.system.errors import DataError
 
 Make = Callable[..., Path]
@@ -205,10 +207,8 @@ def test_the_curve_keeps_its_order(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_watcher_sees_encoders_come(run: Path, make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
     shards = ["--train", str(sets[0]), "--test", str(sets[1])]
-    command = [sys.executable, "-m", "simclr_dist.evaluate", "--watch", str(run), *shards, "--k", "10", "--device", "cpu"]
     log = tmp_path / "log"
-    with log.open("w") as output:
-        watcher = subprocess.Popen([*command, "--poll", "0.1"], stdout=output, stderr=output)
+    watcher = Command(main, ["eval", "--watch", run, *shards, "--k", "10", "--device", "cpu", "--poll", "0.1"], log=log)
 
     def wait_for(line: str) -> None:
         deadline = time.monotonic() + 120
@@ -229,8 +229,8 @@ def test_a_watcher_sees_encoders_come(run: Path, make_encoder: Make, sets: tuple
         write_status(run, "done", 0)
         assert watcher.wait(timeout=60) == 0
     finally:
-        watcher.kill()
-        watcher.wait()
+        with watcher:
+            watcher.kill()
     said = [line.split(":")[0] for line in log.read_text().splitlines() if "waiting" not in line]
     assert said == ["step-00000100", "step-00000200", "step-00000300", "step-00000400", str(run)]
     assert [step for step, _ in curve(run)] == [100, 200, 300, 400]
@@ -245,17 +245,16 @@ def test_two_processes_watch_as_one(run: Path, make_encoder: Make, sets: tuple[P
     whole = broken.read_bytes()
     broken.write_bytes(whole[:100])
     write_status(run, "done", 0)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    job = ["-m", "simclr_dist.evaluate", "--watch", run, "--train", sets[0], "--test", sets[1], "--k", "10"]
-    command = [*launcher, *map(str, [*job, "--workers", "1", "--device", "cpu", "--poll", "0.1"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1, "torchrun's word for 2"
-    assert done.stdout.count("step-00000200: cannot be evaluated") == 1
+    job = ["eval", "--watch", run, "--train", sets[0], "--test", sets[1], "--k", "10"]
+    job += ["--workers", "1", "--device", "cpu", "--poll", "0.1"]
+    codes, said, _ = ranks.commands(main, job, 2)
+    assert codes == [2, 2]
+    assert said.count("step-00000200: cannot be evaluated") == 1
     assert set(results(run)) == {100, 300}
     broken.write_bytes(whole)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[:-1]] == [f"step-00000{n}00" for n in (1, 2, 3)]
+    codes, said, errors = ranks.commands(main, job, 2)
+    assert codes == [0, 0], errors
+    assert [line.split(":")[0] for line in said.splitlines()[:-1]] == [f"step-00000{n}00" for n in (1, 2, 3)]
     both = results(run)
     shutil.rmtree(run / "eval")
     watch(run, *sets, SETTINGS, device="cpu")
@@ -283,18 +282,16 @@ MISTAKES = {
     ("--watch", "RUN", "--out", "x.json"): "--out: 'x.json': not with --watch, which writes RUN/eval/step-XXXXXXXX.json",
     ("x.safetensors", "--poll", "5"): "--poll: 5: goes with --watch only",
     ("--watch", "RUN", "--poll", "0"): "--poll: 0: must be above 0, and finite",
-    ("--watch", "RUN", "--l2", "-1"): "l2: -1.0: must be 0 or more, and finite",
+    ("--watch", "RUN", "--l2", "-1"): "l2: -1.0 is too small; the least is 0",
     ("--watch", "."): "--watch: '.' is not a run folder (it has no config.yaml); start the training first",
     ("--watch", "no/where"): "--watch: 'no/where' is not a run folder (it has no config.yaml); start the training first",
 }
 
 
-@pytest.mark.parametrize("module", ["simclr_dist.evaluate.__main__", "simclr_dist.cli.main"])
-def test_mistakes_are_one_line_without_torch(run: Path, tmp_path: Path, module: str) -> None:
-    probe = f"import json, sys; from {module} import main\n"
-    probe += "for case in json.loads(sys.argv[1]): print(main(case), 'torch' in sys.modules, flush=True)"
-    verb = ["eval"] if module == "simclr_dist.cli.main" else []
-    cases = [[*verb, *(str(run) if part == "RUN" else part for part in case)] for case in MISTAKES]
+def test_mistakes_are_one_line_without_torch(run: Path, tmp_path: Path) -> None:
+    probe = "import json, sys; from simclr_dist.cli.main import main\n"
+    probe += "for case in json.loads(sys.argv[1]): print(main(['eval', *case]), 'torch' in sys.modules, flush=True)"
+    cases = [[str(run) if part == "RUN" else part for part in case] for case in MISTAKES]
     shards = ["--train", "a", "--test", "b"]
     command = [sys.executable, "-c", probe, json.dumps([[*case, *shards] for case in cases])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)

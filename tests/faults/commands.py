@@ -89,7 +89,7 @@ def running(folder: Path, command: Sequence[str], environment: Mapping[str, str]
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "TMPDIR": temporary, **(environment or {}), _MARKER: mark},
+            env={**os.environ, "WITHOUT_COMPILER": "1", "TMPDIR": temporary, **(environment or {}), _MARKER: mark},
             start_new_session=True,
         )
         started = Command(process, f"{_MARKER}={mark}", log)
@@ -106,7 +106,7 @@ def simclr_dist(*arguments: str) -> list[str]:
 
 def wait_for_ranks(command: Command, number: int) -> dict[int, int]:
     """The ranks, once there are `number`."""
-    until(lambda: len(command.ranks()) == number or command.process.poll() is not None)
+    until(lambda: len(command.ranks()) == number or command.process.poll() is not None, pause=0.1)
     return command.ranks()
 
 

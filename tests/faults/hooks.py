@@ -14,7 +14,7 @@ from simclr_dist.data import memory
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import Portion, StepDataset
 from simclr_dist.train import loop
-from simclr_dist.train.learner import Learner, Piece
+from simclr_dist.train.learner import Learner, MicroBatch
 
 
 def is_rank(rank: int | None) -> bool:
@@ -42,9 +42,9 @@ def slow_reader(seconds: float, rank: int) -> None:
     """A rank whose images come late in every step."""
     portion = StepDataset.portion
 
-    def patched(dataset: StepDataset, step: int, number: int) -> Portion:
+    def patched(dataset: StepDataset, number: int) -> Portion:
         time.sleep(seconds)
-        return portion(dataset, step, number)
+        return portion(dataset, number)
 
     if is_rank(rank):
         StepDataset.portion = patched  # type: ignore[method-assign]
@@ -99,11 +99,11 @@ def _before_step(step: int, rank: int | None, action: Callable[[], None]) -> Non
     counted = 0
     training_step = loop.training_step
 
-    def patched(learner: Learner, pieces: Sequence[Piece], config: Config, lr: float) -> dict[str, torch.Tensor]:
+    def patched(learner: Learner, micro_batches: Sequence[MicroBatch], config: Config, lr: float) -> dict[str, torch.Tensor]:
         nonlocal counted
         counted += 1
         if counted == step and is_rank(rank):
             action()
-        return training_step(learner, pieces, config, lr)
+        return training_step(learner, micro_batches, config, lr)
 
     loop.training_step = patched

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import training_runs as runs
-from simclr_dist.run import claim as ledger
+from simclr_dist.run.claim import heartbeat
 
 
 def killed_again_and_again(folder: Path, world_size: int, *, kills: int, seed: int) -> dict[str, int]:
@@ -23,7 +23,7 @@ def killed_again_and_again(folder: Path, world_size: int, *, kills: int, seed: i
 def _killed_once(folder: Path, world_size: int, moments: random.Random) -> bool:
     """Whether the run was killed before its end."""
     run, in_start_up = folder / "run", moments.random() < 0.25
-    before, steps, pause = ledger.heartbeat(run).get("generation", 0), moments.randint(1, 8), moments.uniform(0, 1)
+    before, steps, pause = heartbeat(run).get("generation", 0), moments.randint(1, 8), moments.uniform(0, 1)
     with runs.started(folder, world_size) as ranks:
         if in_start_up:
             ranks.wait(2 * pause)
@@ -38,5 +38,5 @@ def _killed_once(folder: Path, world_size: int, moments: random.Random) -> bool:
 
 def _has_made(run: Path, before: int, steps: int) -> bool:
     """Whether a start later than the one of generation `before` has made so many steps."""
-    beat, begun = ledger.heartbeat(run), runs.events(run, "start")
+    beat, begun = heartbeat(run), runs.events(run, "start")
     return beat.get("generation", 0) > before and bool(begun) and beat["step"] >= begun[-1]["step"] + steps

@@ -16,9 +16,10 @@ from faults import hooks
 from faults.commands import Command, running, simclr_dist
 from faults.seeded_kills import killed_again_and_again
 from faults.straight import EVERY, STEPS
-from simclr_dist.run import claim as ledger
 from simclr_dist.run.checkpoint import saved_steps
-from simclr_dist.run.folder import newest_step, recorded, write_status
+from simclr_dist.run.claim import Claim, claim_run, heartbeat, is_held
+from simclr_dist.run.folder import newest_step
+from simclr_dist.run.status import recorded, write_status
 from simclr_dist.system.errors import DataError, StoppedError, TakenOverError
 from training_runs import until
 
@@ -43,7 +44,7 @@ def test_the_command_goes_on_by_itself_and_leaves_nobody_behind(shards: Path, st
 
     def got_to(command: Command, generation: int, done: int) -> None:
         def there() -> bool:
-            beat = ledger.heartbeat(run)
+            beat = heartbeat(run)
             assert command.process.poll() is None, command.output
             return beat.get("generation", 0) >= generation and beat["step"] >= done
 
@@ -92,7 +93,7 @@ def test_a_rank_that_hangs_ends_the_others_in_time(shards: Path, tmp_path: Path)
     status = runs.status(tmp_path / "run")
     assert (status["state"], status["exit_code"]) == ("crashed", 1)
     assert TIMED_OUT.search(status["reason"]), status
-    assert ledger.is_held(tmp_path / "run") is False
+    assert is_held(tmp_path / "run") is False
 
 
 def test_the_first_step_has_a_time_out_of_its_own(shards: Path, tmp_path: Path) -> None:
@@ -192,20 +193,20 @@ def test_however_it_ends_it_says_nothing_there(
 ) -> None:
     """Its other ranks may be gone, so that it ends by an error of its own before it saves."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    first = ledger.claim(tmp_path)
+    first = claim_run(tmp_path)
     first.beat(5)
 
     def left_behind() -> None:
         with recorded(tmp_path, first):
             monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-            later.append(ledger.claim(tmp_path))
+            later.append(claim_run(tmp_path))
             later[0].beat(6)
             write_status(tmp_path, "running", None)
             before.update(contents(tmp_path))
             if error:
                 raise error
 
-    later: list[ledger.Claim] = []
+    later: list[Claim] = []
     before: dict[str, str] = {}
     with pytest.raises(TakenOverError):
         left_behind()

@@ -155,13 +155,13 @@ def test_the_monitor_goes_on(small_disk: SmallDisk, capsys: pytest.CaptureFixtur
     monitor = Monitor(run, active=True, total_steps=90, first_step=0)
     monitor.say("begin")
     log(monitor, range(1, 4))
-    assert (monitor.lost_lines, capsys.readouterr().err) == (0, "")
+    assert (monitor.lost.total(), capsys.readouterr().err) == (0, "")
     if kind == "full":
         small_disk.fill()
     else:
         small_disk.set_read_only(True)
     log(monitor, range(4, 61))
-    lost = monitor.lost_lines
+    lost = monitor.lost.total()
     warnings = capsys.readouterr().err.splitlines()
     why = {"full": "No space left on device", "read-only": "Read-only file system"}[kind]
     tb = next((run / "tb").iterdir())
@@ -174,7 +174,7 @@ def test_the_monitor_goes_on(small_disk: SmallDisk, capsys: pytest.CaptureFixtur
         small_disk.set_read_only(False)
     log(monitor, range(61, 64))
     monitor.say("end")
-    assert monitor.lost_lines == lost
+    assert monitor.lost.total() == lost
     monitor.close()
     missing = 0
     for steps in (logged(run), shown(run)):
@@ -222,11 +222,11 @@ def test_a_console_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(f"sys.{stream}", full_file)
     monitor = Monitor(tmp_path, active=True, total_steps=9, first_step=0, tensorboard=False)
     log(monitor, range(1, 4))
-    assert monitor.lost_lines == (3 if stream == "stdout" else 0)
+    assert monitor.lost.total() == (3 if stream == "stdout" else 0)
     (tmp_path / "train.log").unlink()
     (tmp_path / "train.log").mkdir()
     log(monitor, range(4, 6))  # now there is something to say on stderr
-    assert monitor.lost_lines == (7 if stream == "stdout" else 2)
+    assert monitor.lost.total() == (7 if stream == "stdout" else 2)
     monitor.close()
     assert logged(tmp_path) == [1, 2, 3, 4, 5]
 
@@ -236,4 +236,4 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log(monitor, range(1, 2))
     monitor.say("x")
     monitor.close()
-    assert (monitor.lost_lines, list(tmp_path.iterdir())) == (0, [])
+    assert (monitor.lost.total(), list(tmp_path.iterdir())) == (0, [])

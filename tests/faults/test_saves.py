@@ -18,7 +18,7 @@ SAVE = """
 import sys
 from pathlib import Path
 import torch
-from simclr_dist.checkpoint import save
+from simclr_dist.run.checkpoint import save
 save(Path(sys.argv[1]), 2, {"weight": torch.zeros(500_000)}, keep_last=1)
 """
 

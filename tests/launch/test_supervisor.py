@@ -46,9 +46,9 @@ import os, sys, time
 from simclr_dist.system import signals
 signals.listen()
 open(sys.argv[1], "w").write(f"{os.getpid()}\\n")
-while not signals.asked():
+while not signals.requested():
     time.sleep(0.01)
-sys.exit(signals.asked())
+sys.exit(signals.requested())
 """
 
 

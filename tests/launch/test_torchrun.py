@@ -1,5 +1,6 @@
 """The parent of torchrun: what it makes of an end, when it starts again, and what it refuses before anything starts."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,8 +16,8 @@ from simclr_dist.cli.main import main
 from simclr_dist.launch import torchrun as launcher
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
-from simclr_dist.run import claim as ledger
-from simclr_dist.run.folder import read_status, write_status
+from simclr_dist.run.claim import Claim, claim_run
+from simclr_dist.run.status import End, leave_note, read_ledger, read_status, record_end, write_status
 from simclr_dist.system.errors import LAST_WORD, ConfigError
 
 COMMAND = ["-m", "simclr_dist.train", "config.yaml"]
@@ -43,7 +44,7 @@ class Agent:
         self.commands: list[list[str]] = []
         self.environment: dict[str, str] = {}
 
-    def __call__(self, command: Sequence[str], *, env: Mapping[str, str], tell: object, give_up: object = None) -> int:
+    def __call__(self, command: Sequence[str], *, env: Mapping[str, str], tell: object = None, give_up: object = None) -> int:
         self.commands.append(list(command))
         self.environment = dict(env)
         return self._ends[len(self.commands) - 1]()
@@ -55,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     clock = Clock()
     monkeypatch.setattr(launcher, "time", clock)
     monkeypatch.setattr(launcher.signals, "listen", lambda: None)
-    monkeypatch.setattr(launcher.signals, "asked", lambda: 0)
+    monkeypatch.setattr(launcher.signals, "requested", lambda: 0)
     Path("run/checkpoints").mkdir(parents=True)
     return clock
 
@@ -78,7 +79,7 @@ def ends(state: str, code: int | None, *, saves: int = 0, agent: int = 1, reason
     def end() -> int:
         if saves:
             Path(f"run/checkpoints/step-{saves:08d}.json").write_text("{}")
-        ledger.claim(Path("run")).release()
+        claim_run(Path("run")).release()
         write_status(Path("run"), state, code, reason=reason)
         return agent
 
@@ -99,14 +100,14 @@ Launched = Callable[..., tuple[int, Agent]]
 def test_the_code_is_the_runs_and_these_ends_are_final(launched: Launched, state: str, code: int, agent: int) -> None:
     found, started = launched(ends(state, code, agent=agent), max_restarts=3)
     assert (found, len(started.commands)) == (code, 1)
-    assert ledger.entries(Path("run")) == []
+    assert read_ledger(Path("run")) == []
 
 
 def test_crashes_without_a_new_checkpoint_count(launched: Launched, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     crash = ends("crashed", 1, reason="RuntimeError: x")
     found, agent = launched(crash, crash, crash, max_restarts=2)
     assert (found, len(agent.commands)) == (1, 3)
-    entries = [(entry["event"], entry.get("fruitless")) for entry in ledger.entries(Path("run"))]
+    entries = [(entry["event"], entry.get("fruitless")) for entry in read_ledger(Path("run"))]
     assert entries == [("restart", 1), ("restart", 2), ("gave_up", None)]
     assert clock.now == pytest.approx(2 + 4, abs=0.5), "a pause that grows"
     again = "simclr-dist: RuntimeError: x; starting again from step 0\n"
@@ -119,13 +120,13 @@ def test_crashes_with_one_do_not(launched: Launched, capsys: pytest.CaptureFixtu
     crashes = [ends("crashed", 1, saves=step) for step in range(5, 45, 5)]
     found, agent = launched(*crashes, ends("done", 0, agent=0), max_restarts=1)
     assert (found, len(agent.commands)) == (0, 9)
-    assert {entry["fruitless"] for entry in ledger.entries(Path("run"))} == {0}
+    assert {entry["fruitless"] for entry in read_ledger(Path("run"))} == {0}
     assert "starting again from step 40" in capsys.readouterr().err
 
 
 def test_one_that_dies_without_a_word_is_a_crash(launched: Launched) -> None:
     def killed() -> int:
-        claim = ledger.claim(Path("run"))
+        claim = claim_run(Path("run"))
         claim.beat(7)
         write_status(Path("run"), "running", None)
         claim.release()
@@ -133,28 +134,36 @@ def test_one_that_dies_without_a_word_is_a_crash(launched: Launched) -> None:
 
     found, agent = launched(killed, never_began, ends("done", 0, agent=0), max_restarts=2)
     assert (found, len(agent.commands)) == (0, 3)
-    stop, first, second = ledger.entries(Path("run"))
+    stop, first, second = read_ledger(Path("run"))
     assert (stop["event"], stop["state"], stop["step"]) == ("stop", "crashed", 7)
     assert (first["why"], second["why"]) == ("ended without a word: killed, or cut off", "the ranks ended with 1")
 
 
-RESET = "RuntimeError: gloo: Connection reset by peer"
+LOST = End("crashed", 1, "LostRankError: Connection reset by peer", lost=True)
+MEMORY = End("crashed", 1, "OutOfMemoryError: CUDA")
+SERVER = End("crashed", 1, "ConnectionResetError: the server of the shards: gloo, nccl, timed out")
+KILLED = End("crashed", 1, "ended without a word: killed, or cut off", lost=True)
 
 
 @pytest.mark.parametrize(
-    ("said", "notes", "gone", "expected"),
+    ("end", "notes", "gone", "expected"),
     [
-        (RESET, {0: RESET}, [1], "rank 1 on .* was killed"),
-        (RESET, {0: RESET, 1: "OutOfMemoryError: CUDA"}, [1], "rank 1: OutOfMemoryError: CUDA"),
-        (RESET, {0: RESET, 1: RESET}, [1], "RuntimeError: gloo"),
-        (RESET, {0: RESET}, [], "RuntimeError: gloo"),
-        ("ended without a word: killed, or cut off", {}, [0], "rank 0 on .* was killed"),
-        ("ValueError: x", {0: "ValueError: x"}, [0, 1], "ValueError: x"),
+        (LOST, {0: LOST}, [1], "rank 1 on .* was killed"),
+        (LOST, {0: LOST, 1: MEMORY}, [1], "rank 1: OutOfMemoryError: CUDA"),
+        (LOST, {0: LOST, 1: LOST}, [1], "LostRankError: Connection"),
+        (LOST, {0: LOST}, [], "LostRankError: Connection"),
+        (KILLED, {}, [0], "rank 0 on .* was killed"),
+        (MEMORY, {0: MEMORY}, [0, 1], "OutOfMemoryError: CUDA"),
+        (LOST, {0: LOST, 1: SERVER}, [1], "rank 1: ConnectionResetError"),
+        (SERVER, {0: SERVER}, [1], "ConnectionResetError"),
     ],
-    ids=["killed", "out of memory", "on another machine", "all at once", "rank 0", "its own fault"],
-)
+    ids=[
+        "killed", "out of memory", "on another machine", "all at once", "rank 0", "its own fault",
+        "in words like a lost rank's", "rank 0, in words like a lost rank's",
+    ],
+)  # fmt: skip
 def test_the_reason_is_that_of_the_rank_that_went_first(
-    launched: Launched, monkeypatch: pytest.MonkeyPatch, said: str, notes: dict[int, str], gone: list[int], expected: str
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, end: End, notes: dict[int, End], gone: list[int], expected: str
 ) -> None:
     """And not that of the others, which have lost a connection."""
 
@@ -163,14 +172,20 @@ def test_the_reason_is_that_of_the_rank_that_went_first(
             monkeypatch.setattr(launcher, "children", lambda _, there=there: [100 + rank for rank in there])
             give_up(0)
         for rank, note in notes.items():
-            Path(f"{env[LAST_WORD]}.{rank}").write_text(note)
-        return ends("crashed", 1, reason=said)()
+            with monkeypatch.context() as of_rank:
+                of_rank.setenv(LAST_WORD, env[LAST_WORD])
+                of_rank.setenv("RANK", str(rank))
+                leave_note(note)
+        claim = claim_run(Path("run"))
+        record_end(Path("run"), claim.generation, end)
+        claim.release()
+        return 1
 
     monkeypatch.setattr(launcher, "supervise", supervise)
     monkeypatch.setattr(launcher, "_rank", lambda process: process - 100)
     assert torchrun(2, COMMAND, Path("run")) == 1
     assert re.match(expected, read_status(Path("run"))["reason"])
-    assert re.match(expected, ledger.entries(Path("run"))[-1]["why"])
+    assert re.match(expected, read_ledger(Path("run"))[-1]["why"])
 
 
 def test_what_an_earlier_start_said_is_not_this_ones(launched: Launched) -> None:
@@ -206,7 +221,7 @@ def test_an_earlier_start_may_be_heard_of_late(clock: Clock, monkeypatch: pytest
 def test_after_a_stop_signal_nothing_starts_again(
     launched: Launched, monkeypatch: pytest.MonkeyPatch, end: Callable[[], int], code: int
 ) -> None:
-    monkeypatch.setattr(launcher.signals, "asked", lambda: 15)
+    monkeypatch.setattr(launcher.signals, "requested", lambda: 15)
     found, agent = launched(end, max_restarts=3)
     assert (found, len(agent.commands)) == (code, 1)
 
@@ -214,21 +229,21 @@ def test_after_a_stop_signal_nothing_starts_again(
 def test_a_stop_signal_in_the_pause_is_not_waited_with(
     launched: Launched, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher.signals, "asked", lambda: 15 if clock.now > 0 else 0)
+    monkeypatch.setattr(launcher.signals, "requested", lambda: 15 if clock.now > 0 else 0)
     found, agent = launched(never_began, max_restarts=9)
     assert (found, len(agent.commands)) == (75, 1)
     assert clock.now < 0.5
 
 
 def test_a_run_that_another_start_has_taken_over_is_left_alone(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank's last word is final, and says nothing in a folder that belongs to another."""
-    taken: list[ledger.Claim] = []
+    """The rank's note is final, and says nothing in a folder that belongs to another."""
+    taken: list[Claim] = []
     words: list[Path] = []
 
     def taken_over() -> int:
         write_status(Path("run"), "running", None)
-        taken.append(ledger.claim(Path("run")))
-        words[0].write_text("2")
+        taken.append(claim_run(Path("run")))
+        Path(f"{words[0]}.0").write_text(json.dumps({"state": "failed", "code": 2, "why": "taken over"}))
         return 1
 
     class Told(Agent):
@@ -291,7 +306,7 @@ def test_ranks_that_die_at_once_are_given_up(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("simclr-dist: the ranks ended with 1; starting again from step 0") == 1
-    assert [entry["event"] for entry in ledger.entries(tmp_path / "run")] == ["restart", "gave_up"]
+    assert [entry["event"] for entry in read_ledger(tmp_path / "run")] == ["restart", "gave_up"]
     assert read_status(tmp_path / "run") == {}
 
 
@@ -299,7 +314,7 @@ LATE_RANK = """
 import subprocess, sys, time
 time.sleep(0.5)
 child = subprocess.run([sys.executable, "-c", "from simclr_dist.system import signals; import time; signals.listen();"
-    "time.sleep(0.5); print(signals.asked())"])
+    "time.sleep(0.5); print(signals.requested())"])
 """
 
 

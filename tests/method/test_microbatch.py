@@ -1,4 +1,4 @@
-"""A global batch in pieces gives the gradient of the whole; and a step that is not finite leaves no trace."""
+"""A global batch in micro-batches gives the gradient of the whole; and a step that is not finite leaves no trace."""
 
 import dataclasses
 import functools
@@ -15,7 +15,8 @@ from simclr_dist.method.distributed import World
 from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.method.microbatch import contrastive_backward
 from simclr_dist.method.model import frozen_running_statistics
-from simclr_dist.train.learner import Learner, build_learner, cut, step_metrics, training_step
+from simclr_dist.train.learner import Learner, build_learner, cut, step_metrics
+from simclr_dist.train.loop import training_step
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 CONFIG = Config(
@@ -43,14 +44,14 @@ def _gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 3, 12])
-def test_pieces_equal_the_whole(pieces: int) -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 12])
+def test_micro_batches_equal_the_whole(micro_batches: int) -> None:
     view_a, view_b = _views()
     whole, cut = _model(), _model()
     z_a, z_b = whole(view_a), whole(view_b)
     expected = nt_xent_reference(z_a, z_b, 0.2)
     expected.backward()
-    parts = list(zip(view_a.chunk(pieces), view_b.chunk(pieces), strict=True))
+    parts = list(zip(view_a.chunk(micro_batches), view_b.chunk(micro_batches), strict=True))
     loss, found_a, found_b = contrastive_backward(cut, parts, NTXentLoss(0.2))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
     torch.testing.assert_close(found_a, z_a.detach(), rtol=1e-12, atol=1e-13)
@@ -59,7 +60,7 @@ def test_pieces_equal_the_whole(pieces: int) -> None:
     assert not any(t.requires_grad for t in (loss, found_a, found_b))
 
 
-def test_uneven_pieces_and_accumulation() -> None:
+def test_uneven_micro_batches_and_accumulation() -> None:
     view_a, view_b = _views()
     once, twice = _model(), _model()
     contrastive_backward(once, [(view_a, view_b)], NTXentLoss(0.2))
@@ -91,8 +92,8 @@ def test_both_passes_see_the_same_embeddings() -> None:
     assert torch.equal(plain[1].running_var, model[1].running_var)
 
 
-def test_one_piece_of_activations_at_a_time() -> None:
-    """The point of it all: the graph of a piece is gone before the next is built."""
+def test_one_micro_batch_of_activations_at_a_time() -> None:
+    """The point of it all: the graph of a micro-batch is gone before the next is built."""
     alive, most = 0, 0
 
     class Watch(torch.autograd.Function):
@@ -132,17 +133,17 @@ def _state(learner: Learner) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def _steps(here: World, config: Config, poisoned_rank: int) -> dict[str, Any]:
+def _steps(world: World, config: Config, poisoned_rank: int) -> dict[str, Any]:
     """Two good steps; two where one rank has a bad pixel; a good one."""
-    learner = build_learner(config, here)
-    n = config.global_batch_size // here.size
-    view_a, view_b = (v[here.rank * n : (here.rank + 1) * n].clone() for v in _views(8, 8, torch.float32))
+    learner = build_learner(config, world)
+    n = config.global_batch_size // world.size
+    view_a, view_b = (v[world.rank * n : (world.rank + 1) * n].clone() for v in _views(8, 8, torch.float32))
     for _ in range(2):
         good = training_step(learner, cut(view_a, view_b, config.micro_batches), config, lr=0.1)
     before = _state(learner)
     for value in (torch.nan, torch.inf):
         poisoned = view_b.clone()
-        if here.rank == poisoned_rank:
+        if world.rank == poisoned_rank:
             poisoned[1, 2, 3, 4] = value
         bad = training_step(learner, cut(view_a, poisoned, config.micro_batches), config, lr=0.1)
     kept = all(map(torch.equal, before, _state(learner)))
@@ -209,8 +210,10 @@ def test_clipping_is_counted_and_bounds_the_gradient() -> None:
     assert learner.counters["clipped"] == 0
 
 
-def _poisoned(here: World) -> list[dict[str, Any]]:
-    return [_steps(here, dataclasses.replace(CONFIG, micro_batches=pieces), poisoned_rank=1) for pieces in (1, 2)]
+def _poisoned(world: World) -> list[dict[str, Any]]:
+    return [
+        _steps(world, dataclasses.replace(CONFIG, micro_batches=micro_batches), poisoned_rank=1) for micro_batches in (1, 2)
+    ]
 
 
 def test_all_ranks_skip_when_one_is_not_finite() -> None:
@@ -287,7 +290,7 @@ class _Dropout(nn.Module):
 
 
 def test_both_passes_draw_the_same_random_numbers() -> None:
-    """So the pieces are those of one plain forward of each, and the generator ends where that would leave it."""
+    """So the micro-batches are those of one plain forward of each, and the generator ends where that would leave it."""
     view_a, view_b = _views()
     parts = list(zip(view_a.chunk(3), view_b.chunk(3), strict=True))
     model = _Dropout()

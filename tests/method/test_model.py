@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 
 from networks import images, randomised
+from simclr_dist.config.settings import ENCODERS, STEMS
 from simclr_dist.method.model import ResNet, SimCLR, build_projector, frozen_running_statistics
 
 
@@ -43,6 +44,13 @@ def test_sizes(name: str, width: int, feature_size: int, millions: float) -> Non
         encoder = ResNet(name, width=width)
     assert encoder.feature_size == feature_size
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_name_of_the_settings_is_built(name: str, stem: str) -> None:
+    with torch.device("meta"):
+        ResNet(name, stem=stem)
 
 
 @pytest.mark.parametrize(

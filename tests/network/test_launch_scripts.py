@@ -34,7 +34,7 @@ class Scripts:
 
     def start(self, name: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """launch/NAME.sh; what it says goes to the end of `output`."""
-        command, environment = [LAUNCH / f"{name}.sh", *arguments], {**os.environ, **variables}
+        command, environment = [LAUNCH / f"{name}.sh", *arguments], {**os.environ, "WITHOUT_COMPILER": "1", **variables}
         with (self.folder / "output").open("a") as log:
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, text=True)
         self.processes.append(process)

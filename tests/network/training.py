@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import training_runs
 from network.namespaces import Network, NodeProcess
-from simclr_dist.run import claim as ledger
 from simclr_dist.run.folder import newest_step
-from slurm.training import STEP
+from simclr_dist.run.status import read_ledger
+from slurm.training import STARTUP
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_multi.sh"
 PORT = 29500
@@ -47,7 +47,7 @@ class Run:
         self.run = folder / "run"
         self.launchers: dict[str, NodeProcess] = {}
         settings = {"run_folder": str(self.run), "checkpoint": {"every": INTERVAL}, "timeout_minutes": TIMEOUT_SECONDS / 60}
-        training_runs.write_config(folder, shards, **{**STEP, **settings, **changes})
+        training_runs.write_config(folder, shards, **{**settings, **changes})
 
     def launch(self, *nodes: str, options: Sequence[str] = ()) -> None:
         """The same line on each of `nodes`."""
@@ -55,7 +55,7 @@ class Run:
         variables["TMPDIR"] = str(self.folder)  # of launchers that are killed
         for node in nodes:
             command = (SCRIPT, "config.yaml", "--processes", "1", *options)
-            environment = {**os.environ, **variables}
+            environment = {**os.environ, **variables, **STARTUP}
             self.launchers[node] = self.network.run(node, *command, env=environment, cwd=self.folder, log=self._log(node))
 
     @property
@@ -140,7 +140,7 @@ class Run:
 
     def logs(self) -> str:
         """All that the launchers and the ledger say."""
-        ledger_lines = "\n".join(json.dumps(entry) for entry in ledger.entries(self.run))
+        ledger_lines = "\n".join(json.dumps(entry) for entry in read_ledger(self.run))
         said = "".join(f"--- {node}\n{self.output(node)[-6000:]}" for node in NODES if self._log(node).exists())
         return f"{ledger_lines}\n{said}"
 
@@ -151,7 +151,7 @@ class Run:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
 
 def _kill(processes: list[int]) -> None:

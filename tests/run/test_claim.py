@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from simclr_dist.run import claim as ledger
+from simclr_dist.run import claim
 from simclr_dist.system.errors import ConfigError, TakenOverError
 
 
 def other(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Another process, with `run` and `ledger` at hand."""
-    text = "import os, sys, time\nfrom pathlib import Path\nfrom simclr_dist.run import claim as ledger\n"
+    """Another process, with `run` and `claim` at hand."""
+    text = "import os, sys, time\nfrom pathlib import Path\nfrom simclr_dist.run import claim\n"
     text += f"run = Path(sys.argv[1])\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", text, "."],
@@ -37,7 +37,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def holder(**environment: str) -> subprocess.Popen[str]:
-    process = other("c = ledger.claim(run); c.beat(7); print(c.generation, flush=True); time.sleep(60)", **environment)
+    process = other("c = claim.claim_run(run); c.beat(7); print(c.generation, flush=True); time.sleep(60)", **environment)
     assert process.stdout is not None
     process.stdout.readline()
     return process
@@ -50,15 +50,15 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_starts_are_numbered_and_beats_are_read() -> None:
     run = Path()
-    assert ledger.heartbeat(run) == {}
-    first = ledger.claim(run)
+    assert claim.heartbeat(run) == {}
+    first = claim.claim_run(run)
     first.beat(12)
-    beat = ledger.heartbeat(run)
+    beat = claim.heartbeat(run)
     assert (beat["generation"], beat["step"], beat["ended"]) == (1, 12, False)
     first.beat(9, ended=True)
-    assert (ledger.heartbeat(run)["step"], ledger.heartbeat(run)["ended"]) == (9, True)
+    assert (claim.heartbeat(run)["step"], claim.heartbeat(run)["ended"]) == (9, True)
     first.release()
-    second = ledger.claim(run)
+    second = claim.claim_run(run)
     assert second.generation == 2
     second.release()
 
@@ -67,21 +67,21 @@ def test_a_second_start_is_refused_while_the_first_lives() -> None:
     process = holder()
     try:
         with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on .*, since .*; stop that one first"):
-            ledger.refuse_if_held(Path())
+            claim.refuse_if_held(Path())
         with pytest.raises(ConfigError, match="in use by process"):
-            ledger.claim(Path())
-        assert ledger.is_held(Path())
+            claim.claim_run(Path())
+        assert claim.is_held(Path())
     finally:
         end(process)
-    assert not ledger.is_held(Path())
-    ledger.refuse_if_held(Path())
-    claim = ledger.claim(Path())
-    assert claim.generation == 2
-    claim.release()
+    assert not claim.is_held(Path())
+    claim.refuse_if_held(Path())
+    held = claim.claim_run(Path())
+    assert held.generation == 2
+    held.release()
 
 
 def test_of_many_at_once_one_wins() -> None:
-    racers = [other("ledger.claim(run); print('mine', flush=True); time.sleep(8)") for _ in range(4)]
+    racers = [other("claim.claim_run(run); print('mine', flush=True); time.sleep(8)") for _ in range(4)]
     results = [racer.communicate() for racer in racers]
     assert sorted(out for out, _ in results) == ["", "", "", "mine\n"]
     assert sum("in use by" in error for _, error in results) == 3
@@ -89,33 +89,33 @@ def test_of_many_at_once_one_wins() -> None:
 
 def test_a_start_of_the_same_job_takes_over_and_the_older_one_writes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     process = other(
-        "c = ledger.claim(run); print(1, flush=True); sys.stdin.readline()\ntry:\n    c.check()\n"
-        "except ledger.TakenOverError as error:\n    print(error)",
+        "c = claim.claim_run(run); print(1, flush=True); sys.stdin.readline()\ntry:\n    c.check()\n"
+        "except claim.TakenOverError as error:\n    print(error)",
         SLURM_JOB_ID="7",
     )
     assert process.stdout is not None
     process.stdout.readline()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(ConfigError, match="in use by process"):
-        ledger.claim(Path())  # another process of the same start
+        claim.claim_run(Path())  # another process of the same start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    ledger.refuse_if_held(Path())
-    claim = ledger.claim(Path())
-    claim.check()
+    claim.refuse_if_held(Path())
+    held = claim.claim_run(Path())
+    held.check()
     out, _ = process.communicate("\n")
     assert "taken over by process" in out
     assert ", SLURM job 7" in out
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(TakenOverError, match="this start ends"):
-        ledger.claim(Path())  # the older one must not take it back
-    claim.release()
+        claim.claim_run(Path())  # the older one must not take it back
+    held.release()
 
 
 def test_check_sees_a_later_start() -> None:
-    first = ledger.claim(Path())
+    first = claim.claim_run(Path())
     first.check()
     first.release()
-    second = ledger.claim(Path())
+    second = claim.claim_run(Path())
     second.check()
     with pytest.raises(TakenOverError, match=r"run_folder: '\.' was taken over by"):
         first.check()
@@ -124,12 +124,12 @@ def test_check_sees_a_later_start() -> None:
 
 def test_a_reading_process_does_not_keep_the_lock() -> None:
     """It is forked from the rank and outlives its kill for seconds."""
-    claim = ledger.claim(Path())
+    held = claim.claim_run(Path())
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     child.start()
     try:
-        claim.release()
-        ledger.claim(Path()).release()
+        held.release()
+        claim.claim_run(Path()).release()
     finally:
         child.kill()
         child.join()
@@ -137,9 +137,9 @@ def test_a_reading_process_does_not_keep_the_lock() -> None:
 
 def elsewhere(beat_age: float, *, ended: bool = False) -> None:
     """A start on another machine, whose lock does not reach here."""
-    claim = ledger.claim(Path())
-    claim.beat(5, ended=ended)
-    claim.release()
+    held = claim.claim_run(Path())
+    held.beat(5, ended=ended)
+    held.release()
     path = Path("starts/00000001.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "far"}))
     beat = json.loads(Path("heartbeat").read_text())
@@ -151,26 +151,26 @@ def elsewhere(beat_age: float, *, ended: bool = False) -> None:
 def test_on_a_shared_file_system_a_silent_machine_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], system: str
 ) -> None:
-    monkeypatch.setattr(ledger, "_file_system", lambda _: system)
-    monkeypatch.setattr(ledger, "STALE_SECONDS", 3.0)
+    monkeypatch.setattr(claim, "_file_system", lambda _: system)
+    monkeypatch.setattr(claim, "STALE_SECONDS", 3.0)
     elsewhere(beat_age=0.5)
     began = time.monotonic()
-    ledger.claim(Path()).release()
+    claim.claim_run(Path()).release()
     assert 2 < time.monotonic() - began < 60
     assert "on far, since" in capfd.readouterr().err
 
 
 def test_dead_is_said_of_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ledger.is_dead(Path()), "nobody has started yet"
+    assert claim.is_dead(Path()), "nobody has started yet"
     process = holder()
-    assert not ledger.is_dead(Path())
+    assert not claim.is_dead(Path())
     end(process)
-    assert ledger.is_dead(Path())
-    monkeypatch.setattr(ledger, "_file_system", lambda _: "nfs4")
+    assert claim.is_dead(Path())
+    monkeypatch.setattr(claim, "_file_system", lambda _: "nfs4")
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    assert not ledger.is_dead(Path()), "its lock may not reach us, and it was heard of a moment ago"
-    monkeypatch.setattr(ledger, "STALE_SECONDS", 0.0)
-    assert ledger.is_dead(Path())
+    assert not claim.is_dead(Path()), "its lock may not reach us, and it was heard of a moment ago"
+    monkeypatch.setattr(claim, "STALE_SECONDS", 0.0)
+    assert claim.is_dead(Path())
 
 
 def test_a_start_that_has_not_signed_yet_is_waited_for() -> None:
@@ -178,30 +178,30 @@ def test_a_start_that_has_not_signed_yet_is_waited_for() -> None:
     Path("starts").mkdir()
     Path("starts/00000001.json").touch()
     began = time.monotonic()
-    ledger.claim(Path()).release()
+    claim.claim_run(Path()).release()
     assert 4 < time.monotonic() - began < 60
 
 
 def test_one_that_said_it_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_file_system", lambda _: "nfs4")
+    monkeypatch.setattr(claim, "_file_system", lambda _: "nfs4")
     elsewhere(beat_age=0.5, ended=True)
     began = time.monotonic()
-    ledger.claim(Path()).release()
+    claim.claim_run(Path()).release()
     assert time.monotonic() - began < 20
 
 
 def test_on_a_file_system_of_one_machine_the_lock_is_the_truth() -> None:
     """Containers of one machine have names of their own."""
-    if ledger._file_system(Path()) not in ledger._ONE_MACHINE:
+    if claim._file_system(Path()) not in claim._ONE_MACHINE:
         pytest.skip("the temporary folder is not on a local file system")
     elsewhere(beat_age=0.5)
     began = time.monotonic()
-    ledger.claim(Path()).release()
+    claim.claim_run(Path()).release()
     assert time.monotonic() - began < 20
 
 
 def test_one_that_still_beats_elsewhere_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_file_system", lambda _: "nfs4")
+    monkeypatch.setattr(claim, "_file_system", lambda _: "nfs4")
     elsewhere(beat_age=1.0)
     beating = other(
         "import json\nfor _ in range(40):\n    b = json.loads(Path('heartbeat').read_text())\n"
@@ -209,36 +209,9 @@ def test_one_that_still_beats_elsewhere_is_in_use(monkeypatch: pytest.MonkeyPatc
     )
     try:
         with pytest.raises(ConfigError, match=r"in use by process .* on far"):
-            ledger.claim(Path())
+            claim.claim_run(Path())
     finally:
         end(beating)
-
-
-def test_the_ledger_keeps_what_was_said_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    run = Path()
-    assert ledger.entries(run) == []
-    ledger.record(run, "start", step=3)
-    with Path("ledger.jsonl").open("a") as file:
-        file.write('{"time": 1, "ev')  # a kill in the middle of a line
-    assert [entry["event"] for entry in ledger.entries(run)] == ["start"]
-    ledger.record(run, "stop", why="SIGTERM")
-    assert [entry["event"] for entry in ledger.entries(run)] == ["start", "stop"], "a torn line costs only itself"
-    ledger.record(run / "missing", "stop", why="no folder")
-    assert '"no folder"' in capfd.readouterr().err, "a line that cannot be written is said"
-
-
-def test_a_start_records_what_was_lost() -> None:
-    claim = ledger.claim(Path())
-    claim.started(0, 2)
-    claim.beat(17)
-    claim.release()
-    claim = ledger.claim(Path())
-    claim.started(15, 3)
-    first, second = ledger.entries(Path())
-    assert (first["event"], first["step"], first["steps_lost"], first["generation"]) == ("start", 0, 0, 1)
-    assert (second["step"], second["steps_lost"], second["world_size"], second["generation"]) == (15, 2, 3, 2)
-    assert 0 <= second["seconds_down"] < 5
-    claim.release()
 
 
 def test_a_killed_process_frees_the_folder() -> None:
@@ -246,5 +219,5 @@ def test_a_killed_process_frees_the_folder() -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     began = time.monotonic()
-    ledger.claim(Path()).release()
+    claim.claim_run(Path()).release()
     assert time.monotonic() - began < 20

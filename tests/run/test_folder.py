@@ -1,4 +1,4 @@
-"""The run folder: entered by its own run and no other, and true about what became of it."""
+"""The run folder: entered by its own run and no other."""
 
 import dataclasses
 import importlib.metadata
@@ -10,9 +10,8 @@ import pytest
 
 import simclr_dist
 from simclr_dist.config.settings import Config, DataConfig, LogConfig, LossConfig
-from simclr_dist.run.claim import claim
-from simclr_dist.run.folder import check_run_folder, open_run, read_status, recorded, truncate_metrics, write_status
-from simclr_dist.system.errors import ConfigError, DataError, DivergedError, RankError, SaveError, StoppedError
+from simclr_dist.run.folder import check_run_folder, open_run, truncate_metrics
+from simclr_dist.system.errors import ConfigError
 
 
 @pytest.fixture
@@ -141,64 +140,6 @@ def test_a_damaged_config_yaml_is_refused(config: Config) -> None:
         with pytest.raises(ConfigError, match=r"config\.yaml") as caught:
             check_run_folder(config)
         assert "\n" not in str(caught.value)
-
-
-# status.json
-
-
-@pytest.mark.parametrize(
-    ("error", "state", "code", "reason"),
-    [
-        (None, "done", 0, None),
-        (DataError("bad.tar: torn"), "failed", 2, "bad.tar: torn"),
-        (ConfigError("seed: bad"), "failed", 2, "seed: bad"),
-        (DivergedError("step 3"), "diverged", 3, "step 3"),
-        (ValueError("a\nb"), "crashed", 1, "ValueError: a b"),
-        (StoppedError("SIGTERM"), "preempted", 75, "SIGTERM"),
-        (SaveError("disk full"), "crashed", 1, "SaveError: disk full"),
-        (KeyboardInterrupt(), "crashed", 1, "KeyboardInterrupt: "),
-        (SystemExit(5), "crashed", 1, "SystemExit: 5"),
-    ],
-)
-def test_status_says_how_a_run_ended(
-    tmp_path: Path, error: BaseException | None, state: str, code: int, reason: str | None
-) -> None:
-    def within() -> None:
-        with recorded(tmp_path, claim(tmp_path)):
-            assert (read_status(tmp_path)["state"], read_status(tmp_path)["exit_code"]) == ("running", None)
-            if error:
-                raise error
-
-    assert read_status(tmp_path) == {}
-    if error is None:
-        within()
-    else:
-        with pytest.raises(type(error)) as caught:
-            within()
-        assert caught.value is error, "recorded, not swallowed"
-    status = read_status(tmp_path)
-    assert (status["state"], status["exit_code"], status.get("reason")) == (state, code, reason)
-    assert status["time"] > 1.7e9
-
-
-def test_other_ranks_leave_the_status_alone_unless_they_alone_know(tmp_path: Path) -> None:
-    for error in (DataError("all see it"), DivergedError("x"), ValueError("crash")):
-        with pytest.raises(type(error)), recorded(tmp_path, None):
-            raise error
-        assert read_status(tmp_path) == {}
-    with recorded(tmp_path, None):
-        pass
-    assert read_status(tmp_path) == {}
-    with pytest.raises(RankError), recorded(tmp_path, None):
-        raise RankError("shard-3.tar: unreadable here")
-    assert (read_status(tmp_path)["state"], read_status(tmp_path)["reason"]) == ("failed", "shard-3.tar: unreadable here")
-
-
-def test_status_can_hold_more(tmp_path: Path) -> None:
-    write_status(tmp_path, "running", None, note="x")
-    assert read_status(tmp_path)["note"] == "x"
-    assert read_status(tmp_path / "none") == {}
-    assert read_status(tmp_path / "status.json") == {}, "a file in the folder's place"
 
 
 # metrics.jsonl

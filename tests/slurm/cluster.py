@@ -180,7 +180,7 @@ class Cluster:
                 log = self.folder / "logs/slurmctld"
                 said = "\n".join(log.read_text().splitlines()[-20:]) if log.exists() else ""
                 raise AssertionError(f"not in {seconds:g} s: {what}\n{self.login('squeue', check=False).stdout}\n{said}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def cancel_all(self, seconds: float = 60.0) -> None:
         """No job is left in the queue."""

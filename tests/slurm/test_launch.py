@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import training_runs
-from simclr_dist.run import claim as ledger
+from simclr_dist.run.claim import heartbeat
+from simclr_dist.run.status import read_ledger
 from slurm.cluster import Cluster
-from slurm.training import STEP, Run
+from slurm.training import STARTUP, Run
 
+STEPS = 15
 LAUNCH = Path(__file__).parents[2] / "launch"
 OPTIONS = ("--nodes=2", "--exclusive", "--export=ALL,OMP_NUM_THREADS=1,GLOO_SOCKET_IFNAME=eth0")
 
@@ -22,7 +24,8 @@ OPTIONS = ("--nodes=2", "--exclusive", "--export=ALL,OMP_NUM_THREADS=1,GLOO_SOCK
 def folder(tmp_path: Path, cluster: Cluster) -> Path:
     """A config for a short run, and the package's commands on PATH."""
     shards = training_runs.make_shards(tmp_path)
-    training_runs.write_config(tmp_path, shards, **STEP, steps=25)
+    training_runs.write_config(tmp_path, shards, steps=STEPS)
+    cluster.environment |= STARTUP
     cluster.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return tmp_path
 
@@ -37,7 +40,7 @@ def test_the_batch_scripts(cluster: Cluster, folder: Path) -> None:
     train = sbatch(cluster, folder, *OPTIONS, str(LAUNCH / "train.sbatch"), "config.yaml", "run", "--processes", "1")
     after = ("--dependency", f"afterok:{train}", "--kill-on-invalid-dep=yes")
     evaluate = sbatch(cluster, folder, *after, str(LAUNCH / "eval.sbatch"), "run", shards, shards)
-    cluster.until(lambda: ledger.heartbeat(folder / "run").get("step", 0) > 3, "training runs", 90)
+    cluster.until(lambda: heartbeat(folder / "run").get("step", 0) > 3, "training runs", 90)
     cluster.login("scancel", "--signal=USR2", "--full", str(train))
     cluster.until(lambda: cluster.show(train).get("Restarts") == "1", "the training is requeued")
     assert cluster.wait(train, "COMPLETED", "FAILED", "CANCELLED", seconds=120) == "COMPLETED", said(folder)
@@ -46,8 +49,8 @@ def test_the_batch_scripts(cluster: Cluster, folder: Path) -> None:
     cluster.login("scancel", "--signal=TERM", "--full", str(evaluate))
     cluster.until(lambda: cluster.show(evaluate).get("Restarts") == "1", "the evaluation is requeued")
     assert cluster.wait(evaluate, "COMPLETED", "FAILED", "CANCELLED", seconds=120) == "COMPLETED", said(folder)
-    assert (folder / "run" / "eval" / "step-00000025.json").exists()
-    starts = [entry for entry in ledger.entries(folder / "run") if entry["event"] == "start"]
+    assert (folder / "run" / "eval" / f"step-{STEPS:08d}.json").exists()
+    starts = [entry for entry in read_ledger(folder / "run") if entry["event"] == "start"]
     assert [start["steps_lost"] for start in starts] == [0, 0]
 
 
@@ -61,7 +64,7 @@ def test_a_wrong_config_ends_the_batch_script_with_2(cluster: Cluster, folder: P
 
 def test_submitit_on_one_page(cluster: Cluster, folder: Path) -> None:
     command = [sys.executable, str(LAUNCH / "submit.py"), "config.yaml", "run", "--nodes", "2", "--gpus", "0", "--cpus", "2"]
-    run = Run(cluster, folder, folder / "shards", steps=25)
+    run = Run(cluster, folder, folder / "shards", steps=STEPS)
     printed = cluster.login(*command, env={"GLOO_SOCKET_IFNAME": "eth0"}, cwd=folder).stdout
     run.job = int(printed.split()[1].rstrip(":"))
     run.started(1)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import training_runs
-from simclr_dist.run import claim as ledger
+from simclr_dist.run.claim import heartbeat
+from simclr_dist.run.status import read_ledger
 from slurm.cluster import Cluster
 
-# Steps of 0.2 s and more on two ranks of one thread.
-STEP = {"global_batch_size": 96, "views": {"preset": "small", "image_size": 32}}
+STARTUP = {"STEP_PAUSE": "0.3", "WITHOUT_COMPILER": "1"}  # see tests/startup
 PROFILE = """
 partition: main
 nodes: {nodes}
@@ -36,7 +36,8 @@ class Run:
         self.folder = folder
         self.shards = shards
         self.run = folder / "run"
-        training_runs.write_config(folder, shards, **{**STEP, "run_folder": str(self.run)}, **changes)
+        cluster.environment |= STARTUP
+        training_runs.write_config(folder, shards, **{"run_folder": str(self.run), **changes})
         self.profile()
 
     def profile(self, nodes: int = 2, time: str = "00:30:00", stop_seconds: int = 30) -> None:
@@ -59,11 +60,11 @@ class Run:
     @property
     def step(self) -> int:
         """Steps done, as the heartbeat says."""
-        return int(ledger.heartbeat(self.run).get("step", 0))
+        return int(heartbeat(self.run).get("step", 0))
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """The ledger's entries of a kind."""
-        return [entry for entry in ledger.entries(self.run) if entry["event"] == event]
+        return [entry for entry in read_ledger(self.run) if entry["event"] == event]
 
     def reach(self, step: int, *, start: int | None = None, seconds: float = 120.0) -> None:
         """Wait for a step, and (with `start`) for the ledger to hold so many starts."""
@@ -101,7 +102,7 @@ class Run:
     def logs(self) -> str:
         """All that the jobs and the ledger say."""
         logs = "".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.run.glob("slurm/*_log.*")))
-        entries = "\n".join(json.dumps(entry) for entry in ledger.entries(self.run))
+        entries = "\n".join(json.dumps(entry) for entry in read_ledger(self.run))
         return f"{logs}\n{entries}"
 
     def assert_equal(self, alone: dict[str, Any], step: int) -> None:
@@ -112,12 +113,12 @@ class Run:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(0.2)
 
 
 def alone(folder: Path, shards: Path, steps: int, world_size: int = 2) -> dict[str, Any]:
     """The last checkpoint of a run on this machine that nobody disturbs."""
-    training_runs.write_config(folder, shards, **STEP, steps=steps, checkpoint={"every": 1000})
+    training_runs.write_config(folder, shards, steps=steps, checkpoint={"every": 1000})
     with training_runs.started(folder, world_size) as ranks:
         codes = ranks.wait(900)
         assert codes == [0] * world_size, f"exit codes {codes}\n{ranks.output}"

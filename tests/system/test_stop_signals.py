@@ -29,7 +29,7 @@ def ended(child: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_noted(number: signal.Signals) -> None:
-    child = python(f"signals.listen(); os.kill(os.getpid(), {int(number)}); time.sleep(0.01); print(signals.asked())")
+    child = python(f"signals.listen(); os.kill(os.getpid(), {int(number)}); time.sleep(0.01); print(signals.requested())")
     assert ended(child) == (0, f"{int(number)}\n", "")
     assert signal.Signals(number).name.startswith("SIG")
 
@@ -44,13 +44,19 @@ def test_the_second_ctrl_c_ends_a_process_that_stands_alone() -> None:
         )
 
 
+def test_one_ctrl_c_behind_another_signal_is_no_second_one() -> None:
+    """A terminal interrupts a whole group of processes, and the parent among them may be quicker to hand a stop on."""
+    code = "signals.listen(); [os.kill(os.getpid(), n) or time.sleep(0.01) for n in (15, 2)]; print(signals.requested())"
+    assert ended(python(code)) == (0, "2\n", "")
+
+
 def test_a_signal_before_listen_waits_for_it() -> None:
     """The parent blocks the signals: one that comes while the child imports is neither its end nor lost."""
     parent = (
         "import subprocess\n"
         "with signals.blocked():\n"
         "    child = subprocess.Popen([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(0.5);'\n"
-        "        'from simclr_dist.system import signals; signals.listen(); time.sleep(0.01); print(signals.asked())'],\n"
+        "        'from simclr_dist.system import signals; signals.listen(); time.sleep(0.01); print(signals.requested())'],\n"
         "        stdout=subprocess.PIPE)\n"
         "child.stdout.readline()\n"
         "child.terminate()\n"
@@ -61,15 +67,16 @@ def test_a_signal_before_listen_waits_for_it() -> None:
 
 def test_blocked_gives_the_signals_back() -> None:
     child = python(
-        "signals.listen()\nwith signals.blocked():\n    os.kill(os.getpid(), 15); time.sleep(0.01); print(signals.asked())\n"
-        "time.sleep(0.01); print(signals.asked())"
+        "signals.listen()\nwith signals.blocked():\n"
+        "    os.kill(os.getpid(), 15); time.sleep(0.01); print(signals.requested())\n"
+        "time.sleep(0.01); print(signals.requested())"
     )
     assert ended(child) == (0, "0\n15\n", "")
 
 
 def test_work_without_state_ends_at_once() -> None:
     child = python(
-        "signals.exit_when_asked(75, 'stopped by {signal}')\n"
+        "signals.exit_on_signal(75, 'stopped by {signal}')\n"
         "try:\n    print('ready', flush=True); time.sleep(20)\nfinally:\n    print('cleaned up')"
     )
     assert child.stdout is not None
@@ -83,8 +90,19 @@ def test_work_without_state_ends_at_once() -> None:
     assert time.monotonic() - began < 10
 
 
+def test_a_stop_while_libraries_are_imported() -> None:
+    """At once, as an import may swallow what is raised; one that was noted before counts; afterwards by SystemExit."""
+    begin = "with signals.importing(75, 'stopped by {signal}'):\n"
+    swallows = begin + "    try: os.kill(os.getpid(), 15); time.sleep(5)\n    except BaseException: print('swallowed')"
+    assert ended(python(swallows)) == (75, "", "stopped by SIGTERM\n")
+    noted = "signals.listen(); os.kill(os.getpid(), 10); time.sleep(0.01)\n" + begin + "    print('imported')"
+    assert ended(python(noted)) == (75, "", "stopped by SIGUSR1\n")
+    after = begin + "    pass\ntry: os.kill(os.getpid(), 12); time.sleep(5)\nfinally: print('cleaned up')"
+    assert ended(python(after)) == (75, "cleaned up\n", "stopped by SIGUSR2\n")
+
+
 def test_reading_processes_mind_their_parent_only() -> None:
-    start = "signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS); signals.mind_parent_only(); time.sleep(0.1)\n"
+    start = "signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS); signals.obey_parent_only(); time.sleep(0.1)\n"
     child = python(start + "[os.kill(os.getpid(), n) for n in signals.SIGNALS]; time.sleep(0.1); print('on')")
     assert ended(child) == (0, "on\n", "")
     child = python(start + "print('ready', flush=True); time.sleep(20); print('on')")
@@ -96,9 +114,9 @@ def test_reading_processes_mind_their_parent_only() -> None:
 
 def test_every_way_into_training_listens_before_torch() -> None:
     """Else a signal in the seconds of the import would be the end."""
-    for module in ("simclr_dist.train.__main__", "simclr_dist.cli.main"):
+    for module, arguments in (("cli.train", ["missing.yaml"]), ("cli.main", ["train", "missing.yaml"])):
         code = (
-            f"import {module} as entry\nentry.signals.listen = lambda: (print('torch' in sys.modules), os._exit(0))\n"
-            "entry.main(['train', 'missing.yaml'] if 'cli' in entry.__name__ else ['missing.yaml'])"
+            f"import simclr_dist.{module} as entry\nsignals.listen = lambda: (print('torch' in sys.modules), os._exit(0))\n"
+            f"entry.main({arguments})"
         )
         assert ended(python(code)) == (0, "False\n", "")

@@ -10,8 +10,9 @@ import ranks
 from simclr_dist.config.settings import Config, DataConfig, ModelConfig, OptimConfig, ViewsConfig
 from simclr_dist.method.distributed import World
 from simclr_dist.system.errors import RanksDifferError
-from simclr_dist.train.agreement import StopAgreement, any_asked, check_ranks_agree
-from simclr_dist.train.learner import build_learner, training_step
+from simclr_dist.train.agreement import StopAgreement, any_stop_signal, check_ranks_agree
+from simclr_dist.train.learner import build_learner
+from simclr_dist.train.loop import training_step
 from simclr_dist.train.state import learned_tensors
 
 CPU = torch.device("cpu")
@@ -20,11 +21,11 @@ CPU = torch.device("cpu")
 # To stop
 
 
-def words(here: World, said: list[list[int]]) -> dict[str, Any]:
+def words(world: World, said: list[list[int]]) -> dict[str, Any]:
     """What this rank hears when rank r says said[r][step] at each step."""
     agreement = StopAgreement(CPU)
-    before = any_asked(said[here.rank][0])
-    heard = [agreement.exchange(word) for word in said[here.rank]]
+    before = any_stop_signal(said[world.rank][0])
+    heard = [agreement.exchange(word) for word in said[world.rank]]
     return {"before": before, "heard": heard, "last": agreement.finish(), "nothing": agreement.finish()}
 
 
@@ -41,7 +42,7 @@ def test_before_the_first_step_it_is_heard_at_once() -> None:
 
 def test_alone_it_is_heard_at_once() -> None:
     agreement = StopAgreement(CPU)
-    assert [any_asked(15), agreement.exchange(0), agreement.exchange(10), agreement.finish()] == [15, 0, 10, 0]
+    assert [any_stop_signal(15), agreement.exchange(0), agreement.exchange(10), agreement.finish()] == [15, 0, 10, 0]
 
 
 # On their numbers
@@ -96,16 +97,16 @@ def told(tensors: dict[str, Tensor], step: int = 7) -> str:
     return ""
 
 
-def flips_in_every_kind(here: World) -> list[tuple[str, int | None, str]]:
+def flips_in_every_kind(world: World) -> list[tuple[str, int | None, str]]:
     """(tensor, rank that has another one, what is said)."""
     found: list[tuple[str, int | None, str]] = [("none", None, told(samples()))]
     for number, (name, tensor) in enumerate(samples().items()):
         for element, bit in ((0, 0), (13, 9), (-1, 31), (5, 63)):
             if tensor.numel() and not (name == "not a number" and bit != 0):  # other bits of a NaN do not survive a copy
-                changed = flip(tensor, element, bit) if here.rank == number % 3 else tensor
+                changed = flip(tensor, element, bit) if world.rank == number % 3 else tensor
                 found.append((name, number % 3, told(samples() | {name: changed})))
     two = torch.arange(10.0)
-    swapped = two.flip(0) if here.rank == 1 else two
+    swapped = two.flip(0) if world.rank == 1 else two
     found.append(("order", 1, told({"order": swapped})))
     return found
 
@@ -122,8 +123,8 @@ def test_a_flipped_bit_in_any_kind_of_tensor_is_named() -> None:
                 assert f"; seen by rank {rank}. " in line
 
 
-def differences_of_two(here: World) -> str:
-    changed = {name: flip(tensor, 0, 1) if tensor.numel() and here.rank == 1 else tensor for name, tensor in samples().items()}
+def differences_of_two(world: World) -> str:
+    changed = {name: flip(tensor, 0, 1) if tensor.numel() and world.rank == 1 else tensor for name, tensor in samples().items()}
     return told({name: changed[name] for name in ("int64", "float64")})
 
 
@@ -144,9 +145,9 @@ SMALL = Config(
 )
 
 
-def flips_in_a_learner(here: World) -> dict[str, str]:
-    learner = build_learner(SMALL, here)
-    generator = torch.Generator().manual_seed(here.rank)
+def flips_in_a_learner(world: World) -> dict[str, str]:
+    learner = build_learner(SMALL, world)
+    generator = torch.Generator().manual_seed(world.rank)
     for _ in range(2):
         views = torch.randn(2, 4, 3, 16, 16, generator=generator)
         training_step(learner, [(views[0], views[1])], SMALL, 0.1)
@@ -160,7 +161,7 @@ def flips_in_a_learner(here: World) -> dict[str, str]:
     }.items():
         before = tensor.detach().clone()
         with torch.no_grad():
-            if here.rank == 2:
+            if world.rank == 2:
                 tensor.copy_(flip(tensor.detach(), 1, 0))
             found[name] = told(learned_tensors(learner))
             tensor.copy_(before)

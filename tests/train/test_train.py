@@ -15,14 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training_runs as runs
+from simclr_dist.cli.train import main
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.encoder.file import load_encoder
 from simclr_dist.launch.torchrun import torchrun
-from simclr_dist.system.errors import LAST_WORD
 from simclr_dist.train import state
-from simclr_dist.train.__main__ import _note_crash, main
 
 METRICS = [
     "step",
@@ -189,7 +188,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     metrics = runs.metrics(Path("run"))
     capsys.readouterr()
     before_that = state.environment
-    monkeypatch.setattr(state, "environment", lambda here: {**before_that(here), "world_size": 2})
+    monkeypatch.setattr(state, "environment", lambda world: {**before_that(world), "world_size": 2})
     assert start(shards) == 0
     done = capsys.readouterr()
     assert done.out == "done already: 6 steps; encoder run/encoders/step-00000006.safetensors\n"
@@ -322,7 +321,7 @@ def test_micro_batches(shards: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "24 = 4 micro-batches x 1 rank x 6" in capsys.readouterr().out
     lines = runs.metrics(Path("run"))
     assert {line["loss/negatives_an_anchor"] for line in lines} == {46}
-    # BatchNorm's group is a piece, so its statistics are updated four times a step.
+    # BatchNorm's group is a micro-batch, so its statistics are updated four times a step.
     assert runs.checkpoint(Path("run"), 3)["model"]["encoder.bn1.num_batches_tracked"] == 12
 
 
@@ -416,12 +415,3 @@ def test_a_killed_worker_ends_the_run(shards: Path, tmp_path: Path) -> None:
     assert status()["state"] == "crashed", output
     assert status()["exit_code"] == 1
     assert "DataLoader worker" in status()["reason"]
-
-
-def test_a_note_that_no_disk_takes_hides_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(LAST_WORD, str(tmp_path / "missing" / "word"))
-    _note_crash(ValueError("x"))
-    monkeypatch.setenv(LAST_WORD, str(tmp_path / "word"))
-    monkeypatch.setenv("RANK", "3")
-    _note_crash(ValueError("two\nlines"))
-    assert (tmp_path / "word.3").read_text() == "ValueError: two lines"

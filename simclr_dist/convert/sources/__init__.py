@@ -1,1 +1,1 @@
-"""Where images come from: folders, tables, archives, lists."""
+"""Read images from folders, tables, archives and lists."""

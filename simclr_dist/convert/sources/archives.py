@@ -1,4 +1,4 @@
-"""Images in tars and zips that stay packed. A name in an archive is only a name: nothing is opened or written by it."""
+"""Read images in tars and zips, which stay packed. Nothing is opened or written by a name in them."""
 
 import os
 import re
@@ -22,26 +22,25 @@ from simclr_dist.convert.sources.originals import (
     ReadError,
     Source,
     file_stamp,
-    first_line,
     is_image_name,
     pack_names,
     unpack_names,
 )
-from simclr_dist.convert.sources.tar import tar_members
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.convert.sources.tar import TarMember, tar_members
+from simclr_dist.system.errors import DataError, printable, reason_of
 
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30
-_LONGEST_LABEL = 20
+_LONGEST_LABEL = 64
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
 
 @dataclass(frozen=True)
 class ArchiveChunk:
-    """Consecutive images of the archive at `path`, which messages call `name`; arrays run over its n images.
+    """Consecutive images of the archive at `path`. Messages call it `name`. Arrays run over its n images.
 
-    `places` int64 [n, 5]: where an image begins, its size, and in a zip its packed size, method and CRC-32 (in a tar the
-    packed size is the size, the method 0 and the CRC -1); in a zip it begins with its local header. `labels` int64 [n].
+    `places` int64 [n, 5]: where an image begins, its size, and in a zip its packed size, method and CRC-32. In a tar the
+    packed size is the size, the method 0 and the CRC -1. In a zip an image begins with its local header. `labels` int64 [n].
     """
 
     path: str
@@ -55,15 +54,12 @@ class ArchiveChunk:
         return len(self.labels)
 
     def identity(self) -> bytes:
-        """Names, labels and places."""
         return os.fsencode(self.name) + b"\0" + self.names + self.labels.tobytes() + self.places.tobytes()
 
     def stamp(self) -> bytes:
-        """The archive's size and time of change."""
         return file_stamp(self.path)
 
     def read(self) -> Iterator[Original]:
-        """Each image's bytes, in order; raises DataError when the archive cannot be read any more."""
         rows = zip(unpack_names(self.names), self.labels.tolist(), self.places.tolist(), strict=True)
         try:
             with open(self.path, "rb") as file:  # noqa: PTH123 (a name need not be valid text)
@@ -76,7 +72,7 @@ class ArchiveChunk:
 
 
 def _content(descriptor: int, start: int, size: int, packed: int, method: int, crc: int) -> tuple[bytes, str | None]:
-    """An image's bytes, or b"" and why there are none."""
+    """Read an image's bytes. Returns (bytes, None), or (b"", why there are none)."""
     if size == 0:
         return b"", "an empty file"
     if size > MAX_IMAGE_BYTES or packed > MAX_IMAGE_BYTES:
@@ -105,20 +101,18 @@ def _content(descriptor: int, start: int, size: int, packed: int, method: int, c
 
 @dataclass
 class _Listing:
-    """What an archive holds: its images by columns, since a million objects would not be small."""
+    """An archive's images by columns. A million objects would take much memory. `names` are in order."""
 
-    names: list[str] = field(default_factory=list)
+    names: dict[str, None] = field(default_factory=dict)
     places: "array[int]" = field(default_factory=lambda: array("q"))
-    labels: dict[str, int] | None = None
+    labels: dict[str, int] = field(default_factory=dict)
     rejected: list[Problem] = field(default_factory=list)
     skipped: list[Problem] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
 
     def add(self, archive: str, name: str, problem: str | None, place: Sequence[int]) -> None:
-        """Take an entry for an image, or say why not."""
-        plain = _plain(name)
+        plain = plain_path(name)
         shown = printable(f"{archive}/{name}")
-        reason = problem or why_unsafe(name) or ("twice in the archive" if plain in self.seen else None)
+        reason = problem or why_unsafe(name) or ("twice in the archive" if plain in self.names else None)
         if _is_hidden_path(plain):
             self.skipped.append(Problem(shown, "hidden"))
         elif not is_image_name(plain) and (problem is None or not reason):
@@ -126,12 +120,12 @@ class _Listing:
         elif reason:
             self.rejected.append(Problem(shown, reason))
         else:
-            self.seen.add(plain)
-            self.names.append(plain)
+            self.names[plain] = None
             self.places.extend(place)
 
 
-def _plain(name: str) -> str:
+def plain_path(name: str) -> str:
+    """Leave out empty parts and '.' of a path."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -140,7 +134,7 @@ def _is_hidden_path(plain: str) -> bool:
 
 
 def why_unsafe(name: str) -> str | None:
-    """Why an archive's or a list's name for a file is refused; None when it stays inside."""
+    """Say why a file's name in an archive or list is refused. Returns None when it stays inside."""
     if name.startswith("/") or _DRIVE.match(name):
         return "an absolute path"
     if ".." in name.split("/"):
@@ -149,76 +143,69 @@ def why_unsafe(name: str) -> str | None:
 
 
 def archive_source(source: Path, archives: Sequence[Path]) -> Source:
-    """The images of tars and zips, in the order of `archives` and within each in the archive's own.
+    """Make a source of tars and zips. It keeps the order of `archives` and of each archive.
 
-    Labels: of a tar's `KEY.cls` members (WebDataset) if there are any, -1 for an image without one; else by class folder, as
-    in a folder, after folders that hold everything; -1 where there are none. Links, devices, absolute names, names with '..'
-    and encrypted entries are rejected. Raises DataError for a damaged archive and one without images.
+    Labels come from a tar's `KEY.cls` members (WebDataset) if there are any, -1 for an image without one. Else they come by
+    class folder, as in a folder, after folders that hold everything; -1 where there are none. Links, devices, absolute names,
+    names with '..' and encrypted entries are rejected. Raises DataError for a damaged archive and for one without images.
     """
     listings = [_list_zip(path) if path.suffix.lower() == ".zip" else _list_tar(path) for path in archives]
     names = [name for listing in listings for name in listing.names]
     rejected = tuple(problem for listing in listings for problem in listing.rejected)
     if not names:
-        more = f"; the first of {len(rejected)} that are refused: {rejected[0].name} ({rejected[0].reason})" if rejected else ""
+        more = f"; the first of {len(rejected)} that are refused: {rejected[0]}" if rejected else ""
         raise DataError(f"{source}: no image found in it{more}")
     classes: tuple[str, ...] = ()
     if any(listing.labels for listing in listings):
-        labels = [(listing.labels or {}).get(webdataset_key(name), -1) for listing in listings for name in listing.names]
+        labels = [listing.labels.get(webdataset_key(name), -1) for listing in listings for name in listing.names]
     else:
-        classes, labels = labels_by_folder(source, _without_common_folders(names))
+        # A folder that holds all images belongs to the archive, and is no class.
+        shared = os.path.commonprefix(names).rfind("/") + 1  # noqa: RUF071 (cut at a slash)
+        classes, labels = labels_by_folder(source, [name[shared:] for name in names])
     chunks: list[ArchiveChunk] = []
     first = 0
     for path, listing in zip(archives, listings, strict=True):
         places = np.array(listing.places, dtype=np.int64).reshape(-1, 5)
         for start in range(0, len(listing.names), IMAGES_A_CHUNK):
-            part = slice(start, start + IMAGES_A_CHUNK)
-            packed = pack_names(listing.names[part])
-            own = np.array(labels[first + start : first + start + len(places[part])], dtype=np.int64)
-            chunks.append(ArchiveChunk(str(path), path.name, first + start, packed, own, places[part].copy()))
+            part = places[start : start + IMAGES_A_CHUNK].copy()
+            images = slice(first + start, first + start + len(part))
+            numbers = np.array(labels[images], dtype=np.int64)
+            chunks.append(ArchiveChunk(str(path), path.name, images.start, pack_names(names[images]), numbers, part))
         first += len(listing.names)
     return Source(classes, chunks, rejected, tuple(problem for listing in listings for problem in listing.skipped))
 
 
-def _without_common_folders(names: list[str]) -> list[str]:
-    """Names without the folders that hold all of them: those are the archive's, and no class."""
-    first = names[0].split("/")[:-1]
-    shared = 0
-    for depth in range(1, len(first) + 1):
-        prefix = "/".join(first[:depth]) + "/"
-        if not all(name.startswith(prefix) for name in names):
-            break
-        shared = len(prefix)
-    return [name[shared:] for name in names]
-
-
 def webdataset_key(name: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file's name."""
+    """Return WebDataset's key: the path to the file name's first dot."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.split(".", 1)[0]
 
 
 def is_label(name: str) -> bool:
-    """Whether a member is a WebDataset sample's label: `KEY.cls` in any case, and not `KEY.coarse.cls`."""
+    """Tell whether a member is a WebDataset sample's label. That is `KEY.cls` in any case, and not `KEY.coarse.cls`."""
     return name.removeprefix(webdataset_key(name)).lower() == ".cls"
 
 
 def _list_tar(path: Path) -> _Listing:
     listing = _Listing()
-    labels: dict[str, int] = {}
     with path.open("rb") as file:
         for member in tar_members(path):
-            name = _plain(member.name)
+            name = plain_path(member.name)
             if is_label(name) and member.problem is None and not _is_hidden_path(name):
-                text = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset)
-                labels.setdefault(webdataset_key(name), parse_label(text, f"{path}: {printable(member.name)}"))
+                text = read_label(file.fileno(), member)
+                listing.labels.setdefault(webdataset_key(name), parse_label(text, f"{path}: {printable(member.name)}"))
             else:
                 listing.add(path.name, member.name, member.problem, (member.offset, member.size, member.size, _STORED, -1))
-    listing.labels = labels
     return listing
 
 
+def read_label(descriptor: int, member: TarMember) -> bytes:
+    """Read a label's text. `parse_label` needs no more than the start."""
+    return os.pread(descriptor, min(member.size, _LONGEST_LABEL), member.offset)
+
+
 def parse_label(text: bytes, where: str) -> int:
-    """A label as WebDataset stores it, decimal digits or -1; raises DataError that begins with `where`."""
+    """Parse a label as WebDataset stores it: digits or -1. Raises DataError that begins with `where`."""
     try:
         label = int(text.decode("ascii").strip())
         if -1 <= label < 2**31:
@@ -234,11 +221,11 @@ def _list_zip(path: Path) -> _Listing:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-        raise DataError(f"{path}: not a readable zip ({first_line(error)})") from None
+        raise DataError(f"{path}: not a readable zip ({reason_of(error)})") from None
     if sum(entry.compress_size for entry in entries) > path.stat().st_size:
         raise DataError(f"{path}: its entries overlap, as in a zip bomb; it is not unpacked")
     for entry in entries:
-        name = entry.filename.replace("\\", "/")  # what some Windows programs write; the format asks for slashes
+        name = entry.filename.replace("\\", "/")  # some Windows programs write "\"; the format asks for slashes
         if name.endswith("/"):
             continue
         kind = stat.S_IFMT(entry.external_attr >> 16) if entry.create_system == 3 else 0

@@ -1,6 +1,7 @@
-"""What a user names as the source of images, told apart: folders, tables, archives, lists."""
+"""Find out the kind of a source: folder, table, archive or list."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from simclr_dist.convert.sources.archives import archive_source
@@ -8,12 +9,12 @@ from simclr_dist.convert.sources.folders import folder_source, walk
 from simclr_dist.convert.sources.lists import list_source
 from simclr_dist.convert.sources.originals import Problem, Source, is_image_name, split_names
 from simclr_dist.convert.sources.tables import table_source
+from simclr_dist.data.manifest import MANIFEST_NAME
 from simclr_dist.system.errors import ConfigError, DataError, printable
 
 _TABLES = (".parquet", ".arrow")
 _ARCHIVES = (".tar", ".zip")
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_MANIFEST = "manifest.parquet"
 
 
 def find_source(source: str | Path, *, image_column: str | None = None, label_column: str | None = None) -> Source:
@@ -22,14 +23,13 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     `source` is a folder with a folder for each class (labels by sorted name), a flat folder of images (label -1), a file
     .parquet, .arrow (file or stream), .tar, .zip or .csv, a folder of Parquet or Arrow files or of archives, or a pattern for
     such files like `data/train-*.parquet`. Tables are read as Hugging Face writes them: image bytes in `image` or `img`, an
-    integer `label` (null and -1: none), class names in the schema; `image_column` and `label_column` ('none': no labels) name
-    others, also of a list. See `archive_source` and `list_source` for those.
-
-    Raises DataError when there is nothing to read or when it is unclear what to read; ConfigError for a column where there are
-    none.
+    integer `label` (null and -1: none), class names in the schema. `image_column` and `label_column` ('none': no labels) name
+    others, also of a list. `archive_source` and `list_source` describe those. Raises DataError when there is nothing to read or
+    it is unclear what to read, ConfigError for a column where there are none.
     """
     source = Path(source)
-    # Not Path's own, which raise for a name that is longer than any file's.
+    unknown = DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")
+    # Not Path's own: they raise for a name that is longer than any file's.
     if not os.path.exists(source) and "*" in source.name:  # noqa: PTH110 (as said above)
         paths = sorted(source.parent.glob(source.name))
         kinds = {path.suffix.lower() for path in paths}
@@ -42,8 +42,7 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     elif os.path.isdir(source):  # noqa: PTH112 (the same)
         return _folder(source, image_column, label_column)
     else:
-        raise DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")
-
+        raise unknown
     kind = Path(names[0]).suffix.lower()
     if kind in _TABLES:
         return table_source(root, names, image_column, label_column)
@@ -54,17 +53,17 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
         return archive_source(source, [root / name for name in names])
     if kind in _PACKED:
         raise DataError(f"{source}: is compressed; unpack that first (images are read by their place), or make it a .zip")
-    raise DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file")
+    raise unknown
 
 
 def _folder(source: Path, image_column: str | None, label_column: str | None) -> Source:
     root = source.resolve()
     names, rejected, skipped = walk(root)
-    # What datasets.map leaves beside a table is another table, made of it.
-    made = {name for name in names if name.endswith(".arrow") and name.split("/")[-1].startswith("cache-")}
-    tables = [name for name in names if name.lower().endswith(_TABLES) and name not in made]
+    # datasets.map leaves such a file beside a table: a second table, made from the first.
+    caches = {name for name in names if name.endswith(".arrow") and name.split("/")[-1].startswith("cache-")}
+    tables = [name for name in names if name.lower().endswith(_TABLES) and name not in caches]
     archives = [name for name in names if name.lower().endswith(_ARCHIVES)]
-    if _MANIFEST in tables and archives:
+    if MANIFEST_NAME in tables and archives:
         raise DataError(f"{source}: is a folder of shards already; to shard them anew, name its tars, like '{source}/*.tar'")
     if tables:
         kinds = {Path(name).suffix.lower() for name in tables}
@@ -72,19 +71,15 @@ def _folder(source: Path, image_column: str | None, label_column: str | None) ->
             raise DataError(f"{source}: holds .parquet and .arrow files; name those of one kind, like '{source}/*.parquet'")
         splits = split_names(tables, folders=False)
         if len(splits) > 1:
-            end = kinds.pop()
-            raise DataError(
-                f"{source}: holds several splits ({', '.join(splits)}); name one, like '{source}/*{splits[0]}*{end}'"
-            )
-        found = table_source(root, tables, image_column, label_column)
-        left = tuple(Problem(printable(name), "made by datasets.map") for name in sorted(made))
-        return Source(found.classes, found.chunks, found.rejected, left)
+            cure = f"name one, like '{source}/*{splits[0]}*{kinds.pop()}'"
+            raise DataError(f"{source}: holds several splits ({', '.join(splits)}); {cure}")
+        skipped = [Problem(printable(name), "made by datasets.map") for name in sorted(caches)]
+        return replace(table_source(root, tables, image_column, label_column), skipped=tuple(skipped))
     _refuse_columns(source, image_column, label_column)
     if archives and not any(map(is_image_name, names)):
-        found = archive_source(source, [root / name for name in archives])
-        others = set(names) - set(archives)
-        left = tuple(Problem(printable(name), "no archive") for name in sorted(others))
-        return Source(found.classes, found.chunks, (*rejected, *found.rejected), (*skipped, *left, *found.skipped))
+        packed = archive_source(source, [root / name for name in archives])
+        others = [Problem(printable(name), "no archive") for name in sorted(set(names) - set(archives))]
+        return replace(packed, rejected=(*rejected, *packed.rejected), skipped=(*skipped, *others, *packed.skipped))
     return folder_source(source, root, names, rejected, skipped)
 
 

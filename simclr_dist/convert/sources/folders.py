@@ -1,4 +1,4 @@
-"""Images that are files: class folders or a flat folder, walked without following links out of it."""
+"""Read image files from class folders or a flat folder. The walk follows no link out of it."""
 
 import hashlib
 import os
@@ -28,10 +28,7 @@ from simclr_dist.system.errors import DataError, printable
 
 @dataclass(frozen=True)
 class FileChunk:
-    """Consecutive image files under `root`: packed relative paths, and label int64 [n] of each.
-
-    With `only_inside`, a file that a link leads out of `root` is a problem (a list may name any path).
-    """
+    """Image files under `root`: packed relative paths, labels int64 [n]. `only_inside`: links must not lead out of `root`."""
 
     root: str
     first: int
@@ -41,31 +38,24 @@ class FileChunk:
 
     @classmethod
     def of(cls, root: str, first: int, files: Sequence[tuple[str, int]], *, only_inside: bool = False) -> "FileChunk":
-        """The chunk of these (relative path, label), one or more."""
+        """Make a chunk of (relative path, label), one or more."""
         labels = np.array([label for _, label in files], dtype=np.int64)
         return cls(root, first, pack_names(name for name, _ in files), labels, only_inside)
 
     @property
     def files(self) -> list[tuple[str, int]]:
-        """(relative path, label) of each file."""
         return list(zip(unpack_names(self.names), self.labels.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def identity(self) -> bytes:
-        """Names and labels."""
         return self.names + self.labels.tobytes()
 
     def stamp(self) -> bytes:
-        """A digest of the files' sizes and times of change."""
-        digest = hashlib.sha256()
-        for name in unpack_names(self.names):
-            digest.update(file_stamp(self._path(name)))
-        return digest.digest()
+        return hashlib.sha256(b"".join(file_stamp(self._path(name)) for name in unpack_names(self.names))).digest()
 
     def read(self) -> Iterator[Original]:
-        """Each file's bytes, in order."""
         inside = os.path.join(os.path.realpath(self.root), "")  # noqa: PTH118
         for index, (name, label) in enumerate(self.files, self.first):
             path = self._path(name)
@@ -73,11 +63,11 @@ class FileChunk:
                 yield Original(index, name, label, b"", problem="a link out of the list's folder")
                 continue
             try:
-                # A pipe would keep who opens it waiting.
-                with open(path, "rb", opener=_at_once) as file:
+                # Opening a pipe would wait.
+                with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
                     about = os.fstat(file.fileno())
-                    size = about.st_size
-                    problem = "an empty file" if size == 0 else "larger than 1 GiB" if size > MAX_IMAGE_BYTES else None
+                    problem = "larger than 1 GiB" if about.st_size > MAX_IMAGE_BYTES else None
+                    problem = problem if about.st_size else "an empty file"
                     problem = problem if stat.S_ISREG(about.st_mode) else "not a regular file"
                     content = b"" if problem else file.read()
             except OSError as error:
@@ -88,12 +78,7 @@ class FileChunk:
         return os.path.join(self.root, name)  # noqa: PTH118
 
 
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def file_chunks(root: str, files: Sequence[tuple[str, int]], *, only_inside: bool = False) -> list[FileChunk]:
-    """(relative path, label) of files under `root`, cut into chunks."""
     return [
         FileChunk.of(root, first, files[first : first + IMAGES_A_CHUNK], only_inside=only_inside)
         for first in range(0, len(files), IMAGES_A_CHUNK)
@@ -101,7 +86,7 @@ def file_chunks(root: str, files: Sequence[tuple[str, int]], *, only_inside: boo
 
 
 def walk(root: Path) -> tuple[list[str], list[Problem], list[Problem]]:
-    """Relative paths of all regular files under root, sorted; rejected links that lead out; skipped hidden names."""
+    """List regular files under root, links that lead out, hidden names. All are relative paths, and each list is sorted."""
     names: list[str] = []
     rejected: list[Problem] = []
     skipped: list[Problem] = []
@@ -129,12 +114,12 @@ def walk(root: Path) -> tuple[list[str], list[Problem], list[Problem]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no part of a data set."""
+    """Tell whether a name is hidden. Hidden files and folders are no part of a data set."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def why_not_followed(root: Path, link: Path) -> str | None:
-    """Why a link is left out; None for one to a file under `root`."""
+    """Say why a link is left out. Returns None for a link to a file under `root`."""
     try:
         target = link.resolve(strict=True)
     except (OSError, RuntimeError):
@@ -145,20 +130,20 @@ def why_not_followed(root: Path, link: Path) -> str | None:
 
 
 def folder_source(source: Path, root: Path, names: list[str], rejected: list[Problem], skipped: list[Problem]) -> Source:
-    """Class folders or a flat folder, of what `walk(root)` gave."""
+    """Make a source of class folders or a flat folder. Its lists are what `walk(root)` returned."""
     images = [name for name in names if is_image_name(name)]
     skipped = skipped + [Problem(printable(name), "no image's file extension") for name in names if not is_image_name(name)]
     if not images:
         raise DataError(f"{source}: no image found (of {len(names)} files none ends in {', '.join(sorted(IMAGE_SUFFIXES))})")
     classes, labels = labels_by_folder(source, images)
-    files = list(zip(images, labels, strict=True))
-    return Source(classes, file_chunks(str(root), files), tuple(rejected), tuple(skipped))
+    chunks = file_chunks(str(root), list(zip(images, labels, strict=True)))
+    return Source(classes, chunks, tuple(rejected), tuple(skipped))
 
 
 def labels_by_folder(source: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, sorted, and the label of each name, by its first folder: (), and -1 for all, where no name has one.
+    """Label each name by its first folder. Returns the sorted classes too. Without folders: () and -1 for all.
 
-    Raises DataError where some have a folder and some have not, and where the folders are splits and no classes.
+    Raises DataError where only some have a folder, and where the folders are splits and no classes.
     """
     flat = next((name for name in names if "/" not in name), None)
     folders = sorted({name.split("/", 1)[0] for name in names if "/" in name})

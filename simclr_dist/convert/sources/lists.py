@@ -1,10 +1,11 @@
-"""A CSV file that lists images and labels."""
+"""Read a CSV file that lists images and labels."""
 
 import csv
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_dist.convert.sources.archives import why_unsafe
+from simclr_dist.convert.sources.archives import plain_path, why_unsafe
 from simclr_dist.convert.sources.folders import file_chunks
 from simclr_dist.convert.sources.originals import Problem, Source
 from simclr_dist.convert.sources.tables import NO_LABEL
@@ -17,13 +18,12 @@ _LONGEST_LABEL = 20
 
 
 def list_source(path: Path, image_column: str | None = None, label_column: str | None = None) -> Source:
-    """The images that a CSV file (UTF-8, commas) lists, in its order, with paths relative to its folder.
+    """Make a source of a CSV file (UTF-8, commas), in its order. Paths are relative to its folder.
 
-    The first row is a header when one of its cells is in `PATH_COLUMNS`, or when a column is asked for; without a header the
-    columns are path and label, or path alone. Labels are integers from -1 (or empty: none), or names of classes, numbered as
-    sorted. Paths that are absolute or lead out of the folder, and paths that come again, are rejected. Raises DataError for
-    a file that is no such list, where it is unclear which column is the label, and for labels that are partly numbers, partly
-    names.
+    The first row is a header when one of its cells is in `PATH_COLUMNS`, or when a column is named. Without a header the
+    columns are path and label, or path alone. Labels are integers from -1 (or empty: none), or names of classes, numbered in
+    sorted order. Paths that are absolute or lead out of the folder, and repeated paths, are rejected. Raises DataError for
+    another file, where it is unclear which column is the label, and for labels that are partly numbers, partly names.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -50,29 +50,28 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
     files: list[tuple[str, int]] = []
     rejected: list[Problem] = []
     seen: set[str] = set()
-    for number, (line, row) in enumerate(rows):
-        name = "/".join(part for part in row[image].split("/") if part not in ("", "."))
+    for (line, row), number in zip(rows, labels or itertools.repeat(-1), strict=False):
+        name = plain_path(row[image])
         reason = why_unsafe(row[image]) or ("no path" if not name else "listed twice" if name in seen else None)
         if reason:
             rejected.append(Problem(printable(f"{path.name}:{line}: {row[image]}"), reason))
         else:
             seen.add(name)
-            files.append((name, labels[number] if labels else -1))
+            files.append((name, number))
     if not files:
-        first = f"; the first: {rejected[0].name} ({rejected[0].reason})" if rejected else ""
-        raise DataError(f"{path}: lists no image that can be used{first}")
+        raise DataError(f"{path}: lists no image that can be used" + (f"; the first: {rejected[0]}" if rejected else ""))
     return Source(classes, file_chunks(str(path.resolve().parent), files, only_inside=True), tuple(rejected))
 
 
 def _header(path: Path, header: list[str], image_column: str | None, label_column: str | None) -> tuple[int, int | None]:
-    """Numbers of the path's and the label's column."""
+    """Return the numbers of the path's and the label's column."""
     names = [cell.strip() for cell in header]
     lower = [name.lower() for name in names]
 
-    def place(wanted: str | None, option: str, known: Sequence[str]) -> int | None:
+    def place(wanted: str | None, option: str, usual: Sequence[str]) -> int | None:
         if wanted is not None and wanted not in names:
             raise DataError(f"{path}: no column {wanted!r} ({option}); its first line has {', '.join(names)}")
-        return names.index(wanted) if wanted is not None else next((lower.index(name) for name in known if name in lower), None)
+        return names.index(wanted) if wanted is not None else next((lower.index(name) for name in usual if name in lower), None)
 
     image = place(image_column, "--image-column", PATH_COLUMNS)
     if image is None:
@@ -87,15 +86,14 @@ def _header(path: Path, header: list[str], image_column: str | None, label_colum
 
 
 def _labels(path: Path, cells: list[tuple[int, str]]) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, () for integers, and the labels of (line, text)."""
+    """Read labels from (line, text). Returns class names, () for integers, and the labels."""
     numbers = [(line, text) for line, text in cells if text.removeprefix("-").isdecimal()]
     names = [(line, text) for line, text in cells if text and not text.removeprefix("-").isdecimal()]
     if not names:
         labels = [int(text[:_LONGEST_LABEL]) if text else -1 for _, text in cells]
         for (line, text), label in zip(cells, labels, strict=True):
             if not -1 <= label < 2**31 or len(text) > _LONGEST_LABEL:
-                shown = text[:_LONGEST_LABEL]
-                raise DataError(f"{path}: line {line}: {shown} is no label; it takes an integer from 0, or -1")
+                raise DataError(f"{path}: line {line}: {text[:_LONGEST_LABEL]} is no label; it takes an integer from 0, or -1")
         return (), labels
     if numbers:
         (line, name), (other, digits) = names[0], numbers[0]

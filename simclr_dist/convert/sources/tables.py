@@ -1,5 +1,6 @@
-"""Images in a column: Parquet files, and Arrow files or streams, among them those that Hugging Face's `datasets` keeps."""
+"""Read images in a column of Parquet files, Arrow files or streams. Hugging Face's `datasets` keeps them so."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,33 +10,27 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_dist.convert.sources.originals import IMAGES_A_CHUNK, Original, ReadError, Source, file_stamp, first_line
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.convert.sources.originals import IMAGES_A_CHUNK, Original, ReadError, Source, file_stamp
+from simclr_dist.system.errors import DataError, printable, reason_of
 
 NO_LABEL = "none"
 
 _ROWS_A_BATCH = 64
-_ARROW_FILE = b"ARROW1"
 
 
 class Columns(NamedTuple):
-    """Where a table has its images and labels: `image` is a column, or `column.bytes` inside a struct."""
+    """A table's columns; `image` is a column, or `column.bytes` inside a struct."""
 
     image: str
     label: str | None
     classes: tuple[str, ...]
 
-    @property
-    def read(self) -> list[str]:
-        """The columns to read."""
-        return [self.image, *([self.label] if self.label else [])]
-
 
 @dataclass(frozen=True)
 class TableChunk:
-    """Consecutive row groups of a Parquet file, or record batches of an Arrow file: `groups` of them, from number `group`.
+    """Consecutive row groups (Parquet) or record batches (Arrow) of one file. There are `groups`; the first has number `group`.
 
-    `first` is the index of the first row, `first_row` that row's number in the file `path`, which messages call `name`.
+    `first` is the index of the first row. `first_row` is that row's number in the file `path`, which messages call `name`.
     """
 
     path: str
@@ -51,29 +46,25 @@ class TableChunk:
         return self.rows
 
     def identity(self) -> bytes:
-        """Which rows of which file, and which columns."""
         return json.dumps([self.name, self.first_row, self.rows, self.columns]).encode()
 
     def stamp(self) -> bytes:
-        """The file's size and time of change."""
         return file_stamp(self.path)
 
     def read(self) -> Iterator[Original]:
-        """Each row's image bytes, in order; raises DataError when the file itself is damaged."""
-        batches = _parquet_batches if self.path.lower().endswith(".parquet") else _arrow_batches
+        label, image = self.columns.label, self.columns.image.split(".")[0]
         offset = 0
         try:
-            for batch in batches(self):
-                label = self.columns.label
+            for batch in self._batches():
                 labels = batch.column(label).to_pylist() if label else [None] * len(batch)
-                images = batch.column(self.columns.image.split(".")[0]).to_pylist()
+                images = batch.column(image).to_pylist()
                 for cell, number in zip(images, labels, strict=True):
                     yield self._original(offset, cell, -1 if number is None else number)
                     offset += 1
         except OSError as error:
-            raise ReadError(f"{self.path}: rows from {self.first_row} cannot be read ({first_line(error)})") from None
+            raise ReadError(f"{self.path}: rows from {self.first_row} cannot be read ({reason_of(error)})") from None
         except pa.ArrowException as error:
-            raise DataError(f"{self.path}: rows from {self.first_row} cannot be read ({first_line(error)})") from None
+            raise DataError(f"{self.path}: rows from {self.first_row} cannot be read ({reason_of(error)})") from None
         if offset != self.rows:
             raise DataError(f"{self.path}: has changed while it was being read; shard again when nothing writes to it")
 
@@ -85,44 +76,37 @@ class TableChunk:
             problem = f"label {label} is not one of {classes or 'the'} classes"
         return Original(self.first + offset, f"{self.name}#{self.first_row + offset}", label, content, problem=problem)
 
-
-def _parquet_batches(chunk: TableChunk) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(chunk.path) as file:
-        groups = list(range(chunk.group, chunk.group + chunk.groups))
-        yield from file.iter_batches(_ROWS_A_BATCH, row_groups=groups, columns=chunk.columns.read, use_threads=False)
-
-
-def _arrow_batches(chunk: TableChunk) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(chunk.path) as file:
-        for batch in _record_batches(file, chunk.group, chunk.groups):
-            used = batch.select([column.split(".")[0] for column in chunk.columns.read])
-            used.validate(full=True)  # Arrow trusts a file's offsets, and would read past the end with wrong ones
-            for first in range(0, len(used), _ROWS_A_BATCH):
-                yield used.slice(first, _ROWS_A_BATCH)
-
-
-def _record_batches(file: pa.MemoryMappedFile, start: int, count: int) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file, or of a stream, which has to be passed over up to the first; nothing is copied."""
-    if _is_arrow_file(file):
-        reader = pa.ipc.open_file(file)
-        for number in range(start, start + count):
-            yield reader.get_batch(number)
-        return
-    stream = pa.ipc.open_stream(file)
-    for number in range(start + count):
-        batch = stream.read_next_batch()
-        if number >= start:
-            yield batch
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        start, stop = self.group, self.group + self.groups
+        columns = [column for column in (self.columns.image, self.columns.label) if column]
+        if self.path.lower().endswith(".parquet"):
+            with pq.ParquetFile(self.path) as file:
+                groups = list(range(start, stop))
+                yield from file.iter_batches(_ROWS_A_BATCH, row_groups=groups, columns=columns, use_threads=False)
+            return
+        with pa.memory_map(self.path) as file:
+            for batch in _record_batches(_open_arrow(file), start, stop):
+                used = batch.select([column.split(".")[0] for column in columns])
+                used.validate(full=True)  # Arrow's reader does not check a file
+                for first in range(0, len(used), _ROWS_A_BATCH):
+                    yield used.slice(first, _ROWS_A_BATCH)
 
 
-def _is_arrow_file(file: pa.MemoryMappedFile) -> bool:
-    magic = file.read(len(_ARROW_FILE))
+def _open_arrow(file: pa.MemoryMappedFile) -> Any:
+    is_file = file.read(6) == b"ARROW1"
     file.seek(0)
-    return bool(magic == _ARROW_FILE)
+    return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+
+
+def _record_batches(reader: Any, start: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
+    """Read some batches. A stream is passed over up to the first. Nothing is copied."""
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        return map(reader.get_batch, range(start, reader.num_record_batches if stop is None else stop))
+    return itertools.islice(reader, start, stop)
 
 
 def table_source(root: Path, names: list[str], image_column: str | None = None, label_column: str | None = None) -> Source:
-    """The rows of these .parquet or .arrow files under `root`, in the order given; `label_column` 'none' takes no labels.
+    """Make a source of .parquet or .arrow files under `root`. It keeps their order. `label_column` 'none' takes no labels.
 
     Raises DataError for a file that cannot be read, and where it is unclear which columns to take.
     """
@@ -130,13 +114,14 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
     classes: tuple[str, ...] | None = None
     first = 0
     for name in names:
-        path = root / name
+        path, parquet = root / name, name.lower().endswith(".parquet")
         try:
-            schema, groups = _parquet_layout(path) if name.lower().endswith(".parquet") else _arrow_layout(path)
+            schema, groups = _layout(path, parquet)
         except (pa.ArrowException, OSError) as error:
-            kind = "Parquet" if name.lower().endswith(".parquet") else "Arrow"
-            raise DataError(f"{path}: not a readable {kind} file ({first_line(error)})") from None
-        columns = _columns(path, schema, image_column, label_column)
+            kind = "Parquet" if parquet else "Arrow"
+            raise DataError(f"{path}: not a readable {kind} file ({reason_of(error)})") from None
+        label = _label_column(path, schema, label_column)
+        columns = Columns(_image_column(path, schema, image_column), label, _class_names(schema, label))
         if classes is not None and classes != columns.classes:
             raise DataError(f"{path}: its class names differ from those of {names[0]}; shard the files apart")
         classes = columns.classes
@@ -154,31 +139,20 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
     return Source(classes or (), chunks)
 
 
-def _parquet_layout(path: Path) -> tuple[pa.Schema, list[int]]:
-    """Schema, and rows of each row group."""
-    with pq.ParquetFile(path) as file:
-        return file.schema_arrow, [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-
-
-def _arrow_layout(path: Path) -> tuple[pa.Schema, list[int]]:
-    """Schema, and rows of each record batch; the images themselves are not read."""
+def _layout(path: Path, parquet: bool) -> tuple[pa.Schema, list[int]]:
+    """Read the schema, and rows of each row group or record batch. The images themselves are not read."""
+    if parquet:
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow, [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     if path.stat().st_size == 0:
         raise OSError("an empty file")
     with pa.memory_map(str(path)) as file:
-        if _is_arrow_file(file):
-            reader = pa.ipc.open_file(file)
-            return reader.schema, [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
-        stream = pa.ipc.open_stream(file)
-        return stream.schema, [batch.num_rows for batch in stream]
-
-
-def _columns(path: Path, schema: pa.Schema, image_column: str | None, label_column: str | None) -> Columns:
-    label = _label_column(path, schema, label_column)
-    return Columns(_image_column(path, schema, image_column), label, _class_names(schema, label))
+        reader = _open_arrow(file)
+        return reader.schema, [batch.num_rows for batch in _record_batches(reader)]
 
 
 def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
-    """`name`, or `name.bytes` for a struct, of the column that holds image bytes."""
+    """Find the column that holds image bytes. Returns `name`, or `name.bytes` for a struct."""
     columns: dict[str, str] = {}
     for field in schema:
         if "." in field.name or schema.names.count(field.name) > 1:  # not told from a field of a struct, or from another one
@@ -196,11 +170,9 @@ def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
         if name in columns:
             return columns[name]
     if len(columns) != 1:
-        cure = (
-            "name one with --image-column"
-            if columns
-            else "it takes one of type binary, or struct with 'bytes', that is there once and has no dot in its name"
-        )
+        cure = "it takes one of type binary, or struct with 'bytes', that is there once and has no dot in its name"
+        if columns:
+            cure = "name one with --image-column"
         raise DataError(f"{path}: {len(columns)} columns could hold image bytes (of {', '.join(schema.names)}); {cure}")
     return next(iter(columns.values()))
 
@@ -208,22 +180,17 @@ def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
 def _label_column(path: Path, schema: pa.Schema, wanted: str | None) -> str | None:
     if wanted == NO_LABEL:
         return None
-    if wanted is None:
-        others = sorted(
-            name for name, feature in _features(schema).items() if isinstance(feature, dict) and feature.get("names")
-        )
-        if "label" not in schema.names and others:
-            raise DataError(
-                f"{path}: no column 'label', but classes in {', '.join(others)}; choose with --label-column {others[0]}, "
-                f"or --label-column {NO_LABEL}"
-            )
-        wanted = "label" if "label" in schema.names else None
-    elif wanted not in schema.names:
+    if wanted is None and "label" not in schema.names:
+        if others := sorted(name for name, feature in _features(schema).items() if feature.get("names")):
+            cure = f"choose with --label-column {others[0]}, or --label-column {NO_LABEL}"
+            raise DataError(f"{path}: no column 'label', but classes in {', '.join(others)}; {cure}")
+        return None
+    wanted = "label" if wanted is None else wanted
+    if wanted not in schema.names:
         raise DataError(f"{path}: no column {wanted!r} (--label-column); it has {', '.join(schema.names)}")
-    if wanted and ("." in wanted or schema.names.count(wanted) > 1):
+    if "." in wanted or schema.names.count(wanted) > 1:
         raise DataError(f"{path}: column {wanted!r} comes twice or has a dot in its name; rename it")
-    if wanted and not pa.types.is_integer(schema.field(wanted).type):
-        kind = schema.field(wanted).type
+    if not pa.types.is_integer(kind := schema.field(wanted).type):
         raise DataError(f"{path}: column {wanted!r} is {kind}; make it an integer, -1 for no label")
     return wanted
 
@@ -232,17 +199,15 @@ def _is_binary(kind: pa.DataType) -> bool:
     return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What Hugging Face's schema metadata says of each column; {} where there is none."""
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Read each column's feature from Hugging Face's schema metadata. Returns {} where there is none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
         return {}
-    return features if isinstance(features, dict) else {}
+    return {k: v for k, v in features.items() if isinstance(v, dict)} if isinstance(features, dict) else {}
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """Names by label; () when the schema has none."""
-    feature = _features(schema).get(label) if label else None
-    names = feature.get("names") if isinstance(feature, dict) else None
+    names = _features(schema).get(label, {}).get("names") if label else None
     return tuple(printable(str(name)) for name in names) if isinstance(names, list) else ()

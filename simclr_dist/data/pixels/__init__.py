@@ -1,1 +1,1 @@
-"""Encoded bytes to pixels, and pixels to other sizes."""
+"""Decode bytes to pixels, and resize pixels."""

@@ -1,18 +1,20 @@
-"""One image's bytes as shards store them: decoded once to prove that it is one, re-encoded only where it must be."""
+"""Prepare images for shards. Each is decoded once as a proof, and re-encoded only where it must be."""
 
 import io
+import re
 import struct
 import warnings
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
-from simclr_dist.data.pixels.jpeg import is_sound_jpeg
-from simclr_dist.data.pixels.png import is_sound_png
 from simclr_dist.system.errors import DataError, printable
 
 MAX_PIXELS = 100_000_000
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # A closed list: Pillow's other readers include formats that start programs (EPS) or name other files.
@@ -21,20 +23,20 @@ Image.init()
 _FORMATS = tuple({"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF"} & Image.OPEN.keys())
 _ORIENTATION = 0x0112
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
+_UNPACKED_AT_ONCE = 1 << 20
+_CHANNELS = {0: 1, 2: 3}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
+# In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts.
+_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 class PreparedImage(NamedTuple):
-    """An image as shards store it: 8-bit RGB or gray, upright; `extension` is jpg, png or webp.
+    """An image as shards store it: 8-bit RGB or gray, upright. `extension` is jpg, png or webp.
 
-    `reason` says why it is not stored as it was, "" when it is.
+    `reason` says why it is not stored as it was. It is "" when it is.
     """
 
     content: bytes
@@ -44,12 +46,18 @@ class PreparedImage(NamedTuple):
     reason: str = ""
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Refuse an image of more than 100 megapixels, before it is decoded. Raises DataError."""
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+
+
 def prepare_image(content: bytes, *, short_side: int | None = None, quality: int = 95) -> PreparedImage:
-    """Decode an image fully; return its own bytes where they can stay, else RGB re-encoded.
+    """Decode an image fully. Return its own bytes where they can stay, else RGB re-encoded.
 
     8-bit RGB and gray JPEG, PNG and WebP without EXIF rotation stay unchanged. Others (16 bits, palette, alpha, CMYK, other
     formats, first frame of animations) become RGB, alpha dropped: JPEG at `quality` from JPEG, else PNG. An image whose shorter
-    side exceeds `short_side` is shrunk to it and stored as JPEG. Raises DataError for what cannot be decoded and for more than
+    side exceeds `short_side` is shrunk to it and stored as JPEG. Raises DataError for what cannot be decoded, and for more than
     100 megapixels (before decoding).
     """
     try:
@@ -66,8 +74,7 @@ def prepare_image(content: bytes, *, short_side: int | None = None, quality: int
 def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedImage:
     with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise DataError(f"{width} x {height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+        check_pixels(width, height)
         image.load()
         extension = _KEPT_FORMATS.get(image.format or "")
         orientation = _orientation(image)
@@ -84,16 +91,13 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
     rgb.info = {}  # else the encoder would copy a colour profile that no longer fits
     target = io.BytesIO()
     as_jpeg = shrink or extension == "jpg"
-    if as_jpeg:
-        rgb.save(target, "JPEG", quality=quality)
-    else:
-        rgb.save(target, "PNG")
+    rgb.save(target, **{"format": "JPEG", "quality": quality} if as_jpeg else {"format": "PNG"})
     reason = reason or f"its shorter side exceeds {short_side} pixels"
     return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height, reason)
 
 
 def _why_converted(image: Image.Image, content: bytes, orientation: int) -> str:
-    """What keeps a decoded image from being stored as it is; "" for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
+    """Say why a decoded image is not stored as it is. Returns "" for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
     if image.format not in _KEPT_FORMATS:
         return f"a {image.format} file"
     # Pillow shows 16-bit and 2-bit PNGs in 8-bit modes; the bit depth stands in the header.
@@ -105,11 +109,23 @@ def _why_converted(image: Image.Image, content: bytes, orientation: int) -> str:
         return "a transparent colour"
     if orientation in _UPRIGHT:
         return "rotated by its EXIF block"
-    if image.format == "PNG" and not is_sound_png(content):
+    if image.format == "PNG" and not _is_sound_png(content):
         return "an incomplete or unusual PNG"
-    if image.format in ("JPEG", "MPO") and not is_sound_jpeg(content):
+    if image.format in ("JPEG", "MPO") and not _is_sound_jpeg(content):
         return "an incomplete or unusual JPEG"
     return "an animation" if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 else ""
+
+
+def _is_sound_jpeg(content: bytes) -> bool:
+    """Tell whether a JPEG's segments lead to its end mark. Pillow shows one without it; torchvision's reader does not."""
+    at = 2
+    while (marker := _NEXT_MARKER.search(content, at)) is not None:
+        kind, at = content[marker.end() - 1], marker.end()
+        if kind == 0xD9:
+            return True
+        if kind not in (0xD8, 0x01):  # those two have no length
+            at += int.from_bytes(content[at : at + 2], "big")
+    return False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -126,3 +142,52 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise DataError(f"pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
     return image.convert("RGB")
+
+
+def _is_sound_png(content: bytes) -> bool:
+    """Tell whether a PNG holds exactly the data of its pixels. It is 8-bit gray or RGB, and Pillow has decoded it.
+
+    Pillow shows some that libpng refuses. One of those has ended the process in torchvision's reader (0.29, segmentation
+    fault). Raises DataError where a chunk does not fit its checksum, for its pixels are wrong.
+    """
+    at, packed = len(PNG_SIGNATURE), []
+    while True:
+        try:
+            length, kind = struct.unpack_from(">I4s", content, at)
+            (checksum,) = struct.unpack_from(">I", content, at + 8 + length)
+        except struct.error:
+            return False
+        body = content[at + 8 : at + 8 + length]
+        critical = not kind[0] & 0x20
+        if critical and zlib.crc32(kind + body) != checksum:
+            raise DataError(f"damaged: its {printable(kind.decode('latin-1'))} chunk does not fit its checksum")
+        if kind == b"IDAT":
+            packed.append(body)
+        elif kind == b"IEND":
+            break
+        elif critical and kind not in (b"IHDR", b"PLTE"):
+            return False
+        at += 12 + length
+    return _unpacked_size(b"".join(packed)) == _pixel_data_size(content)
+
+
+def _unpacked_size(packed: bytes) -> int:
+    """Count the bytes of a zlib stream. Returns -1 for one that is damaged, cut off, or followed by more."""
+    unpacker, size = zlib.decompressobj(), 0
+    try:
+        while not unpacker.eof:
+            part = unpacker.decompress(packed, _UNPACKED_AT_ONCE)
+            packed = unpacker.unconsumed_tail
+            if not part and not packed and not unpacker.eof:
+                return -1
+            size += len(part)
+    except zlib.error:
+        return -1
+    return -1 if unpacker.unused_data else size
+
+
+def _pixel_data_size(content: bytes) -> int:
+    width, height, _, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = ((-(-(width - x) // step_x), -(-(height - y) // step_y)) for x, y, step_x, step_y in passes)
+    return sum(rows * (1 + columns * _CHANNELS.get(colour, 0)) for columns, rows in sizes if columns > 0 and rows > 0)

@@ -1,8 +1,8 @@
-"""Many crops of images of one size at once: the same bits as `crop_view` gives one at a time.
+"""Crop many images of one size at once. The bits are those of `crop_view`.
 
-torch's antialiased resize of uint8 images works in integers: weights of 16 bits, each of the two passes rounded to uint8
+torch's antialiased resize of uint8 images works in integers: weights of 16 bits, and each of the two passes rounds to uint8
 (aten/src/ATen/native/cpu/UpSampleKernel.cpp, after Pillow). Whole numbers below 2**24, or 2**53, are exact in floating point,
-so the passes are two batched matrix products here, whatever the order of their sums.
+so the passes are two batched matrix products here, and the order of their sums does not matter.
 """
 
 import functools
@@ -12,51 +12,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simclr_dist.data.order import Rows
 from simclr_dist.data.views.crops import Interpolation
 
-_BITS = 15  # a weight is below 2**15
+_BITS = 15  # a weight is below 2**15 when it is rounded
 _AT_ONCE = 64  # so that a batch and its matrices stay in the cache
 
 
 def crop_views(
-    images: Tensor,
-    which: NDArray[np.int64],
-    box: NDArray[np.int64],
-    flip: NDArray[np.bool_],
-    size: int,
-    interpolation: Interpolation,
+    images: Tensor, which: Rows, box: Rows, flip: NDArray[np.bool_], size: int, interpolation: Interpolation
 ) -> Tensor:
-    """Crops of some images, resized with antialiasing and flipped: uint8 [n, 3, size, size], contiguous.
+    """Crop some images, resize them with antialiasing and flip them. Returns uint8 [n, 3, size, size], contiguous.
 
-    `images` is uint8 [N, 3, h, w], contiguous, `which` [n] an index into it; `box` [n, 4] is top, left, height, width in
+    `images` is uint8 [N, 3, h, w], contiguous, and `which` [n] an index into it. `box` [n, 4] is top, left, height, width in
     pixels. For small images: each is multiplied as a whole.
     """
-    crops = torch.empty(len(box), 3, size, size, dtype=torch.uint8)
-    for start in range(0, len(box), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        _crop(images, which[part], box[part], flip[part], interpolation, crops[part])
-    return crops
-
-
-def _crop(
-    images: Tensor,
-    which: NDArray[np.int64],
-    box: NDArray[np.int64],
-    flip: NDArray[np.bool_],
-    interpolation: Interpolation,
-    crops: Tensor,
-) -> None:
-    count, size, (_, _, height, width) = len(box), crops.shape[-1], images.shape
+    count, (height, width) = len(box), images.shape[-2:]
     down, across = (_matrices(length, size, interpolation) for length in (height, width))
-    top, left, crop_height, crop_width = box.T
     exact = torch.promote_types(down.exact, across.exact)
-    with torch.autocast("cpu", enabled=False):
-        x = images.index_select(0, torch.from_numpy(which)).to(exact).view(count, 3 * height, width)
-        weights, scale = across.of(left, crop_width, flip, exact)
-        x = _rounded(torch.bmm(x, weights.transpose(1, 2)), scale).view(3 * count, height, size)
-        each = np.arange(count).repeat(3)  # channel
-        weights, scale = down.of(top[each], crop_height[each], np.zeros(len(each), dtype=np.bool_), exact)
-        crops.copy_(_rounded(torch.bmm(weights, x), scale).view(crops.shape))
+    crops = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    for part in (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)):
+        top, left, crop_height, crop_width = box[part].T
+        n = len(top)
+        with torch.autocast("cpu", enabled=False):
+            x = images.index_select(0, torch.from_numpy(which[part])).to(exact).view(n, 3 * height, width)
+            weights, scale = across.of(left, crop_width, flip[part], exact)
+            x = _rounded(torch.bmm(x, weights.transpose(1, 2)), scale).view(3 * n, height, size)
+            each = np.arange(n).repeat(3)  # channel
+            weights, scale = down.of(top[each], crop_height[each], np.zeros(len(each), dtype=np.bool_), exact)
+            crops[part].copy_(_rounded(torch.bmm(weights, x), scale).view(n, 3, size, size))
+    return crops
 
 
 def _rounded(x: Tensor, scale: Tensor) -> Tensor:
@@ -64,7 +49,7 @@ def _rounded(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Matrices:
-    """The weights that resize a stretch of 1 to `length` pixels, anywhere in as many, to `size`: whole numbers."""
+    """Whole-number weights that resize any stretch of `length` pixels to `size`."""
 
     def __init__(self, length: int, size: int, interpolation: Interpolation) -> None:
         self._first = np.zeros(length + 1, dtype=np.int64)  # where a number of pixels begins in the table; then by its place
@@ -74,32 +59,28 @@ class _Matrices:
         bits = np.zeros(length + 1)
         for pixels in range(1, length + 1):
             weights = _weights(pixels, size, interpolation)
-            bits[pixels] = _precision(float(weights.max()))
+            largest = weights.max()
+            bits[pixels] = next((places for places in range(22) if 0.5 + largest * 2 ** (places + 1) >= 2**_BITS), 22)
             scaled = weights * 2.0 ** bits[pixels]
             whole = np.trunc(scaled + np.copysign(0.5, scaled))
             for place in range(length + 1 - pixels):
                 table[self._first[pixels] + place, :, place : place + pixels] = whole
-        largest = 255 * np.abs(table).sum(axis=2).max() + 2.0 ** bits.max()
-        self.exact = torch.float32 if largest < 2**24 else torch.float64
+        self.exact = torch.float32 if 255 * np.abs(table).sum(axis=2).max() + 2.0 ** bits.max() < 2**24 else torch.float64
         self._table = torch.from_numpy(np.concatenate([table, table[:, ::-1]])).to(self.exact)
         self._scale = torch.from_numpy(2.0**-bits)
 
-    def of(
-        self, place: NDArray[np.int64], pixels: NDArray[np.int64], flip: NDArray[np.bool_], exact: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Weights [n, size, length], flipped where told, and what a product is to be multiplied with, [n, 1, 1]."""
+    def of(self, place: Rows, pixels: Rows, flip: NDArray[np.bool_], exact: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return weights and factors. Weights [n, size, length], flipped by `flip`; factors of a product, [n, 1, 1]."""
         at = self._first[pixels] + place + flip * self._places
         weights = self._table.index_select(0, torch.from_numpy(at)).to(exact)
         return weights, self._scale[torch.from_numpy(pixels)].to(exact)[:, None, None]
 
 
-@functools.lru_cache(maxsize=8)
-def _matrices(length: int, size: int, interpolation: Interpolation) -> _Matrices:
-    return _Matrices(length, size, interpolation)
+_matrices = functools.lru_cache(maxsize=8)(_Matrices)
 
 
 def _weights(pixels: int, size: int, interpolation: Interpolation) -> NDArray[np.float64]:
-    """[size, pixels]: rows that add up to 1."""
+    """Return weights [size, pixels]. Each row adds up to 1."""
     if pixels == size:
         return np.eye(size)
     scale = pixels / size
@@ -116,11 +97,6 @@ def _weights(pixels: int, size: int, interpolation: Interpolation) -> NDArray[np
 
 
 def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys's kernel with a = -0.5, as Pillow's and torch's antialiased resize have it."""
+    """Evaluate Keys's kernel with a = -0.5. Pillow's and torch's antialiased resize use the same."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, 0))
-
-
-def _precision(largest: float) -> int:
-    """Bits after the point of weights up to `largest`."""
-    return next((bits for bits in range(22) if 0.5 + largest * 2 ** (bits + 1) >= 2**_BITS), 22)

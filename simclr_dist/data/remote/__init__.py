@@ -1,1 +1,1 @@
-"""Shards behind a URL: fetched, kept on the local disk, and fetched ahead."""
+"""Fetch shards behind a URL, ahead of need. Keep them on the local disk."""

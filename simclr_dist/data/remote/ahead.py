@@ -1,4 +1,4 @@
-"""Shards fetched before they are needed, by a thread of the process that will read them."""
+"""Fetch shards before they are needed. A thread of the process that reads them does so."""
 
 import os
 import threading
@@ -11,10 +11,10 @@ _PAUSE = 0.2
 
 
 class Ahead:
-    """Keeps a list of shards in the cache, in the order of need, while the process does other things.
+    """Fetches a list of shards into the cache, in order of need. The process does other things meanwhile.
 
-    What it cannot fetch it leaves: the reader will try itself, and say so. Of several processes that want the same shards
-    each takes one that no other is fetching.
+    It leaves what it cannot fetch: the reader will try, and report it. When several processes want the same shards, each
+    takes one that no other is fetching.
     """
 
     def __init__(self, cache: ShardCache) -> None:
@@ -24,8 +24,11 @@ class Ahead:
         self._left = threading.Event()
         self._process = -1
 
+    def __reduce__(self) -> tuple[type, tuple[ShardCache]]:
+        return Ahead, (self._cache,)  # a copy in another process begins anew
+
     def want(self, shards: Sequence[int]) -> None:
-        """From now on these, soonest needed first, and no others."""
+        """Fetch these from now on, soonest needed first, and no others."""
         if self._process != os.getpid():  # also in a child, which has no threads of its parent
             self._changed, self._left = threading.Event(), threading.Event()
             self._process = os.getpid()
@@ -34,7 +37,7 @@ class Ahead:
         self._changed.set()
 
     def close(self) -> None:
-        """Stop; a fetch that is under way ends with its next failure or with itself."""
+        """Stop fetching. A fetch that is under way goes on until it is done or fails next."""
         if self._process == os.getpid():
             self._left.set()
             self._changed.set()
@@ -45,23 +48,20 @@ class Ahead:
             if left.is_set():
                 return
             changed.clear()
-            more = True
-            while more and not (changed.is_set() or left.is_set()):
-                more = self._once(changed, left)
-                if more:
-                    changed.wait(_PAUSE)  # another process is fetching what is left
+            while not (changed.is_set() or left.is_set()) and self._once(changed, left):
+                changed.wait(_PAUSE)  # another process is fetching what is left
 
     def _once(self, changed: threading.Event, left: threading.Event) -> bool:
-        """Go through the list once; whether something of it is still missing, and may come."""
+        """Go through the list once. Returns whether a shard is still missing and may come."""
         wanted, missing = self._wanted, False
-        for shard in wanted:
-            if changed.is_set() or left.is_set():
-                return True
-            try:
+        try:
+            for shard in wanted:
+                if changed.is_set() or left.is_set():
+                    return True
                 if not self._cache.has(shard):
                     if not self._cache.fetch_ahead(shard, wanted, left.is_set):
                         return False  # no room before some of it has been read
                     missing = missing or not self._cache.has(shard)
-            except UserError:
-                return False
+        except UserError:
+            return False
         return missing

@@ -1,11 +1,10 @@
-"""Remote shards on the local disk: whole, within a limit, shared by the processes of a machine without a server of theirs.
+"""Keep remote shards on the local disk. They are whole, within a limit, and shared by all processes of a machine.
 
-Locks are flock's, which the kernel takes from a process that dies; a shard is written under another name and renamed. So a
-kill at any moment leaves shards that are whole, no lock, and at most a `.part` file that the next process to need room
-removes. A shard is named by what it holds: the same images at another address are found again.
+The kernel takes a lock from a process that dies, and a shard is written under another name and renamed. So a kill at any
+moment leaves whole shards, no lock, and at most a `.part` file. The next process that needs room removes that file. A shard
+is named by its content, so the same images at another address are in the cache already.
 """
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.remote.fetch import Patience, fetch, join
 from simclr_dist.system.errors import ConfigError, UnreachableError, redact
+from simclr_dist.system.files import lock, unlock
 
 FOLDER_VARIABLE = "SIMCLR_DIST_CACHE"
 GIB_VARIABLE = "SIMCLR_DIST_CACHE_GIB"
@@ -39,7 +39,7 @@ os.register_at_fork(after_in_child=_close_held)
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where remote shards are kept, how much of them, and how long a failing server is asked again."""
+    """Folder of the cache, its limit in bytes, patience with failing servers."""
 
     folder: Path
     limit: int
@@ -47,9 +47,9 @@ class CacheSettings:
 
 
 def cache_settings(folder: str = "", gib: float | None = None, *, patience: Patience | None = None) -> CacheSettings:
-    """What is not given comes from SIMCLR_DIST_CACHE and SIMCLR_DIST_CACHE_GIB, else the user's cache folder and 100 GiB.
+    """Fill in missing values from SIMCLR_DIST_CACHE and SIMCLR_DIST_CACHE_GIB. Else use the user's cache folder and 100 GiB.
 
-    `~` and `$VARIABLE` are expanded. Raises ConfigError for a variable that is not set, and a limit that is no number.
+    `~` and `$VARIABLE` are expanded. Raises ConfigError for a variable that is not set, and for a limit that is no number.
     """
     named = folder or os.environ.get(FOLDER_VARIABLE, "")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -68,11 +68,10 @@ def cache_settings(folder: str = "", gib: float | None = None, *, patience: Pati
 
 
 class ShardCache:
-    """The shards of a remote manifest as local files. Safe for any number of processes, and for threads of each."""
+    """The shards of a remote manifest as local files. Many processes and threads may use it at once."""
 
     def __init__(self, manifest: Manifest, settings: CacheSettings) -> None:
-        self._manifest = manifest
-        self._settings = settings
+        self._manifest, self._settings = manifest, settings
         self._ends = manifest.shard_sizes.cumsum()
         self._names: dict[int, str] = {}
         largest = int(manifest.shard_bytes.max())
@@ -82,10 +81,10 @@ class ShardCache:
         except OSError as error:
             raise ConfigError(f"data.cache: {settings.folder}: cannot be made: {error.strerror}; name another folder") from None
         with self._lock("room"):
-            pass  # says now if this disk knows no locks
+            pass  # fails now if this disk cannot lock files
 
     def check_room(self, needed: int, why: str) -> None:
-        """Raises ConfigError when `needed` bytes are more than the limit."""
+        """Refuse a limit of fewer than `needed` bytes; raises ConfigError."""
         if needed > self._settings.limit:
             raise ConfigError(
                 f"data.cache_gib: {self._settings.limit / 2**30:.3g} GiB are too few for {redact(str(self._manifest.folder))}:"
@@ -93,50 +92,45 @@ class ShardCache:
             )
 
     def url(self, shard: int) -> str:
-        """Where the shard comes from."""
         return join(str(self._manifest.folder), self._manifest.shards[shard])
 
     def has(self, shard: int) -> bool:
-        """Whether the shard is here, whole."""
+        """Tell whether the whole shard is in the cache."""
         return self._path(shard).exists()
 
     def open(self, shard: int, needed: Collection[int] = ()) -> int:
-        """A descriptor of the shard's file, fetched first where it is missing; while it is open no process evicts the shard.
+        """Open the shard's file. Fetch it first if it is missing. No process evicts it while it is open.
 
-        `needed` are shards that must not make room for it. Raises UnreachableError when it cannot be fetched, or the limit
-        leaves no room for it.
+        `needed` are shards that must not make room for it. Raises UnreachableError when it cannot be fetched, or has no room.
         """
-        while True:
-            if (descriptor := self.open_if_here(shard)) is not None:
-                return descriptor
+        while (descriptor := self.open_if_here(shard)) is None:
             self._obtain(shard, needed)
+        return descriptor
 
     def open_if_here(self, shard: int) -> int | None:
-        """The same, or None where it would have to be fetched."""
+        """Open the shard's file. Returns None where it would have to be fetched."""
         try:
             descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UnreachableError(f"data.cache: {self._path(shard)}: cannot be read: {error.strerror}") from None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        with suppress(OSError):  # of another user: then it counts as older than it is
+        lock(descriptor, shared=True, wait=True)
+        with suppress(OSError):  # a file of another user: then it counts as older than it is
             os.utime(descriptor)
         return descriptor
 
     def fetch_ahead(self, shard: int, needed: Collection[int], stopped: Callable[[], bool]) -> bool:
-        """Fetch a shard that will be needed, unless another process does so, or all that is here is needed sooner.
+        """Fetch a shard that will be needed. Skip it when another process fetches it, or the whole cache is needed sooner.
 
-        Returns whether there is, or may soon be, more to fetch. Raises UnreachableError as `open`.
+        Returns whether there is, or may soon be, more to fetch. Raises UnreachableError like `open`.
         """
-        with self._lock(self._name(shard), wait=False) as got:
-            if not got or self.has(shard):
-                return True
-            return self._fetch(shard, needed, wait=False, stopped=stopped)
+        with self._lock(self._name(shard), wait=False) as locked:
+            return not locked or self.has(shard) or self._fetch(shard, needed, wait=False, stopped=stopped)
 
     def again(self, shard: int) -> None:
-        """Fetch a shard whose bytes are wrong anew, once as long as it is here; the next `open` opens what there is then."""
-        marker = self._marker(shard, "again")
+        """Remove a shard whose bytes are wrong, once. The next `open` fetches it anew."""
+        marker = self._path(shard, "again")
         with self._lock(self._name(shard)):
             if not marker.exists():
                 marker.touch()
@@ -153,29 +147,25 @@ class ShardCache:
             self._names[shard] = about.hexdigest()[:40]
         return self._names[shard]
 
-    def _path(self, shard: int) -> Path:
-        return self._settings.folder / f"{self._name(shard)}.tar"
-
-    def _marker(self, shard: int, kind: str) -> Path:
+    def _path(self, shard: int, kind: str = "tar") -> Path:
         return self._settings.folder / f"{self._name(shard)}.{kind}"
 
     def _obtain(self, shard: int, needed: Collection[int]) -> None:
-        began, failed = time.time(), self._marker(shard, "failed")
+        began, failed = time.time(), self._path(shard, "failed")
         with self._lock(self._name(shard)):
             if self.has(shard):
                 return
             with suppress(FileNotFoundError):
-                if failed.stat().st_mtime > began:  # while this process waited: it would only fail in the same way
+                if failed.stat().st_mtime > began:  # it failed while this process waited, and would fail again in the same way
                     raise UnreachableError(failed.read_text(encoding="utf-8"))
             self._fetch(shard, needed, wait=True)
 
     def _fetch(self, shard: int, needed: Collection[int], *, wait: bool, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """With the shard's lock held. False where there was no room and `wait` was not."""
+        """Fetch a shard; its lock is held. Without `wait`, returns False where there was no room."""
         size = int(self._manifest.shard_bytes[shard])
         try:
-            for leftover in self._settings.folder.glob(
-                f"{self._name(shard)}.*.part"
-            ):  # of one who had this lock, and was killed
+            # Files of a process that had this lock and was killed.
+            for leftover in self._settings.folder.glob(f"{self._name(shard)}.*.part"):
                 leftover.unlink(missing_ok=True)
             part = self._reserve(shard, size, {self._name(other) for other in needed}, wait)
             if part is None:
@@ -183,7 +173,7 @@ class ShardCache:
             try:
                 with part.open("r+b") as file:
                     fetch(self.url(shard), file, size=size, patience=self._settings.patience, stopped=stopped)
-                with self._lock("room"):  # who counts what is there must not miss it on its way from one name to the other
+                with self._lock("room"):  # a process that counts the files must not miss it while its name changes
                     part.rename(self._path(shard))
             finally:
                 part.unlink(missing_ok=True)
@@ -194,12 +184,12 @@ class ShardCache:
         except UnreachableError as error:
             if not stopped():
                 with suppress(OSError):
-                    self._marker(shard, "failed").write_text(str(error), encoding="utf-8")
+                    self._path(shard, "failed").write_text(str(error), encoding="utf-8")
             raise
         return True
 
     def _reserve(self, shard: int, size: int, needed: set[str], wait: bool) -> Path | None:
-        """An empty file as long as the shard, which so counts as room that is taken; older shards make way for it."""
+        """Reserve room by an empty file as long as the shard. Older shards make way for it."""
         folder, began = self._settings.folder, time.monotonic()
         while True:
             with self._lock("room"):
@@ -219,10 +209,7 @@ class ShardCache:
             time.sleep(_POLL)
 
     def _make_room(self, most: int, needed: set[str]) -> int:
-        """Remove leftovers, then the longest unused shards that nobody reads, until at most `most` bytes are left.
-
-        Returns how many are. Under the lock "room".
-        """
+        """Free room down to `most` bytes: leftovers, then long unused shards. "room" is locked. Returns how many are left."""
         shards, taken = [], 0
         for entry in os.scandir(self._settings.folder):
             with suppress(FileNotFoundError):
@@ -233,8 +220,8 @@ class ShardCache:
                     taken += about.st_size
                 elif kind.endswith("part"):
                     size = entry.stat().st_size
-                    with self._lock(name, wait=False) as left:  # by a process that was killed
-                        if left:
+                    with self._lock(name, wait=False) as abandoned:  # True: its process was killed
+                        if abandoned:
                             Path(entry.path).unlink(missing_ok=True)
                         else:
                             taken += size
@@ -246,24 +233,17 @@ class ShardCache:
         return taken
 
     def _evict(self, name: str) -> bool:
-        path = self._settings.folder / f"{name}.tar"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for kind in ("tar", "again", "failed"):
-                (self._settings.folder / f"{name}.{kind}").unlink(missing_ok=True)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(descriptor)
+        tar, *markers = (self._settings.folder / f"{name}.{kind}" for kind in ("tar", "again", "failed"))
+        with suppress(FileNotFoundError), tar.open("r+b") as file:
+            if not lock(file.fileno()):
+                return False
+            for path in (tar, *markers):
+                path.unlink(missing_ok=True)
         return True
 
     @contextmanager
     def _lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock of that name; yields whether it is held, which without `wait` it may not be."""
+        """Hold the lock of that name. Without `wait`, yields False where another process has it."""
         path = self._settings.folder / "locks" / name
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -271,18 +251,15 @@ class ShardCache:
         except OSError as error:
             raise UnreachableError(f"data.cache: {path}: cannot be opened: {error.strerror}; name another folder") from None
         try:
-            got = True
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                got = False
+                locked = lock(descriptor, wait=wait)
             except OSError as error:
                 raise UnreachableError(
                     f"data.cache: {path}: this disk cannot lock files ({error.strerror}); name a folder on a local disk"
                 ) from None
-            yield got
+            yield locked
         finally:
             _held.discard(descriptor)
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked just now
+                unlock(descriptor)  # also for a child that was forked just now
             os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Bytes from a server: http and https by the standard library, every other protocol by fsspec; tried again when it fails.
+"""Fetch bytes from a server, and try again when it fails. http and https use the standard library, other protocols fsspec.
 
-A fetch goes on trying through refused and cut connections, stalls, trickles and errors of the server (5xx, 429) until
-`Patience` is used up, then names the URL. What waiting cannot cure (denied, not there, not a protocol) is named at once.
+A fetch tries again after refused and cut connections, stalls, trickles and errors of the server (5xx, 429) until
+`Patience` is used up, then names the URL. What waiting cannot cure (denied, not there, not a protocol) is reported at once.
 """
 
 import base64
@@ -16,16 +16,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
-from simclr_dist.system.errors import DataError, UnreachableError, printable, redact
+from simclr_dist.system.errors import DataError, UnreachableError, printable, reason_of, redact
 
 _CHUNK = 1 << 20
 _LARGEST_BLOCK = 16 << 20
-_FEW = 3  # tries at what is probably as the server says: not there, or of another size
+_FEW = 3  # tries where the server is probably right: the file is not there, or has another size
 _MOST_WAIT = 30.0
 _PASSING = (408, 425, 429)
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -33,11 +33,10 @@ _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a failing server is asked again, `seconds` in all, and when a try has failed; all in seconds.
+    """The patience with a failing server. It is tried again for `seconds` in all. All values are in seconds.
 
-    It has when the first byte takes longer than `window`, when `stall` pass without a byte, and when in `window` fewer than
-    `least` bytes a second have come. Nothing else ends a try, however long it takes: a slow link that is faster than this
-    brings a shard of any size.
+    A try fails when the first byte takes longer than `window`, when `stall` pass without a byte, and when in `window` fewer
+    than `least` bytes a second have come. Nothing else ends it: a slow link that is faster brings a shard of any size.
     """
 
     seconds: float = 180.0
@@ -48,7 +47,7 @@ class Patience:
 
 
 class _FailedError(Exception):
-    """One try. `tries`: how many of this kind are enough (None: as many as there is time for)."""
+    """A failed try. After `tries` of its kind no more follow (None: as long as there is time)."""
 
     def __init__(self, reason: str, tries: int | None = None) -> None:
         super().__init__(reason)
@@ -56,34 +55,24 @@ class _FailedError(Exception):
 
 
 def is_url(where: object) -> bool:
-    """Whether a text names a place by protocol, like https://host/folder."""
+    """Tell whether a text names a place by protocol, like https://host/folder."""
     return isinstance(where, str) and _URL.match(where) is not None
 
 
-def has_secret(url: str) -> bool:
-    """Whether the URL has a part that `redact` takes away."""
-    return redact(url) != url
-
-
 def join(base: str, name: str) -> str:
-    """The URL of a file in the folder `base`."""
+    """Build the URL of a file in the folder `base`."""
     return f"{base}/{quote(name) if _is_http(base) else name}"
 
 
 def fetch(
-    url: str,
-    into: BinaryIO,
-    *,
-    size: int | None = None,
-    most: int | None = None,
-    patience: Patience | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> int:
-    """Write the file at `url` to `into`, from its place 0 on, and return the number of bytes.
+    url: str, into: BinaryIO,
+    *, size: int | None = None, most: int | None = None,
+    patience: Patience | None = None, stopped: Callable[[], bool] = lambda: False,
+) -> int:  # fmt: skip
+    """Write the file at `url` to `into`, from its place 0 on. Returns the number of bytes.
 
-    `size` is what it must have, if known; `most` what it may have. `stopped` ends the waiting between tries. Raises
-    UnreachableError, one line with the URL, when the server fails for longer than `patience`; OSError when `into` takes no
-    more.
+    `size` is the size it must have, if known; `most` is the largest allowed. `stopped` ends the waiting between tries. Raises
+    UnreachableError when the server fails for longer than `patience`, and OSError when `into` takes no more.
     """
     patience = patience or Patience()
     began, wait, few = time.monotonic(), patience.first_wait, 0
@@ -91,7 +80,7 @@ def fetch(
         into.seek(0)
         try:
             count = _copy(url, into, size, most, patience)
-            into.truncate(count)  # a try before may have been longer
+            into.truncate(count)  # an earlier try may have written more
             return count
         except _FailedError as error:
             few += error.tries is not None
@@ -119,34 +108,26 @@ def _copy(url: str, into: BinaryIO, size: int | None, most: int | None, patience
 
 
 def _in_time(chunks: Generator[bytes], patience: Patience) -> Iterator[bytes]:
-    """The chunks, made in a thread of its own: protocols wait for hours, and http's timeouts begin anew with each byte."""
-    made: queue.Queue[bytes | Exception] = queue.Queue(maxsize=2)
+    """Read the chunks in their own thread. Protocols may wait for hours, and http's timeouts start again at each byte."""
+    ready: queue.Queue[bytes | Exception] = queue.Queue(maxsize=2)
     left = threading.Event()
-
-    def put(item: bytes | Exception) -> bool:
-        while not left.is_set():
-            try:
-                made.put(item, timeout=0.5)
-            except queue.Full:
-                continue
-            return True
-        return False
 
     def make() -> None:
         try:
             with closing(chunks):
                 for chunk in chunks:
-                    if not put(chunk):
+                    ready.put(chunk)
+                    if left.is_set():
                         return
-            put(b"")
+            ready.put(b"")
         except Exception as error:
-            put(error)
+            ready.put(error)
             if not isinstance(error, _FailedError):
                 raise
 
     def get(most: float) -> bytes:
         try:
-            item = made.get(timeout=most)
+            item = ready.get(timeout=most)
         except queue.Empty:
             raise _FailedError(f"no byte for {most:g} s") from None
         if isinstance(item, Exception):
@@ -156,7 +137,7 @@ def _in_time(chunks: Generator[bytes], patience: Patience) -> Iterator[bytes]:
     threading.Thread(target=make, daemon=True).start()
     try:
         chunk = get(patience.window)
-        came, waited = 0, 0.0  # only waiting counts: what the disk takes is not the server's fault
+        came, waited = 0, 0.0  # only waiting counts: time for the disk is not the server's fault
         while chunk:
             yield chunk
             began = time.monotonic()
@@ -169,6 +150,9 @@ def _in_time(chunks: Generator[bytes], patience: Patience) -> Iterator[bytes]:
                 came, waited = 0, 0.0
     finally:
         left.set()
+        with suppress(queue.Empty):  # then the thread puts no more than two, for which there is room
+            while True:
+                ready.get_nowait()
 
 
 def _is_http(url: str) -> bool:
@@ -183,44 +167,46 @@ def _from_http(url: str, size: int | None, stall: float) -> Generator[bytes]:
     try:
         with urllib.request.build_opener(_Redirects).open(request, timeout=stall) as answer:
             if answer.status != 200:  # 206, say, is a part of the file, which nobody has asked for
-                said = printable(redact(answer.reason or ""))
-                raise _FailedError(f"the server says {answer.status} {said}".rstrip() + ", which is not the whole file", _FEW)
-            told = answer.headers.get("Content-Length")
-            if size is not None and told is not None and told.isdecimal() and int(told) != size:
-                raise _FailedError(f"it has {told} bytes there, the manifest says {size}", _FEW)
+                raise _FailedError(f"{_answer(answer.status, answer.reason or '')}, which is not the whole file", _FEW)
+            length = answer.headers.get("Content-Length")
+            if size is not None and length is not None and length.isdecimal() and int(length) != size:
+                raise _FailedError(f"it has {length} bytes there, the manifest says {size}", _FEW)
             count = 0
             while chunk := answer.read1(_CHUNK):  # read would wait for all of it, through any number of stalls
                 count += len(chunk)
                 yield chunk
-            if told is not None and told.isdecimal() and count != int(told):
-                raise _FailedError(f"the connection ended after {count} of {told} bytes")
+            if length is not None and length.isdecimal() and count != int(length):
+                raise _FailedError(f"the connection ended after {count} of {length} bytes")
     except urllib.error.HTTPError as error:
         error.close()
         kind = {404: _FEW, 410: _FEW}.get(error.code, 1 if error.code < 500 and error.code not in _PASSING else None)
-        # What it says may be an address that it leads to, with a token in it, or some lines.
-        said = redact((str(error.reason).splitlines() or [""])[0])
-        raise _FailedError(f"the server says {error.code} {printable(said)}".rstrip(), kind) from None
+        raise _FailedError(_answer(error.code, str(error.reason)), kind) from None
     except urllib.error.URLError as error:
         final = 1 if isinstance(error.reason, ssl.SSLCertVerificationError) or "unknown url type" in str(error.reason) else None
-        raise _FailedError(_told(error.reason, stall), final) from None
-    except (http.client.InvalidURL, ValueError) as error:  # of a port that is no number, a host that is no name
-        raise _FailedError(_told(error, stall), 1) from None
+        raise _FailedError(_why(error.reason, stall), final) from None
+    except (http.client.InvalidURL, ValueError) as error:  # a port that is no number, a host that is no name
+        raise _FailedError(_why(error, stall), 1) from None
     except (OSError, http.client.HTTPException) as error:
-        raise _FailedError(_told(error, stall)) from None
+        raise _FailedError(_why(error, stall)) from None
+
+
+def _answer(code: int, reason: str) -> str:
+    # The reason may be an address that the server leads to, with a token in it, or some lines.
+    return f"the server says {code} {printable(redact((reason.splitlines() or [''])[0]))}".rstrip()
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """urllib would also follow one to ftp."""
+    """Follows redirects, but none to ftp. urllib would."""
 
     def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        fp.close()  # urllib would read all that comes with it, and a server may send without end
+        fp.close()  # urllib would read the whole answer, and a server may send without end
         if not _is_http(newurl):
             raise urllib.error.HTTPError(newurl, code, "and leads to another protocol, which is not followed", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _netrc_login(url: str) -> str | None:
-    """user:password for the URL's host from ~/.netrc; None without an entry."""
+    """Read user:password for the URL's host from ~/.netrc. Returns None without an entry."""
     try:
         entry = netrc.netrc().hosts.get(urlsplit(url).hostname or "")  # authenticators() would send `default`'s to any host
     except (OSError, netrc.NetrcParseError):
@@ -233,7 +219,7 @@ def _from_fsspec(url: str, stall: float) -> Generator[bytes]:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(url)
-        # Packages bring a block whole, with one more behind it, of 50 MiB by default: a slow link would seem to stall.
+        # Packages fetch whole blocks and one more ahead, of 50 MiB by default: a slow link would seem to stall.
         with filesystem.open(path, "rb", block_size=_CHUNK // 4) as file:
             length, began = _CHUNK, time.monotonic()
             while chunk := file.read(length):
@@ -241,25 +227,20 @@ def _from_fsspec(url: str, stall: float) -> Generator[bytes]:
                 yield chunk
                 length = min(2 * length, _LARGEST_BLOCK) if took < 1 else max(length // 2, _CHUNK)
                 began = time.monotonic()
+    except FileNotFoundError:
+        raise _FailedError("it is not there", _FEW) from None
+    except PermissionError as error:
+        raise _FailedError(f"access is denied ({_why(error, stall)})", 1) from None
     except Exception as error:  # a protocol's package has errors of its own; every one is passed on
-        raise _of_fsspec(url, error, stall) from None
-
-
-def _of_fsspec(url: str, error: Exception, stall: float) -> _FailedError:
-    if isinstance(error, ImportError | ValueError) and (missing := missing_package(url)) is not None:
-        return _FailedError(missing, 1)
-    if isinstance(error, FileNotFoundError):
-        return _FailedError("it is not there", _FEW)
-    if isinstance(error, PermissionError):
-        return _FailedError(f"access is denied ({_told(error, stall)})", 1)
-    return _FailedError(_told(error, stall))
+        missing = missing_package(url) if isinstance(error, ImportError | ValueError) else None
+        raise _FailedError(missing or _why(error, stall), 1 if missing else None) from None
 
 
 def missing_package(url: str) -> str | None:
-    """What to install for a URL's protocol, or that there is no such protocol; None when it can be used."""
-    protocol = url.partition("://")[0].lower()
+    """Say what a URL's protocol lacks: a package, or its existence. Returns None when it can be used."""
     if _is_http(url):
         return None
+    protocol = url.partition("://")[0].lower()
     from fsspec.registry import get_filesystem_class, known_implementations
 
     try:
@@ -274,8 +255,8 @@ def missing_package(url: str) -> str | None:
 
 
 def check_url(url: str) -> None:
-    """Raises DataError for a URL that cannot be read, or must not be written down, as it is."""
-    if has_secret(url):
+    """Refuse a URL that cannot be read or must not be stored. Both mean the URL as it is written. Raises DataError."""
+    if redact(url) != url:
         # It would stand in config.yaml, in checkpoints and in the card of every encoder.
         raise DataError(
             f"{redact(url)}: a URL must hold no user, password, query or fragment, as it is written into the run's files; "
@@ -287,9 +268,7 @@ def check_url(url: str) -> None:
         raise DataError(f"{redact(url)}: {missing}")
 
 
-def _told(error: object, stall: float) -> str:
+def _why(error: object, stall: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no byte for {stall:g} s"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return printable(redact((str(error).splitlines() or [""])[0])) or type(error).__name__
+    return printable(redact(reason_of(error)))

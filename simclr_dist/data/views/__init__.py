@@ -1,1 +1,1 @@
-"""The two random views of an image: drawn, cropped, coloured."""
+"""Make the two random views of an image: draw, crop, colour."""

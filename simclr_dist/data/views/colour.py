@@ -1,8 +1,8 @@
-"""The colour of a view, as `draws` decided it: jitter, gray, blur and normalisation of a batch, on any device.
+"""Jitter, gray, blur and normalise a batch of views, as `draws` decided. Any device will do.
 
-Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. All that is
-used are element-wise operations, per-sample sums of fixed shape, and on the CPU products of one sample's own: on one machine
-a view has the same bits whichever samples share its batch, and neither TF32 nor autocast touches it.
+Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. A view has the same bits whichever
+samples share its batch on one machine, and neither TF32 nor autocast touches it. So only these operations are used:
+element-wise ones, sums over one sample, and on the CPU matrix products of one sample.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from simclr_dist.data.views.crops import normalise_pixels
 from simclr_dist.data.views.draws import ViewDraws, ViewSettings
 
-# Dozens of passes over the pixels: a piece and its scratch should stay in a core's own cache.
+# Dozens of passes over the pixels: some views and their scratch should stay in a core's own cache.
 _CACHE_FLOATS = 2**18
 _HUE = 3
-# A Gaussian's taps below this are left out and shared among the others: together they are below 2e-6.
+# A Gaussian's taps below this are left out and their weight is shared among the others. Together they are below 2e-6.
 _LEAST_TAP = 5e-7
 _BLOCK = 16
 
 
 class _Terms(NamedTuple):
-    """What the pixels of n views are multiplied with, worked out for the whole batch at once."""
+    """Factors for the pixels of n views. They are computed for the whole batch at once."""
 
     hue_at: NDArray[np.int64]
     """[n]: the place of hue among the four operations; 4 without hue, 5 without any."""
@@ -43,9 +43,9 @@ class _Terms(NamedTuple):
 
 
 def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Tensor:
-    """The rest of a view: uint8 [n, 3, s, s] of any device -> float32 [n, 3, s, s], contiguous, normalised.
+    """Finish views on any device. uint8 [n, 3, s, s] -> float32 [n, 3, s, s], contiguous, normalised.
 
-    Jitter with each sample's own factors and order, gray, Gaussian blur with its own sigma. `draws` holds the n samples
+    Jitter uses each sample's own factors and order; gray and Gaussian blur (own sigma) follow. `draws` holds the n samples
     in the order of `crops`; its boxes and flips are not read.
     """
     count, _, size, _ = crops.shape
@@ -55,8 +55,8 @@ def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Ten
     step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (3 * size * size)
     step = max(step, 1)
     for start in range(0, count, step):
-        piece = slice(start, start + step)
-        _colour(crops[piece], terms.part(piece), settings, views[piece])
+        part = slice(start, start + step)
+        _colour(crops[part], terms.part(part), settings, views[part])
     return views
 
 
@@ -75,10 +75,10 @@ def _terms(draws: ViewDraws, size: int) -> _Terms:
 
 
 def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor) -> None:
-    """Writes the views.
+    """Write the views.
 
-    Samples are sorted by the place of hue in their order: then, at each of the four places, hue and the other three
-    operations (blends of one form) are slices of the batch, and nothing is masked or scattered. Then they are sorted by
+    Samples are sorted by the place of hue in their order. Then, at each of the four places, hue and the other three
+    operations (blends of one form) are slices of the batch, and nothing is masked or scattered. Later they are sorted by
     gray and by width of blur, for the same reason.
     """
     by_hue = np.argsort(terms.hue_at, kind="stable")
@@ -103,17 +103,17 @@ def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor)
         x[:grayed] = _gray(x[:grayed])
     for part in (slice(0, grayed), slice(grayed, len(x))):
         if blurred := np.count_nonzero(blur.reach[part]):
-            here = slice(part.start, int(part.start + blurred))
-            _blur(x[here], taps[here], blur.reach[here])
+            views_to_blur = slice(part.start, int(part.start + blurred))
+            _blur(x[views_to_blur], taps[views_to_blur], blur.reach[views_to_blur])
     normalise_pixels(_in_order(x, np.argsort(by_blur)), settings.mean, settings.std, out=views)
 
 
 def _in_order(x: Tensor, order: NDArray[np.int64]) -> Tensor:
-    """The samples of x [n, 3, s, s] in another order."""
+    """Return the samples of x [n, 3, s, s] in another order."""
     if (order[:-1] < order[1:]).all():
         return x
     memory = x.permute(0, 2, 3, 1) if x.is_contiguous(memory_format=torch.channels_last) else x
-    ordered = memory.index_select(0, _to_device(order, x.device))  # far faster on memory as it lies
+    ordered = memory.index_select(0, _to_device(order, x.device))  # far faster in the memory's own layout
     return ordered if memory is x else ordered.permute(0, 3, 1, 2)
 
 
@@ -122,21 +122,21 @@ def _to_device(values: NDArray[np.float32] | NDArray[np.int64], device: torch.de
 
 
 def _gray(x: Tensor) -> Tensor:
-    """Luma of ITU-R 601 with torchvision's digits: [n, 3, s, s] -> [n, 1, s, s]."""
+    """Compute luma (ITU-R 601) with torchvision's digits. [n, 3, s, s] -> [n, 1, s, s]."""
     return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
 def _blend(x: Tensor, kept: Tensor, to_gray: Tensor | None, to_mean: Tensor | None) -> None:
-    """In place: brightness, contrast or saturation, by shares of the image, its gray image and that one's mean.
+    """Blend in place an image, its gray image and that one's mean. This gives brightness, contrast or saturation.
 
-    Shares [n, 1, 1, 1]; None where all are 0, which gives the same bits.
+    The shares are [n, 1, 1, 1]. None stands for shares that are all 0, and gives the same bits.
     """
     if not len(x):
         return
     gray = None if to_gray is None and to_mean is None else _gray(x)
     x.mul_(kept)
     if gray is not None and to_mean is not None:
-        # A mean of means, for rows are too short to be split among threads: the sum's order never depends on the batch.
+        # A mean of means: rows are too short to be split among threads, so the sum's order never depends on the batch.
         x.add_(gray.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True).mul_(to_mean))
     if gray is not None and to_gray is not None:
         x.add_(gray.mul_(to_gray))
@@ -144,11 +144,11 @@ def _blend(x: Tensor, kept: Tensor, to_gray: Tensor | None, to_mean: Tensor | No
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> None:
-    """In place: turns the hue of HSV by `shift` ([n, 1, 1], 1 = the whole circle).
+    """Turn the hue of HSV in place by `shift`. It is [n, 1, 1]; 1 is the whole circle.
 
-    Value and spread (value x saturation) stay, so a channel is value - spread x a trapezoid of its distance to the hue
+    Value and spread (value x saturation) stay. So a channel is value - spread x a trapezoid of its distance to the hue
     that lacks it. The hue itself, in sixths of the circle from red, is +-(value + green + blue - red - 2 least) / spread,
-    with the sign of green - blue: no comparison, which would be torch's slowest operation here.
+    with the sign of green - blue. This needs no comparison, which would be torch's slowest operation here.
     """
     if not len(x):
         return
@@ -161,7 +161,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
     torch.copysign(sixths, green - blue, out=sixths)
     spread = torch.sub(value, least, out=least).clamp_min_(1e-30)
     turn = torch.addcdiv(shift, sixths, spread, value=1 / 6)
-    # Distances count from the lacking hue plus a half, plus 1 to be positive, so that 1/2 after the point is no distance.
+    # Distances count from the lacking hue plus a half (plus 1 to be positive), so that 1/2 after the point means no distance.
     for channel, opposite in ((red, 1 / 2), (green, 1 / 6), (blue, -1 / 6)):
         torch.add(turn, opposite + 1.5, out=channel)
     distance = x.frac_().sub_(0.5).abs_()
@@ -170,7 +170,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
 
 
 def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
-    """Gaussian weights from the centre outwards, [n, radius + 1]; the whole symmetric kernel sums to 1. Sigma 0: 1, 0, 0..."""
+    """Compute Gaussian weights from the centre outwards, [n, radius + 1]. The whole kernel sums to 1. Sigma 0: 1, 0, 0..."""
     wide = np.maximum(sigma[:, None].astype(np.float64), 1e-3)
     half = np.exp(-0.5 * (np.arange(radius + 1) / wide) ** 2)
     kernels: NDArray[np.float64] = half / (2 * half.sum(axis=1, keepdims=True) - 1)
@@ -180,12 +180,12 @@ def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32
 
 
 def _blur(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> None:
-    """In place: rows, then columns, each sample with its own half kernel; borders are reflected.
+    """Blur in place, rows, then columns, each sample with its half kernel. Borders are reflected.
 
-    x [n, 3, s, s]; taps [n, radius + 1, 1, 1]; `reach` [n], falling: the taps of each that are not 0.
+    x [n, 3, s, s]; taps [n, radius + 1, 1, 1]; `reach` [n], falling: the last tap of each that is not 0.
     """
     if x.device.type == "cpu":
-        # Sample by sample, in memory of its own: products of the same shape and alignment, so the same bits in any company.
+        # Sample by sample, in memory of its own: products of the same shape and alignment give the same bits in any batch.
         with torch.autocast("cpu", enabled=False):
             for image, half, radius in zip(x, taps[..., 0, 0], reach.tolist(), strict=True):
                 image.copy_(_blur_by_products(image, half[: radius + 1]))
@@ -207,11 +207,11 @@ def _blur_by_taps(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> Tensor:
 
 
 def _blur_by_products(image: Tensor, half: Tensor) -> Tensor:
-    """[3, s, s] with one half kernel [radius + 1]: a band matrix times blocks of _BLOCK rows with their surroundings."""
+    """Blur [3, s, s] by a half kernel [radius + 1]. A band matrix multiplies blocks of _BLOCK rows and their borders."""
     size, radius = image.shape[-1], len(half) - 1
     blocks, width = -(-size // _BLOCK), _BLOCK + 2 * radius
     filled = blocks * _BLOCK - size
-    # Rows that are one longer than the matrix's move the kernel on by one from row to row.
+    # Each row is one longer than the matrix's. So the kernel moves on by one from row to row.
     skewed = half.new_zeros(_BLOCK, width + 1)
     skewed[:, : 2 * radius + 1] = torch.cat([half.flip(0), half[1:]])
     band = skewed.view(-1)[: _BLOCK * width].view(1, _BLOCK, width).expand(blocks, -1, -1)

@@ -1,4 +1,4 @@
-"""From an image to the views that `draws` decided: the crops, on the CPU, one image at a time.
+"""Crop views as `draws` decided. This runs on the CPU, one image at a time.
 
 `colour` does the rest. Crops follow torchvision's resize of uint8 images.
 """
@@ -17,10 +17,10 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 
 def crop_view(image: Tensor, box: NDArray[np.int64], flip: bool, size: int, interpolation: Interpolation) -> Tensor:
-    """One crop, resized with antialiasing and flipped: uint8 [3, h, w] -> uint8 [3, size, size], on the CPU.
+    """Crop, resize with antialiasing and flip, on the CPU. uint8 [3, h, w] -> uint8 [3, size, size].
 
     `box` is top, left, height, width in pixels. Fastest when `image` lies channels-last in memory, as decoders leave
-    it; so does the result.
+    it; the result lies so too.
     """
     top, left, height, width = box.tolist()
     crop = image[:, top : top + height, left : left + width]
@@ -29,9 +29,9 @@ def crop_view(image: Tensor, box: NDArray[np.int64], flip: bool, size: int, inte
 
 
 def eval_view(image: Tensor, size: int) -> Tensor:
-    """The one view of an evaluation: uint8 [3, h, w] -> uint8 [3, size, size], bicubic and antialiased, on the CPU.
+    """Make an evaluation's view on the CPU, bicubic and antialiased. uint8 [3, h, w] -> uint8 [3, size, size].
 
-    The short side is resized to size x 256/224, from 96 pixels on, or to size below that; then the centre is cut out.
+    From size 96 on, the short side is resized to size x 256/224, below that to size. Then the centre is cut out.
     """
     height, width = image.shape[-2:]
     short = round(size * 256 / 224) if size >= 96 else size
@@ -42,20 +42,20 @@ def eval_view(image: Tensor, size: int) -> Tensor:
 
 
 def normalise(crops: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """uint8 [n, 3, s, s] of any device -> float32: (crop / 255 - mean) / std for each channel."""
+    """Normalise uint8 [n, 3, s, s] of any device to float32. Each channel becomes (crop / 255 - mean) / std."""
     x = crops.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     return normalise_pixels(x, mean, std, out=x)
 
 
 def normalise_pixels(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], *, out: Tensor) -> Tensor:
-    """The same for float pixels in [0, 1], [n, 3, s, s], into `out`, which may be x."""
+    """Normalise float pixels, [n, 3, s, s] in [0, 1], into `out`. `out` may be x."""
     for channel in range(3):
         torch.sub(x[:, channel], mean[channel], out=out[:, channel]).mul_(1 / std[channel])
     return out
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    # torch's uint8 kernel works on interleaved channels and otherwise interleaves by itself, more slowly.
+    # torch's uint8 kernel works on interleaved channels. For others it interleaves by itself, more slowly.
     batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     if image.shape[-2:] == size:
         return batch[0].clone()

@@ -1,7 +1,7 @@
-"""What a view is, decided before any pixel is read: pure functions of (seed, epoch, row, view), in numpy alone.
+"""Draw a view's random numbers before any pixel is read. Pure functions of (seed, epoch, row, view), in numpy alone.
 
-Keeping the draws apart from the pixels makes a view independent of world size, workers and the sample's neighbours in a
-batch, and lets the colour part run batched on whichever device is at hand.
+The draws are kept apart from the pixels. So a view does not depend on world size, workers or its neighbours in a
+batch, and the colour part can run batched on any device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 
-# A fixed slot of uniforms for each decision, so that a setting changes only what it names and never shifts the others.
+# Each decision has a fixed slot of uniforms. So a setting changes only what it names and never shifts the others.
 _ATTEMPTS = 10
 _AREA, _RATIO = slice(0, _ATTEMPTS), slice(_ATTEMPTS, 2 * _ATTEMPTS)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
@@ -78,28 +78,21 @@ class ViewSettings:
         assert min(self.std) > 0
 
 
+_MILD = ViewSettings(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0)
 PRESETS: dict[str, ViewSettings] = {
     "imagenet": ViewSettings(),
-    "small": ViewSettings(
-        image_size=32,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        blur=0.0,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-    ),
-    "blog": ViewSettings(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0),
+    "small": replace(_MILD, image_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "blog": _MILD,
 }
 """`imagenet`: the paper's strength 1. `small`: the paper's CIFAR-10 (strength 0.5, no blur; CIFAR-10's mean and std).
 `blog`: a milder jitter without blur, at 224 pixels."""
 
 
-def preset_views(preset: str, own: Mapping[str, Any]) -> ViewSettings:
-    """A preset with the values put in that are set in `own` (by the names of `ViewSettings`, None where not set)."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-    return replace(PRESETS[preset], **{name: value for name, value in values.items() if value is not None})
+def preset_views(preset: str, changes: Mapping[str, Any]) -> ViewSettings:
+    """Change a preset's values. `changes` has the names of `ViewSettings`; None keeps a value."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(PRESETS[preset], **values)
 
 
 class ViewDraws(NamedTuple):
@@ -122,7 +115,7 @@ class ViewDraws(NamedTuple):
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox4x32-10: 4 random 32-bit words for each 4-word counter.
+    """Compute Philox4x32-10: 4 random 32-bit words for each 4-word counter.
 
     `counter` is [..., 4] and the result has its shape; both hold values below 2**32. Source: Salmon et al., "Parallel
     random numbers: as easy as 1, 2, 3" (SC 2011).
@@ -142,9 +135,9 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 
 
 def uniforms(seed: int, epoch: int, rows: ArrayLike, view: int, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) for each row, [n, count], of 32 random bits each.
+    """Draw `count` numbers in [0, 1) for each row. Returns [n, count], of 32 random bits each.
 
-    A pure function of (seed, epoch, row, view); the first numbers do not depend on `count`. `seed` is below 2**64;
+    A pure function of (seed, epoch, row, view). The first numbers do not depend on `count`. `seed` is below 2**64;
     epoch, rows and view are below 2**32.
     """
     row = np.asarray(rows)
@@ -155,9 +148,8 @@ def uniforms(seed: int, epoch: int, rows: ArrayLike, view: int, count: int) -> N
     assert min(epoch, view) >= 0
     blocks = -(-count // 4)
     counter = np.empty((len(row), blocks, 4), dtype=np.uint64)
-    counter[..., 0] = epoch
+    counter[..., 0], counter[..., 2] = epoch, view
     counter[..., 1] = row.astype(np.uint64)[:, None]
-    counter[..., 2] = view
     counter[..., 3] = np.arange(blocks, dtype=np.uint64)
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
     return words.reshape(len(row), blocks * 4)[:, :count].astype(np.float64) * np.float64(2.0**-32)
@@ -166,11 +158,11 @@ def uniforms(seed: int, epoch: int, rows: ArrayLike, view: int, count: int) -> N
 def draw_views(
     settings: ViewSettings, *, seed: int, epoch: int, rows: ArrayLike, view: int, heights: ArrayLike, widths: ArrayLike
 ) -> ViewDraws:
-    """The parameters of one view of each row: a pure function of its arguments, row by row.
+    """Draw one view of each row. A pure function of the arguments, row by row.
 
-    `rows` are manifest rows, [n]; `heights` and `widths` the sizes of their images in pixels, [n]; `view` is 0 or 1 for
-    the two views. Crops are distributed as torchvision's RandomResizedCrop, jitter as its ColorJitter. One call costs
-    about 0.2 ms however few rows it has, so draw a whole batch at once.
+    `rows` are manifest rows, [n]. `heights` and `widths`, [n], are their images' sizes in pixels. `view` is 0 or 1. Crops
+    are distributed as in torchvision's RandomResizedCrop, jitter as in its ColorJitter. One call takes about 0.2 ms however few
+    rows it has, so draw a whole batch at once.
     """
     u = uniforms(seed, epoch, rows, view, _SLOTS)
     height = np.broadcast_to(np.asarray(heights, dtype=np.int64), len(u))
@@ -193,7 +185,7 @@ def draw_views(
 def _crop_boxes(
     settings: ViewSettings, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Top, left, height, width: the first of ten attempts that fits, else the largest central crop of a fair ratio."""
+    """Return top, left, height, width. The first of ten attempts that fits, else the largest central crop of a fair ratio."""
     smallest, largest = settings.crop_ratio
     area = _between(u[:, _AREA], *settings.crop_scale) * (height * width)[:, None]
     ratio = np.exp(_between(u[:, _RATIO], math.log(smallest), math.log(largest)))
@@ -201,16 +193,16 @@ def _crop_boxes(
     tried_height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (tried_width > 0) & (tried_width <= width[:, None]) & (tried_height > 0) & (tried_height <= height[:, None])
     first = (np.arange(len(u)), fits.argmax(axis=1))
-    found = fits[first]
+    fitted = fits[first]
 
     aspect = width / height
     spare_height = np.where(aspect < smallest, np.rint(width / smallest).astype(np.int64), height)
     spare_width = np.where(aspect > largest, np.rint(height * largest).astype(np.int64), width)
-    crop_height = np.where(found, tried_height[first], spare_height)
-    crop_width = np.where(found, tried_width[first], spare_width)
+    crop_height = np.where(fitted, tried_height[first], spare_height)
+    crop_width = np.where(fitted, tried_width[first], spare_width)
     free_height, free_width = height - crop_height, width - crop_width
-    top = np.where(found, (u[:, _TOP] * (free_height + 1)).astype(np.int64), free_height // 2)
-    left = np.where(found, (u[:, _LEFT] * (free_width + 1)).astype(np.int64), free_width // 2)
+    top = np.where(fitted, (u[:, _TOP] * (free_height + 1)).astype(np.int64), free_height // 2)
+    left = np.where(fitted, (u[:, _LEFT] * (free_width + 1)).astype(np.int64), free_width // 2)
     return np.stack([top, left, crop_height, crop_width], axis=1)
 
 

@@ -1,1 +1,1 @@
-"""Features of images by an encoder: made once for each image, and kept in files."""
+"""Make an encoder's features once for each image; keep them in files."""

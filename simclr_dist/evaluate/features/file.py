@@ -1,8 +1,10 @@
-"""Features as a Parquet file: key, label and embedding of each image, and what they are features of. Needs no torch."""
+"""Write and read features as a Parquet file, without torch. It has each image's key, label and embedding, and their `About`."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import replacing
 
 FORMAT = "simclr_dist features 1"
@@ -22,24 +24,19 @@ Embedding = NDArray[np.float32] | NDArray[np.uint8]
 _METADATA_KEY = b"simclr_dist"
 _ROW_GROUP_BYTES = 64 * 2**20
 _MEANINGS = {
-    "encoder_sha256": "the encoder's sha256",
-    "shape": "the encoder's shape",
-    "layer": "the layer",
-    "image_size": "the image size",
-    "precision": "the precision",
-    "data_digest": "the images' digest",
-    "classes": "the classes",
-}
+    "encoder_sha256": "the encoder's sha256", "shape": "the encoder's shape", "layer": "the layer",
+    "image_size": "the image size", "precision": "the precision",
+    "data_digest": "the images' digest", "classes": "the classes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class About:
-    """What features are features of; two files with the same `About` hold the same numbers, up to rounding.
+    """The origin of features. Two files with the same `About` hold the same numbers, up to rounding.
 
-    `encoder_sha256` is that of the encoder's file, hex, or of what else says which weights; `shape` what its card says of its
-    architecture, as JSON knows it; `layer` what was taken from it ("h"); `image_size` the side of the view in pixels;
-    `precision` "fp32" or "bf16", of the computation (what is stored is float32; of raw pixels "uint8", and so they are stored);
-    `data_digest` that of the images, hex; `classes` names by label, () without.
+    `encoder_sha256` is of the encoder's file (or of its weights), hex; `shape` its architecture, as plain JSON; `image_size`
+    the side of the view in pixels; `precision` "fp32" or "bf16" (both stored as float32), of raw pixels "uint8" (stored so);
+    `data_digest` of the images, hex; `classes` names by label, () without.
     """
 
     encoder_sha256: str
@@ -54,20 +51,20 @@ class About:
     def of_card(
         cls, card: Mapping[str, Any], sha256: str, *, precision: str, data_digest: str, classes: Sequence[str], **shape: Any
     ) -> "About":
-        """Of features by the encoder with this `card` and digest; `shape` is what else they depend on."""
-        shape = {**{name: card[name] for name in ("encoder", "width", "stem", "feature_size")}, **shape}
+        """Describe features of the encoder with this `card` and digest. `shape` is what else they depend on."""
+        shape = {name: card[name] for name in ("encoder", "width", "stem", "feature_size")} | shape
         if weights := card.get("weights"):  # of a file that holds more than the encoder, and not its colours
             shape |= {"prefix": weights["prefix"], "mean": card["mean"], "std": card["std"]}
         shape = json.loads(json.dumps(shape))  # as it is read again
         return cls(sha256, shape, card["layer"], card["image_size"], precision, data_digest, tuple(classes))
 
     def digest(self) -> str:
-        """Hex sha256 of all of it: a name for the file."""
+        """Return the hex sha256 of all fields. It names the file."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 class FeatureTable(NamedTuple):
-    """`key` of each of the n images, `label` int64 [n] (-1: none), `embedding` float32 [n, d] (of raw pixels uint8)."""
+    """Keys, labels, embeddings of n images. `label`: int64 [n] (-1: none). `embedding`: float32 [n, d] (raw pixels: uint8)."""
 
     key: tuple[str, ...]
     label: NDArray[np.int64]
@@ -76,7 +73,7 @@ class FeatureTable(NamedTuple):
 
 
 def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64], embedding: Embedding, about: About) -> None:
-    """Write `path` atomically: columns key (string), label (int64, null for -1), embedding (fixed-size list of float32).
+    """Write features atomically. Columns: key (string), label (int64, null for -1), embedding (fixed-size list of float32).
 
     `label` is [n], `embedding` [n, d] (uint8 stays uint8); `about` goes into the schema's metadata as JSON, under
     "simclr_dist". The same input gives the same bytes. It goes to disk 64 MiB at a time.
@@ -90,19 +87,15 @@ def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64
     assert len(key) == len(label) == len(embedding), "one key and one label a row"
     if not len(key):
         raise DataError(f"{path}: there are no features to write")
-    if len(set(key)) != len(key):
-        seen: set[str] = set()
-        double = next(k for k in key if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+    double, times = Counter(key).most_common(1)[0]
+    if times > 1:
         raise DataError(f"{path}: the key {double!r} stands for two images; rename one of them")
     rows, size = max(1, _ROW_GROUP_BYTES // embedding[0].nbytes), embedding.shape[1]
     schema = _schema(size, pa.from_numpy_dtype(embedding.dtype))
     schema = schema.with_metadata({_METADATA_KEY: json.dumps({"format": FORMAT, **asdict(about)}).encode()})
     packed = "none" if embedding.dtype == np.float32 else "zstd"  # which gains nothing on floats
-    options: dict[str, Any] = {
-        "use_dictionary": ["label"],
-        "compression": {"key": "zstd", "label": "zstd", "embedding.list.element": packed},
-        "write_page_checksum": True,
-    }
+    compression = {"key": "zstd", "label": "zstd", "embedding.list.element": packed}
+    options: dict[str, Any] = {"use_dictionary": ["label"], "compression": compression, "write_page_checksum": True}
     try:
         with replacing(path) as target, pq.ParquetWriter(target, schema, **options) as writer:
             for start in range(0, len(key), rows):
@@ -110,17 +103,15 @@ def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64
                 columns = [
                     pa.array(key[part], type=pa.string()),
                     pa.array(label[part], type=pa.int64(), mask=label[part] < 0),
-                    pa.FixedSizeListArray.from_arrays(
-                        pa.array(embedding[part].reshape(-1)), type=schema.field("embedding").type
-                    ),
+                    pa.FixedSizeListArray.from_arrays(pa.array(embedding[part].reshape(-1)), type=schema.types[2]),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
     except OSError as error:
-        raise DataError(f"{path}: cannot write the features: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
 
 
 def read_features(path: str | Path, expected: About | None = None) -> FeatureTable:
-    """Read and check what `write_features` wrote; with `expected`, only features of exactly that.
+    """Read and check a file of `write_features`. With `expected`, only features of exactly that are taken.
 
     Raises DataError when the file is missing, is not one of ours, is damaged (every page has a checksum), or differs from
     `expected`, naming the first difference.
@@ -135,19 +126,21 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
             if expected is not None:
                 _compare(path, about, expected)
             kind: Any = file.schema_arrow.field("embedding").type if "embedding" in file.schema_arrow.names else None
-            if not _is_ours(file.schema_arrow, kind) or not file.metadata.num_rows:
+            size, values = getattr(kind, "list_size", 0), getattr(kind, "value_type", None)
+            ours = values in (pa.float32(), pa.uint8()) and file.schema_arrow.remove_metadata().equals(_schema(size, values))
+            if not ours or not file.metadata.num_rows:
                 raise _foreign(path)
-            embedding: Any = np.empty((file.metadata.num_rows, kind.list_size), dtype=kind.value_type.to_pandas_dtype())
+            embedding: Any = np.empty((file.metadata.num_rows, size), dtype=kind.value_type.to_pandas_dtype())
             parts, start = [], 0
             for number in range(file.num_row_groups):  # one at a time: memory for one more than what is returned
                 table = file.read_row_group(number, use_threads=False).combine_chunks()
-                values = table.column("embedding").combine_chunks().flatten().to_numpy()
-                embedding[start : start + len(table)] = values.reshape(len(table), kind.list_size)
+                rows = table.column("embedding").combine_chunks().flatten().to_numpy()
+                embedding[start : start + len(table)] = rows.reshape(len(table), size)
                 parts.append(table.drop_columns("embedding"))
                 start += len(table)
             rest = pa.concat_tables(parts)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable file of features ({_first_line(error)}); embed the images again") from None
+        raise DataError(f"{path}: not a readable file of features ({reason_of(error)}); embed the images again") from None
     label = rest.column("label").fill_null(-1).to_numpy()
     if label.min() < -1 or (about.classes and label.max() >= len(about.classes)) or rest.column("key").null_count:
         raise DataError(f"{path}: it has a label or a key that cannot be; embed the images again")
@@ -155,48 +148,37 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
 
 
 def read_about(path: str | Path) -> About:
-    """What the file at `path` holds features of, by its header alone; raises DataError for a file that is none of ours."""
+    """Read the `About` of `path` from its header alone. Raises DataError for a file that is not ours."""
     path = Path(path)
     try:
         with path.open("rb") as content, pq.ParquetFile(content, pre_buffer=False) as file:
             return _read_about(path, file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable file of features ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a readable file of features ({reason_of(error)})") from None
 
 
 def is_feature_file(path: str | Path) -> bool:
-    """Whether `path` is, by its schema, a file that `write_features` wrote; False also where nothing is."""
-    try:
+    """Tell by the schema whether `path` is a file of `write_features`. Returns False where nothing is."""
+    with suppress(DataError):
         read_about(path)
-    except DataError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _schema(size: int, kind: pa.DataType) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("label", pa.int64()),
-            pa.field("embedding", pa.list_(pa.field("element", kind, nullable=False), size), nullable=False),
-        ]
-    )
-
-
-def _is_ours(schema: pa.Schema, kind: Any) -> bool:
-    values = getattr(kind, "value_type", None)
-    size = getattr(kind, "list_size", 0)
-    return values in (pa.float32(), pa.uint8()) and schema.remove_metadata().equals(_schema(size, values))
+    embedding = pa.list_(pa.field("element", kind, nullable=False), size)
+    key, label = pa.field("key", pa.string(), nullable=False), pa.field("label", pa.int64())
+    return pa.schema([key, label, pa.field("embedding", embedding, nullable=False)])
 
 
 def _read_about(path: Path, schema: pa.Schema) -> About:
     try:
         about: dict[str, Any] = json.loads((schema.metadata or {})[_METADATA_KEY])
-        found = about.pop("format")
-        if not str(found).startswith("simclr_dist features"):
-            raise KeyError(found)
-        if found != FORMAT:
-            raise DataError(f"{path}: its format is {found!r}, this simclr-dist reads {FORMAT!r}; embed the images again")
+        version = about.pop("format")
+        if not str(version).startswith("simclr_dist features"):
+            raise KeyError(version)
+        if version != FORMAT:
+            raise DataError(f"{path}: its format is {version!r}, this simclr-dist reads {FORMAT!r}; embed the images again")
         return About(**about | {"classes": tuple(about["classes"])})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _foreign(path) from None
@@ -208,18 +190,12 @@ def _foreign(path: Path) -> DataError:
 
 def _compare(path: Path, about: About, expected: About) -> None:
     for name, meaning in _MEANINGS.items():
-        found, wanted = getattr(about, name), getattr(expected, name)
-        if found != wanted:
-            raise DataError(
-                f"{path}: {meaning} is {_short(found)}, not {_short(wanted)}: features of something else; "
-                "embed the images again, or name another file"
-            )
+        value, wanted = getattr(about, name), getattr(expected, name)
+        if value != wanted:
+            differs = f"{meaning} is {_short(value)}, not {_short(wanted)}: features of something else"
+            raise DataError(f"{path}: {differs}; embed the images again, or name another file")
 
 
 def _short(value: Any) -> str:
-    text = str(dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value)
+    text = str(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""A folder of feature files beside a result, so that the next evaluation of the same encoder need not read the images."""
+"""Keep feature files beside a result. So the next evaluation of the same encoder need not read the images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,15 +11,15 @@ from simclr_dist.system.errors import DataError
 
 
 def features_folder(result: Path) -> Path:
-    """Where the features of a result go: RUN/eval/features for all results of a run, else a folder named as the result."""
+    """Return the folder of a result's features. It is RUN/eval/features for all of a run, else named as the result."""
     return result.parent / "features" if result.parent.name == "eval" else result.with_suffix(".features")
 
 
 class FeatureStore:
-    """The files of one folder, found by what they are features of, whatever their names.
+    """The feature files of one folder. They are found by what they are features of, whatever their names.
 
-    What cannot be used is passed over and `say` gets a line that names it; it is never overwritten, but for a damaged file
-    of the very name that new features get (`About.digest`, 16 digits).
+    A file that cannot be used is passed over, and `say` gets a line that names it. It is overwritten only where it has the
+    name of new features (`About.digest`, 16 digits).
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -34,22 +34,21 @@ class FeatureStore:
                 say(f"{error}; it is passed over")
 
     def find(self, title: str, about: About, key: Sequence[str]) -> FeatureTable | None:
-        """Features of exactly `about` for the images `key`, in their order; None where no file has them."""
-        for path in (path for path, found in self._about.items() if found == about):
+        """Read features of exactly `about` for the images `key`. They are in the keys' order; None where no file has them."""
+        for path in (path for path, held in self._about.items() if held == about):
             try:
                 table = read_features(path, about)
             except DataError as error:
                 self._say(f"{error}; the images are read")
                 continue
-            if table.key != tuple(key):
-                self._say(f"{path}: has {len(table.key)} images, not exactly the {len(key)} asked for; the images are read")
-                continue
-            self.reused[title] = str(path)
-            return table
+            if table.key == tuple(key):
+                self.reused[title] = str(path)
+                return table
+            self._say(f"{path}: has {len(table.key)} images, not exactly the {len(key)} asked for; the images are read")
         return None
 
     def keep(self, about: About, key: Sequence[str], label: NDArray[np.int64], embedding: Embedding) -> None:
-        """Write features; where that cannot be, `say` gets the reason, and the evaluation has what it needs all the same."""
+        """Write features. Where that fails, `say` gets the reason: the evaluation does not need the file."""
         path = self.folder / f"{about.digest()[:16]}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +59,8 @@ class FeatureStore:
         except DataError as error:
             self._say(f"{error}; they are not kept")
 
-    def tell(self) -> None:
-        """A line on what was written, and how large it is."""
+    def report(self) -> None:
+        """Say what was written, and how large it is."""
         if self._kept:
             size = sum(path.stat().st_size for path in self._kept) / 2**20
             self._say(f"features kept in {self.folder}: {len(self._kept)} files, {size:.1f} MiB")

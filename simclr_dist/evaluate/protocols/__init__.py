@@ -1,1 +1,1 @@
-"""What features are worth: classifiers that learn from some and are asked about others, and their scores."""
+"""Fit classifiers on some features, test them on others, and score them."""

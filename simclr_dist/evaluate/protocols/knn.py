@@ -1,9 +1,9 @@
-"""Weighted nearest-neighbour classification of frozen features: a quality measure with nothing to train."""
+"""Classify frozen features by weighted nearest neighbours. This quality measure has nothing to train."""
 
 import torch
 from torch import Tensor
 
-from simclr_dist.evaluate.options import TEMPERATURE, K
+from simclr_dist.evaluate.settings import Settings
 
 # Weights become integers before they are summed, so that a vote does not depend on the order of the sum (atomics on a
 # GPU add in any order). 2**40 leaves 20 bits for the number of neighbours.
@@ -12,14 +12,20 @@ _SIMILARITIES_AT_ONCE = 2**25
 
 
 def weighted_knn(
-    train_h: Tensor, train_y: Tensor, test_h: Tensor, *, k: int = K, temperature: float = TEMPERATURE, classes: int
+    train_h: Tensor,
+    train_y: Tensor,
+    test_h: Tensor,
+    *,
+    k: int = Settings.k,
+    temperature: float = Settings.temperature,
+    classes: int,
 ) -> Tensor:
-    """The votes that each test row gets from its k nearest training rows, a column for each class.
+    """Count the votes of each test row's k nearest training rows. There is a column for each class.
 
     Cosine similarity s, weight exp(s / temperature): Wu et al. 2018 (InstDisc), section 3.4. The protocol has k=200 and
     temperature 0.1 (the paper's 0.07 in its own code). k is limited to the number of training rows. Equally near rows
-    are taken in the order of their index. The class with most votes is the prediction, of equal votes the lower
-    (`argmax`, and `score`, which ranks all classes so).
+    are taken in the order of their index. The class with most votes is the prediction. Of equal votes it is
+    the lower class (`argmax`, and `score`, which ranks all classes so).
 
     Args:
         train_h: [n, d] float features; float64 stays float64, anything else is computed in float32.
@@ -34,8 +40,7 @@ def weighted_knn(
     if len(train_h) == 0:
         raise ValueError("there are no training rows to vote")
     dtype = torch.float64 if train_h.dtype == torch.float64 else torch.float32
-    keys = torch.nn.functional.normalize(train_h.to(dtype), dim=1)
-    labels = train_y.to(train_h.device)
+    keys, labels = torch.nn.functional.normalize(train_h.to(dtype), dim=1), train_y.to(train_h.device)
     k = min(k, len(keys))
     votes = torch.zeros(len(test_h), classes, dtype=torch.int64, device=keys.device)
     rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(keys))
@@ -48,10 +53,10 @@ def weighted_knn(
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row, descending, and their columns; of equal ones the leftmost."""
+    """Return the k largest values of each row, descending, and their columns. Of equal ones the leftmost are taken."""
     if k == similarity.shape[1]:
         return similarity.sort(dim=1, descending=True, stable=True)
-    values, index = similarity.topk(k + 1, dim=1)  # one more than asked for: it shows whether the last place is shared
+    values, index = similarity.topk(k + 1, dim=1)  # one more than k: it shows whether the last place is shared
     tied = values[:, k - 1] == values[:, k]
     values, index = values[:, :k], index[:, :k]
     if bool(tied.any()):  # topk is free to choose among equal values

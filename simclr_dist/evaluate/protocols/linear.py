@@ -1,7 +1,7 @@
-"""The linear probe: multinomial logistic regression on frozen features, solved to convergence by L-BFGS.
+"""Fit the linear probe: multinomial logistic regression on frozen features. L-BFGS solves it to convergence.
 
-How strong the weights are penalised decides points of accuracy, and which value is right depends on the features. So it is
-chosen, on rows of the training set that are kept from the fit; the test rows are met once, by the finished classifier.
+The strength of the penalty on the weights decides points of accuracy. Which value is right depends on the features. So it is
+chosen on rows of the training set that are kept from the fit. The test rows are met once, by the finished classifier.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simclr_dist.evaluate.options import MAX_ITER
+from simclr_dist.evaluate.settings import Settings
 from simclr_dist.system.errors import DataError
 
 # Half decades, strong to weak, in the order of the warm starts: between two of them accuracy moves by tenths of a point.
@@ -19,6 +19,7 @@ from simclr_dist.system.errors import DataError
 # and 1e-6 is no penalty on 50,000 rows (scikit-learn's C = 20). Best values seen: 1e-2 to 3e-4.
 L2_GRID = tuple(10.0 ** (half / 2) for half in range(2, -13, -1))
 VALIDATION_SHARE = 0.2
+TOLERANCE = 1e-4  # what no entry of the gradient may pass for `converged` (scikit-learn's default tol)
 _ROWS_AT_ONCE = 4096
 _ROWS_SUMMED = 1024
 _ROWS_OF_HESSIAN = 8192
@@ -34,21 +35,19 @@ def linear_probe(
     classes: int,
     l2: float | None = None,
     seed: int = 0,
-    max_iter: int = MAX_ITER,
-    tolerance: float = 1e-4,
+    max_iter: int = Settings.max_iter,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Scores of the test rows by a linear classifier fitted on the training rows.
+    """Fit a linear classifier on the training rows; score the test rows.
 
     Minimises mean cross-entropy + l2/2 * |W|^2 over weights W and an unpenalised bias, full batch, from zero, on
     features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Without
-    `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then the one of that l2, given.
+    `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then as with that l2 given.
     Needs one float32 copy of train_h, two where l2 is chosen; the inputs are left as they are. The test rows are read
     after all fitting.
 
     Args:
         train_h: [n, d] features. train_y: [n] int64 labels in [0, classes). test_h: [m, d], on the device of train_h.
         seed: of the split on which l2 is chosen; without effect where l2 is given.
-        tolerance: what no entry of the gradient may pass for `converged` (scikit-learn's default tol).
 
     Returns:
         [m, classes] float32 logits on the device of the features, and a dict of plain values: the settings, `choice`
@@ -68,20 +67,12 @@ def linear_probe(
     problem = _standardised(train_h, train_y, classes)
     fit = _fit(problem, l2, max_iter, _FINISHED)
     info = {
-        "l2": l2,
-        "choice": choice,
-        "max_iter": max_iter,
-        "tolerance": tolerance,
-        "converged": fit.gradient_max <= tolerance,
-        "iterations": fit.iterations,
-        "evaluations": fit.evaluations,
-        "gradient_max": fit.gradient_max,
-        "loss": fit.loss,
-        "train_top1": _top1(fit.logits(problem.x), problem.y),
-    }
-    logits = [torch.empty(0, classes, device=train_h.device)]
-    logits += [fit.logits(problem.like(rows)) for rows in test_h.split(_ROWS_AT_ONCE)]
-    return torch.cat(logits), info
+        "l2": l2, "choice": choice, "max_iter": max_iter,
+        "tolerance": TOLERANCE, "converged": fit.gradient_max <= TOLERANCE,
+        "iterations": fit.iterations, "evaluations": fit.evaluations, "gradient_max": fit.gradient_max,
+        "loss": fit.loss, "train_top1": _top1(fit.logits(problem.x), problem.y),
+    }  # fmt: skip
+    return torch.cat([fit.logits(problem.like(rows)) for rows in test_h.split(_ROWS_AT_ONCE)]), info
 
 
 def choose_l2(
@@ -90,13 +81,12 @@ def choose_l2(
     *,
     classes: int,
     grid: Sequence[float] = L2_GRID,
-    share: float = VALIDATION_SHARE,
     seed: int = 0,
-    max_iter: int = MAX_ITER,
+    max_iter: int = Settings.max_iter,
 ) -> dict[str, Any]:
-    """The l2 whose fit on a part of the training rows is right most often on the rest of them.
+    """Choose the l2 that is right most often on held-out training rows.
 
-    The rest is `stratified_split`'s; each fit starts from the solution of the next stronger penalty; of equally good
+    `stratified_split` chooses those rows. Each fit starts from the solution of the next stronger penalty. Of equally good
     values the strongest is taken.
 
     Returns:
@@ -105,47 +95,41 @@ def choose_l2(
 
     Raises DataError where the split leaves no rows to validate on.
     """
-    fit_rows, held_out = (rows.to(train_h.device) for rows in stratified_split(train_y, share=share, seed=seed))
+    train_y = train_y.to(train_h.device)
+    fit_rows, held_out = (rows.to(train_h.device) for rows in stratified_split(train_y, share=VALIDATION_SHARE, seed=seed))
     if len(held_out) == 0:
-        raise DataError(
-            f"linear probe: {len(train_y)} labelled training images are too few to choose l2 on (no class has a row to spare "
-            "for validation); give l2, or more images"
-        )
-    problem = _standardised(train_h[fit_rows], train_y.to(train_h.device)[fit_rows], classes)
-    asked, expected = problem.like(train_h[held_out]), train_y.to(train_h.device)[held_out]
+        few = f"{len(train_y)} labelled training images are too few to choose l2 on"
+        raise DataError(f"linear probe: {few} (no class has a row to spare for validation); give l2, or more images")
+    problem = _standardised(train_h[fit_rows], train_y[fit_rows], classes)
+    x, expected = problem.like(train_h[held_out]), train_y[held_out]
     values, top1 = sorted(map(float, grid), reverse=True), []
     fit: _Fit | None = None
     for value in values:
         fit = _fit(problem, value, max_iter, _GOOD_ENOUGH, start=fit)
-        top1.append(_top1(fit.logits(asked), expected))
+        top1.append(_top1(fit.logits(x), expected))
     best = top1.index(max(top1))
     return {
-        "l2": values[best],
-        "grid": values,
-        "validation_top1": top1,
-        "validation_rows": len(held_out),
-        "share": share,
-        "seed": seed,
-        "at_edge": best in (0, len(values) - 1),
-    }
+        "l2": values[best], "grid": values, "validation_top1": top1, "validation_rows": len(held_out),
+        "share": VALIDATION_SHARE, "seed": seed, "at_edge": best in (0, len(values) - 1),
+    }  # fmt: skip
 
 
 def stratified_split(labels: Tensor, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of two parts, ascending, on the CPU; the second has `share` of each class, rounded, drawn by `seed`.
+    """Split rows in two, ascending, on the CPU. The second part has `share` of each class, rounded, drawn by `seed`.
 
     A class of so few rows that its share rounds to none is in the first part only.
     """
     labels = labels.cpu()
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    count = torch.bincount(labels) if len(labels) else torch.zeros(0, dtype=torch.int64)
+    count = torch.bincount(labels)
     place = torch.arange(len(labels)) - (count.cumsum(0) - count).repeat_interleave(count)
     second = place < (count * share).add(0.5).floor().repeat_interleave(count)
     return by_class[~second].sort().values, by_class[second].sort().values
 
 
 class _Problem(NamedTuple):
-    """Standardised rows x [n, d] float32 with labels y, and the Hessian of one class's weights at zero without penalty.
+    """Standardised rows x [n, d] float32 with labels y. `hessian` is of one class's weights at zero without penalty.
 
     With few rows x is [n, n], in the `basis` [d, n] of the space that they span: whatever minimises the penalty lies in it.
     """
@@ -159,7 +143,7 @@ class _Problem(NamedTuple):
     basis: Tensor | None
 
     def like(self, h: Tensor) -> Tensor:
-        """Other rows, standardised by these rows' mean and deviation, in their basis; a copy."""
+        """Return other rows, standardised by these rows' mean and deviation. They are a copy, in the basis of these."""
         x = h.to(torch.float32, copy=True).sub_(self.mean).mul_(self.scale)
         return x if self.basis is None else x @ self.basis
 
@@ -173,14 +157,13 @@ def _standardised(h: Tensor, y: Tensor, classes: int) -> _Problem:
         total += rows.to(torch.float32, copy=True).sub_(first).sum(dim=0)
     mean = (first + total / len(h)).float()  # float32: the deviations are from the very value that is subtracted
     x = h.to(torch.float32, copy=True).sub_(mean)
-    square = torch.zeros_like(total)
+    total.zero_()
     for rows in x.split(_ROWS_SUMMED):
-        square += rows.square().sum(dim=0)
-    deviation = (square / len(h)).sqrt()
+        total += rows.square().sum(dim=0)
+    deviation = (total / len(h)).sqrt()
     varies = deviation > 1e-6 * mean.abs()  # a column that is constant to rounding becomes 0
     scale = torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0).float()
-    x.mul_(scale)
-    basis = None
+    x, basis = x.mul_(scale), None
     if 2 * len(x) <= x.shape[1]:  # raw pixels of some hundred images: the Hessian of all columns would take minutes
         basis = torch.linalg.qr(x.T.double())[0].float()
         x = x @ basis
@@ -213,10 +196,7 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
     hessian.diagonal().add_(l2 + 1e-6 * (1 + float(hessian.trace())))
     upper, root = torch.linalg.cholesky(hessian, upper=True), math.sqrt(problem.classes)
     weight, bias = hessian.new_zeros(len(hessian), problem.classes), hessian.new_zeros(problem.classes)
-    v, u = torch.zeros_like(weight), torch.zeros_like(bias)
-    if start is not None:
-        v.copy_(upper @ start.weight)
-        u.copy_(start.bias / root)
+    v, u = (upper @ start.weight, start.bias / root) if start else (torch.zeros_like(weight), torch.zeros_like(bias))
     at: tuple[Tensor, Tensor] | None = None
     loss, gradient_max, evaluations = torch.zeros(()), float("inf"), 0
 
@@ -239,15 +219,10 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
     closure()
     length = max(1.0, float(v.grad.abs().sum() + u.grad.abs().sum()))  # type: ignore[union-attr]
     optimizer = torch.optim.LBFGS(
-        [v, u],
-        lr=length,
-        max_iter=1,
-        max_eval=2 * max_iter + 20,
-        tolerance_grad=finished,
-        tolerance_change=1e-9,  # what float32 products resolve
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
+        [v, u], lr=length, max_iter=1, max_eval=2 * max_iter + 20,
+        tolerance_grad=finished, tolerance_change=1e-9,  # what float32 products resolve
+        history_size=20, line_search_fn="strong_wolfe",
+    )  # fmt: skip
     optimizer.step(closure)
     if max_iter > 1 and max(float(v.grad.abs().max()), float(u.grad.abs().max())) > finished:  # type: ignore[union-attr]
         optimizer.param_groups[0].update(lr=1.0, max_iter=max_iter - 1)
@@ -257,10 +232,10 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
 
 
 def _objective(problem: _Problem, weight: Tensor, bias: Tensor, l2: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Penalised mean cross-entropy and its gradient with respect to weight and bias, all float64."""
+    """Return the penalised mean cross-entropy and its gradient. The gradient is by weight and bias. All are float64."""
     loss = weight.new_zeros(())
     weight_gradient, bias_gradient = torch.zeros_like(weight.T), torch.zeros_like(bias)
-    weight32, bias32 = weight.float(), bias.float()
+    weight32, bias32, n = weight.float(), bias.float(), len(problem.x)
     for rows, labels in zip(problem.x.split(_ROWS_AT_ONCE), problem.y.split(_ROWS_AT_ONCE), strict=True):
         # Classes come first: over a short last dimension softmax is 15 times slower on CPU, and so is rows.T @ residual.
         log_probability = torch.addmm(bias32, rows, weight32).T.contiguous().log_softmax(dim=0)
@@ -270,11 +245,9 @@ def _objective(problem: _Problem, weight: Tensor, bias: Tensor, l2: float) -> tu
         residual.scatter_add_(0, picked, torch.full_like(picked, -1, dtype=residual.dtype))
         weight_gradient += residual @ rows
         bias_gradient += residual.sum(dim=1)
-    n = len(problem.x)
-    penalty = 0.5 * l2 * weight.square().sum()
-    return loss / n + penalty, weight_gradient.T / n + l2 * weight, bias_gradient / n
+    return loss / n + 0.5 * l2 * weight.square().sum(), weight_gradient.T / n + l2 * weight, bias_gradient / n
 
 
 def _top1(logits: Tensor, labels: Tensor) -> float:
-    """Percent."""
+    """Return the top-1 accuracy in percent."""
     return 100 * int((logits.argmax(dim=1) == labels).sum()) / len(labels)

@@ -1,4 +1,4 @@
-"""The downstream classifier of the introductory blog: a small MLP with dropout on frozen features.
+"""Train the downstream classifier of the introductory blog. It is a small MLP with dropout on frozen features.
 
 Linear(d, 128), ReLU, dropout 0.2, Linear(128, 128), ReLU, dropout 0.2, Linear(128, classes), Adam with learning rate 1e-4
 and cross-entropy, on features as they are. The blog names neither batch size nor epochs; those here are ours. Its listing
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simclr_dist.evaluate.settings import Settings
+
 HIDDEN = 128
 DROPOUT = 0.2
 LR = 1e-4
-EPOCHS = 50
 BATCH_SIZE = 128
 SEEDS = (0, 1, 2)
 _ROWS_AT_ONCE = 8192
@@ -26,11 +27,11 @@ def mlp_probe(
     test_h: Tensor,
     *,
     classes: int,
-    epochs: int = EPOCHS,
+    epochs: int = Settings.mlp_epochs,
     batch_size: int = BATCH_SIZE,
     seeds: Sequence[int] = SEEDS,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Scores of the test rows by one MLP for each seed, each after its last epoch.
+    """Score the test rows by one MLP for each seed. Each scores after its last epoch.
 
     A seed decides initial weights, order of the rows and dropout; the global random state is left as it was. The test rows
     are read after the last step of the last MLP.
@@ -50,46 +51,34 @@ def mlp_probe(
         raise ValueError("there are no training rows to fit")
     device, x, y = train_h.device, train_h.float(), train_y.to(train_h.device)
     networks, losses = [], []
-    for seed in seeds:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for seed in seeds:
             torch.manual_seed(seed)
             network, loss = _fit(x, y, classes, epochs, batch_size)
-        networks.append(network)
-        losses.append(loss)
+            networks.append(network)
+            losses.append(loss)
     info = {
-        "layers": [x.shape[1], HIDDEN, HIDDEN, classes],
-        "dropout": DROPOUT,
-        "optimizer": "Adam",
-        "lr": LR,
-        "features": "as they are",
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seeds": list(seeds),
-        "steps": epochs * -(-len(x) // batch_size),
-        "loss": losses,
+        "layers": [x.shape[1], HIDDEN, HIDDEN, classes], "dropout": DROPOUT, "optimizer": "Adam", "lr": LR,
+        "features": "as they are", "epochs": epochs, "batch_size": batch_size, "seeds": list(seeds),
+        "steps": epochs * -(-len(x) // batch_size), "loss": losses,
         "train_top1": [100 * int((_logits(network, x).argmax(dim=1) == y).sum()) / len(y) for network in networks],
-    }
+    }  # fmt: skip
     return torch.stack([_logits(network, test_h) for network in networks]), info
 
 
 def classifier(features: int, classes: int) -> nn.Sequential:
-    """The blog's `DownstreamClassifier` for features [n, `features`], initialised as torch does."""
+    """Build the blog's `DownstreamClassifier` for features [n, `features`], initialised as torch does."""
     return nn.Sequential(
-        nn.Linear(features, HIDDEN),
-        nn.ReLU(inplace=True),
-        nn.Dropout(DROPOUT),
-        nn.Linear(HIDDEN, HIDDEN),
-        nn.ReLU(inplace=True),
-        nn.Dropout(DROPOUT),
+        nn.Linear(features, HIDDEN), nn.ReLU(inplace=True), nn.Dropout(DROPOUT),
+        nn.Linear(HIDDEN, HIDDEN), nn.ReLU(inplace=True), nn.Dropout(DROPOUT),
         nn.Linear(HIDDEN, classes),
-    )
+    )  # fmt: skip
 
 
 def _fit(x: Tensor, y: Tensor, classes: int, epochs: int, batch_size: int) -> tuple[nn.Module, float]:
-    """The network after the last epoch, in evaluation mode, and the mean loss of that epoch; random by the global state."""
+    """Train the network; return it in eval mode, with its loss. That is the last epoch's mean. Uses the global random state."""
     network = classifier(x.shape[1], classes).to(x.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LR)
-    total = torch.zeros((), device=x.device)
+    optimizer, total = torch.optim.Adam(network.parameters(), lr=LR), torch.zeros((), device=x.device)
     for _ in range(epochs):
         total = torch.zeros_like(total)
         for rows in torch.randperm(len(x)).split(batch_size):
@@ -104,5 +93,4 @@ def _fit(x: Tensor, y: Tensor, classes: int, epochs: int, batch_size: int) -> tu
 
 @torch.no_grad()
 def _logits(network: nn.Module, h: Tensor) -> Tensor:
-    classes = network[-1].out_features  # type: ignore[index]
-    return torch.cat([torch.empty(0, classes, device=h.device)] + [network(rows.float()) for rows in h.split(_ROWS_AT_ONCE)])
+    return torch.cat([network(rows.float()) for rows in h.split(_ROWS_AT_ONCE)])

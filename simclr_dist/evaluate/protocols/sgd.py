@@ -1,4 +1,4 @@
-"""The paper's linear evaluation: a linear classifier by SGD on features of randomly cropped and flipped training images.
+"""Run the paper's linear evaluation by SGD. A classifier learns from features of randomly cropped and flipped training images.
 
 SimCLR (Chen et al. 2020), appendix B.6 with the settings of B.5 that it builds on: Nesterov momentum 0.9, learning rate
 0.1 x B / 256 without warm-up, 90 epochs, no weight decay or other regularisation, random crops and flips for training, one
@@ -6,15 +6,16 @@ plain view for testing, features as they are. The paper names no decay of the le
 steps is its published code's, and so is the classifier that starts from zero.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-EPOCHS = 90  # of the paper
+from simclr_dist.evaluate.settings import Settings
+from simclr_dist.method.optim import learning_rate
+
 BATCH_SIZE = 512  # of the published code for CIFAR-10; on ImageNet 4096
 BASE_LR = 0.1
 MOMENTUM = 0.9
@@ -28,20 +29,17 @@ def sgd_probe(
     test_h: Tensor,
     *,
     classes: int,
-    epochs: int = EPOCHS,
+    epochs: int = Settings.sgd_epochs,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Scores of the test rows by the classifier after its last epoch.
-
-    Each epoch goes once through all rows in an order of its own, cut into batches whose sizes differ by one at most, so
-    that no last small batch takes a full step. The test rows are read after the last step.
+    """Score the test rows by the classifier after its last epoch.
 
     Args:
         train: gives, for an epoch's number from 0, the features [n, d] of newly drawn views of all training images and
             their labels [n] int64 in [0, classes), both always in the shapes of the first epoch; or one such pair, for
             features that stay the same.
-        test_h: [m, d], on the device of the training features.
+        test_h: [m, d], on the device of the training features; read after the last step.
         batch_size: at most; of fewer training rows, all of them.
         seed: of the order of the rows. The caller seeds its crops.
 
@@ -53,14 +51,42 @@ def sgd_probe(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got epochs={epochs} and batch_size={batch_size}")
     fixed = isinstance(train, tuple)
-    draw = (lambda _: train) if isinstance(train, tuple) else train
+    fit = _fit((lambda _: train) if isinstance(train, tuple) else train, classes, epochs, batch_size, seed)
+    info = {
+        "epochs": epochs, "paper_epochs": Settings.sgd_epochs, "as_in_paper": epochs == Settings.sgd_epochs and not fixed,
+        "views": "fixed" if fixed else "new in every epoch",
+        "batch_size": fit.batch_size, "lr": fit.lr, "schedule": "cosine to 0, no warm-up",
+        "momentum": MOMENTUM, "nesterov": True, "weight_decay": 0.0,
+        "features": "as they are",
+        "seed": seed, "steps": fit.steps, "loss": fit.loss, "train_top1": fit.train_top1,
+    }  # fmt: skip
+    return fit.logits(test_h), info
+
+
+class _Fit(NamedTuple):
+    """Classifier [classes, d] and bias [classes] after the last step. The other fields say how it came to be."""
+
+    weight: Tensor
+    bias: Tensor
+    batch_size: int
+    lr: float
+    steps: int
+    loss: float
+    train_top1: float
+
+    @torch.no_grad()
+    def logits(self, h: Tensor) -> Tensor:
+        return torch.cat([linear(rows.float(), self.weight, self.bias) for rows in h.split(_ROWS_AT_ONCE)])
+
+
+def _fit(draw: EpochFeatures, classes: int, epochs: int, batch_size: int, seed: int) -> _Fit:
+    """Go through all rows once an epoch. Batch sizes differ by one at most: no small last one takes a full step."""
     h, y = draw(0)
     if len(h) == 0:
         raise ValueError("there are no training rows to fit")
-    shape, device = h.shape, h.device
-    pieces = -(-len(h) // batch_size)
+    shape, device, batches = h.shape, h.device, -(-len(h) // batch_size)
     batch_size = min(batch_size, len(h))
-    lr, steps = BASE_LR * batch_size / 256, epochs * pieces
+    lr, steps = BASE_LR * batch_size / 256, epochs * batches
     weight = torch.zeros(classes, h.shape[1], device=device, requires_grad=True)
     bias = torch.zeros(classes, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=MOMENTUM, nesterov=True)
@@ -72,34 +98,14 @@ def sgd_probe(
             if h.shape != shape or len(y) != len(h):
                 raise ValueError(f"epoch {epoch}: features {tuple(h.shape)} and {len(y)} labels, epoch 0 had {tuple(shape)}")
         y, total = y.to(device), torch.zeros_like(total)
-        for rows in torch.randperm(len(h), generator=generator).tensor_split(pieces):
+        for rows in torch.randperm(len(h), generator=generator).tensor_split(batches):
             rows = rows.to(device)
-            optimizer.param_groups[0]["lr"] = 0.5 * lr * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = learning_rate(step, peak=lr, warmup_steps=0, total_steps=steps)
             loss = cross_entropy(linear(h[rows].float(), weight, bias), y[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(rows)
             step += 1
-    with torch.no_grad():
-        fitted = torch.cat([linear(rows.float(), weight, bias).argmax(dim=1) for rows in h.split(_ROWS_AT_ONCE)])
-        info = {
-            "epochs": epochs,
-            "paper_epochs": EPOCHS,
-            "as_in_paper": epochs == EPOCHS and not fixed,
-            "views": "fixed" if fixed else "new in every epoch",
-            "batch_size": batch_size,
-            "lr": lr,
-            "schedule": "cosine to 0, no warm-up",
-            "momentum": MOMENTUM,
-            "nesterov": True,
-            "weight_decay": 0.0,
-            "features": "as they are",
-            "seed": seed,
-            "steps": steps,
-            "loss": float(total) / len(h),
-            "train_top1": 100 * int((fitted == y).sum()) / len(y),
-        }
-        logits = [torch.empty(0, classes, device=device)]
-        logits += [linear(rows.float(), weight, bias) for rows in test_h.split(_ROWS_AT_ONCE)]
-    return torch.cat(logits), info
+    fit = _Fit(weight, bias, batch_size, lr, steps, float(total) / len(h), 0.0)
+    return fit._replace(train_top1=100 * int((fit.logits(h).argmax(dim=1) == y).sum()) / len(y))

@@ -1,4 +1,4 @@
-"""Class-balanced parts of a labelled set: the same number of images of each class, drawn by a seed and the images' keys."""
+"""Draw class-balanced parts of a labelled set. The seed and the images' keys decide."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
 
 Rows = NDArray[np.int64]
@@ -19,7 +19,7 @@ KEYS_IN_RESULT = 1000
 
 
 def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: int) -> Rows:
-    """Manifest rows of a share `labels` (in (0, 1]) of the images that have a label, ascending, int64 [m].
+    """Draw the manifest rows of a share of the labelled images. The share is `labels` (in (0, 1]). Rows ascend, int64 [m].
 
     Below 1, each class gives the same number of images, labels * n / classes of the n with a label, rounded: SimCLR's 1 % and
     10 % of ImageNet (paper, section 4.2) are about 13 and 128 images a class. At 1 every labelled image is taken, balanced or
@@ -32,7 +32,7 @@ def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: in
     members = [np.flatnonzero(manifest.label == label) for label in range(classes)]
     images = np.array([len(rows) for rows in members])
     scarcest = int(images.argmin())
-    name = f"{manifest.folder}: class {_name(manifest, scarcest)}"
+    name = f"{manifest.folder}: class {repr(manifest.classes[scarcest]) if manifest.classes else scarcest}"
     if images[scarcest] == 0:
         raise DataError(f"{name} has no image, so it cannot be learned: leave it out of both sets, or add images of it")
     if labels == 1:
@@ -42,9 +42,8 @@ def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: in
     if each == 0:
         one = _three_digits(classes / total, math.ceil)
         cure = f"{one:g} or more of the labels" if one < 1 else "all of the labels, 1,"
-        raise DataError(
-            f"{name} has {images[scarcest]} images and would give none to {labels:g} of the labels; {cure} would do"
-        )
+        none = f"has {images[scarcest]} images and would give none to {labels:g} of the labels"
+        raise DataError(f"{name} {none}; {cure} would do")
     if each > images[scarcest]:
         most = _three_digits(int(images[scarcest]) * classes / total, math.floor)
         raise DataError(
@@ -55,48 +54,41 @@ def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: in
 
 
 def describe_subsets(manifest: Manifest, subsets: Sequence[Rows], path: Path, *, everything: bool) -> dict[str, Any]:
-    """The subsets of seeds 0, 1, ... for the result at `path`: sizes, digests of their keys, and the keys.
+    """Describe subsets for the result at `path`: sizes, key digests, and keys. The subsets' seeds are 0, 1 and so on.
 
-    Where they are more than KEYS_IN_RESULT, these go to a file beside `path`, {seed: [key, ...]} as JSON; of `everything` (all
-    labelled images) there is no list. Raises DataError when the file cannot be written.
+    More keys than KEYS_IN_RESULT go to a file beside `path`, as JSON {seed: [key, ...]}; of `everything` (all labelled images)
+    there is no list. Raises DataError when the file cannot be written.
     """
     keys = [[str(key) for key in manifest.key[rows]] for rows in subsets]
     images, classes = len(subsets[0]), len(np.unique(manifest.label[subsets[0]]))
     described: dict[str, Any] = {
-        "images": images,
-        "images_per_class": None if everything else images // classes,
-        "digests": [keys_digest(found) for found in keys],
-        "keys": None,
-        "keys_file": None,
-    }
+        "images": images, "images_per_class": None if everything else images // classes,
+        "digests": [keys_digest(of_seed) for of_seed in keys], "keys": None, "keys_file": None,
+    }  # fmt: skip
     if everything:
         return described
     if len(keys) * images <= KEYS_IN_RESULT:
         return {**described, "keys": keys}
     file = path.with_name(f"{path.stem}.keys.json")
     try:
-        write_atomically(file, json.dumps({str(seed): found for seed, found in enumerate(keys)}).encode() + b"\n")
+        write_atomically(file, json.dumps({str(seed): of_seed for seed, of_seed in enumerate(keys)}).encode() + b"\n")
     except OSError as error:
-        raise DataError(f"{file}: cannot write the subsets' keys: {error.strerror or error}") from None
+        raise DataError(f"{file}: cannot write the subsets' keys: {reason_of(error)}") from None
     return {**described, "keys_file": file.name}
 
 
 def keys_digest(keys: Sequence[str]) -> str:
-    """Hex sha256 of the keys, sorted, a line each: the same for the same images in any order."""
+    """Return the hex sha256 of the sorted keys, a line each. It is the same for the same images in any order."""
     return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
 
 
 def _drawn(manifest: Manifest, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """One class's rows in the seed's order."""
+    """Order one class's rows by the seed."""
     hashes = [hashlib.sha256(f"{seed} {manifest.key[row]}".encode()).digest() for row in rows]
     return rows[sorted(range(len(rows)), key=hashes.__getitem__)]
 
 
 def _three_digits(share: float, towards: Callable[[float], int]) -> float:
-    """Of a share in (0, 1], as people are told it."""
+    """Round a share in (0, 1] to three digits, for people."""
     unit = 10.0 ** (math.floor(math.log10(share)) - 2)
     return round(towards(share / unit) * unit, 12)
-
-
-def _name(manifest: Manifest, label: int) -> str:
-    return repr(manifest.classes[label]) if manifest.classes else str(label)

@@ -1,1 +1,1 @@
-"""The result of an evaluation: JSON, page, table, TensorBoard."""
+"""Keep and show a result: JSON, page, table, TensorBoard."""

@@ -1,40 +1,82 @@
-"""What an evaluation shows in the run's TensorBoard: the curve so far, and the features in the projector, with thumbnails."""
+"""Show an evaluation in the run's TensorBoard. It shows the curve so far, and features in the projector, with thumbnails."""
 
-import fcntl
 import io
 import math
 import os
+import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.utils.tensorboard import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.views.crops import eval_view
 from simclr_dist.evaluate.features.extraction import Images
-from simclr_dist.evaluate.result.curve import Curve
 from simclr_dist.evaluate.result.earlier import comparable
-from simclr_dist.evaluate.result.report import Result, Say
-from simclr_dist.system.files import write_atomically
+from simclr_dist.evaluate.result.report import TRAINED, Result, Say
+from simclr_dist.system.errors import reason_of
+from simclr_dist.system.files import append, lock, write_atomically
 
 POINTS = 1000  # of the projector: its sprite stays below the browsers' 8192 pixels, and t-SNE below a minute
 SEED = 0
 _THUMBNAIL = 32
 
 
+class Curve:
+    """The curve of the trained encoders' top-1 in percent. Each protocol is `eval/PROTOCOL_top1`.
+
+    The folder is not the training's: TensorBoard without its fast loader leaves a file for good when its folder has a newer
+    one. A file holds ascending steps. A point that is not beyond the last opens a new file, as does the first after a start. It
+    has the whole curve, in place of what is in older files. So no step is shown twice, and none is dropped as out of order.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: Path | None = None
+        self._points: dict[int, list[Event]] = {}
+        self._written: set[int] = set()
+
+    def add(self, result: Result, when: float) -> None:
+        """Show `result`, written at `when` (since 1970). OSError when the disk refuses it: the next call tries again."""
+        step = int(result["encoder"]["step"])
+        tops = {f"eval/{name}_top1": part["results"][TRAINED]["top1"] for name, part in result["protocols"].items()}
+        self._points[step] = [Event(wall_time=when, step=step, summary=scalar(name, top1)) for name, top1 in tops.items()]
+        missing, records = {step} | self._points.keys() - self._written, io.BytesIO()
+        if self._file is None or min(missing) <= max(self._written, default=-1):
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            self._file, self._written, missing = self._folder / name, set(), set(self._points)
+        # What was shown before is void.
+        start = Event(wall_time=when, step=0, session_log=SessionLog(status=SessionLog.START))
+        opening = [] if self._written else [Event(wall_time=when, file_version="brain.Event:2"), start]
+        for event in opening + [event for number in sorted(missing) for event in self._points[number]]:
+            RecordWriter(records).write(event.SerializeToString())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        append(self._file, records.getvalue())
+        self._written |= missing
+
+
 def board_folder(run: Path, layer: str) -> Path:
-    """Beside the training's events, for a layer of its own; see `curve.Curve` on why not among them."""
+    """Return the folder of a layer's events. It is beside the training's; `Curve` says why it is not among them."""
     return run / "tb" / ("eval" if layer == "h" else f"eval-{layer}")
 
 
+def watchers_lock(run: Path) -> Path:
+    """Return the file that a process locks while it watches the run. That process writes the run's curve."""
+    return run / "eval" / ".watch"
+
+
 def show_curve(run: Path, result: Result, say: Say) -> None:
-    """`result` with the run's earlier ones of the same images and settings; a watcher of the run is not interfered with."""
+    """Show `result` and earlier ones of the run, unless a watcher does. Earlier ones are of the same images and settings."""
     folder = board_folder(run, result["settings"]["layer"])
     with _unwatched(run) as free:
         if not free:
@@ -45,29 +87,29 @@ def show_curve(run: Path, result: Result, say: Say) -> None:
             for step, (protocols, when) in sorted(comparable(run / "eval", result).items(), key=itemgetter(0)):
                 curve.add({"encoder": {"step": step}, "protocols": protocols}, when)
         except OSError as error:
-            say(f"{folder}: the accuracy curve cannot be written: {error.strerror or error}")
+            say(f"{folder}: the accuracy curve cannot be written: {reason_of(error)}")
 
 
 def show_projector(folder: Path, title: str, images: Images, manifest: Manifest, h: Tensor, say: Say) -> None:
-    """Put features [n, d] of all rows of `manifest` into the projector: at most `POINTS` of them, drawn by `SEED`.
+    """Put features [n, d] of `manifest`'s rows into the projector. At most `POINTS` of them are put there, drawn by `SEED`.
 
     Each point has its class and key as labels and a thumbnail. What another encoder has put there is replaced: some 4 MB of
-    512 features. Files are written plainly, as `add_embedding` needs a SummaryWriter, which does not outlive a full disk.
+    512 features. Files are written plainly: `add_embedding` needs a SummaryWriter, which does not outlive a full disk.
     """
-    drawn = np.sort(np.random.Generator(np.random.PCG64(SEED)).permutation(len(h))[:POINTS])
-    names = [_name(manifest, int(manifest.label[row])) for row in drawn]
-    lines = ["class\tkey", *(f"{name}\t{_plain(str(manifest.key[row]))}" for name, row in zip(names, drawn, strict=True))]
+    drawn = np.sort(np.random.Generator(np.random.PCG64(SEED)).permutation(len(h))[:POINTS]).tolist()
+    lines = [f"{_name(manifest, int(manifest.label[row]))}\t{_plain(str(manifest.key[row]))}\n" for row in drawn]
+    tensors, metadata, picture = (f"projector/{name}" for name in ("tensors.tsv", "metadata.tsv", "sprite.png"))
     config = ProjectorConfig()
-    told = config.embeddings.add(tensor_name=title, tensor_path="projector/tensors.tsv", metadata_path="projector/metadata.tsv")
-    told.tensor_shape.extend([len(drawn), h.shape[1]])
-    told.sprite.image_path = "projector/sprite.png"
-    told.sprite.single_image_dim.extend([_THUMBNAIL, _THUMBNAIL])
-    numbers = io.StringIO()
-    np.savetxt(numbers, h[drawn.tolist()].float().cpu().numpy(), fmt="%.5g", delimiter="\t")
+    points = config.embeddings.add(tensor_name=title, tensor_path=tensors, metadata_path=metadata)
+    points.tensor_shape.extend([len(drawn), h.shape[1]])
+    points.sprite.image_path = picture
+    points.sprite.single_image_dim.extend([_THUMBNAIL, _THUMBNAIL])
+    numbers = io.BytesIO()
+    np.savetxt(numbers, h[drawn].float().cpu().numpy(), fmt="%.5g", delimiter="\t")
     files = {
-        "projector/tensors.tsv": numbers.getvalue().encode(),
-        "projector/metadata.tsv": ("\n".join(lines) + "\n").encode(),
-        "projector/sprite.png": sprite(images, drawn.tolist()),
+        tensors: numbers.getvalue(),
+        metadata: "".join(["class\tkey\n", *lines]).encode(),
+        picture: sprite(images, drawn),
         "projector_config.pbtxt": text_format.MessageToString(config).encode(),  # last: it names the others
     }
     try:
@@ -75,11 +117,11 @@ def show_projector(folder: Path, title: str, images: Images, manifest: Manifest,
         for name, content in files.items():
             write_atomically(folder / name, content)
     except OSError as error:
-        say(f"{folder}: the projector's files cannot be written: {error.strerror or error}")
+        say(f"{folder}: the projector's files cannot be written: {reason_of(error)}")
 
 
 def sprite(images: Images, rows: Sequence[int]) -> bytes:
-    """A PNG of the images' thumbnails, row by row in a square of squares, as the projector wants it."""
+    """Draw the images' thumbnails, row by row, as a square PNG. The projector wants it so."""
     side = math.ceil(math.sqrt(len(rows)))
     sheet = Image.new("RGB", (side * _THUMBNAIL, side * _THUMBNAIL), "white")
     for place, row in enumerate(rows):
@@ -95,26 +137,19 @@ def _name(manifest: Manifest, label: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """In one cell of a table with tabs."""
-    return " ".join(text.split())
+    return " ".join(text.split())  # one cell of a table with tabs
 
 
 @contextmanager
 def _unwatched(run: Path) -> Iterator[bool]:
-    """Hold the lock of the run's watchers (`watch`) for the block, where nobody has it; else the block is told so."""
+    """Yield True with the lock of the run's watchers (`watch`) held. Yield False where another process has it."""
     try:
-        lock = os.open(run / "eval" / ".watch", os.O_RDWR | os.O_CLOEXEC)
+        file = watchers_lock(run).open("rb+")
     except OSError:
         yield True  # nobody has ever watched it
         return
-    try:
+    with file:
         free = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        except OSError:
-            pass  # a file system without locks
+        with suppress(OSError):  # a file system without locks
+            free = lock(file.fileno())
         yield free
-    finally:
-        os.close(lock)

@@ -1,4 +1,4 @@
-"""Line charts as SVG text, for a page that needs nothing beside itself."""
+"""Draw line charts as SVG text. A page with them needs nothing beside itself."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,9 @@ _COLOURS = ("#1f5fa8", "#c7572b", "#2a8f3c", "#7a4fa3")
 
 
 def line_chart(title: str, series: Series, *, unit: str = "") -> str:
-    """An <svg> with a line for each of `series` (points of x and y); points that are not finite are left out."""
-    lines = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
+    """Draw an <svg> with a line for each of `series`. Those are points of x and y. Points that are not finite are left out."""
+    finite = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
+    if not (lines := {name: points for name, points in finite.items() if points}):
         return ""
     xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (0, 1))
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
@@ -52,7 +51,7 @@ def line_chart(title: str, series: Series, *, unit: str = "") -> str:
 
 
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, two to `most` + 1 of them."""
+    """Choose two to `most` + 1 round numbers. They go from at or below `low` to at or above `high`."""
     if high <= low:
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     size = 10.0 ** math.floor(math.log10((high - low) / most))

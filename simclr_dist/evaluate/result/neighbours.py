@@ -1,4 +1,4 @@
-"""A sheet of images and their nearest neighbours by cosine, as one PNG."""
+"""Draw images and their nearest neighbours by cosine, as one PNG."""
 
 import io
 import unicodedata
@@ -21,7 +21,7 @@ _INK, _PAPER, _GRAY, _RIGHT, _WRONG = "#222222", "white", "#999999", "#2a8f3c", 
 
 
 class Neighbours(NamedTuple):
-    """Rows of the `query` images [q], and of the `nearest` [q, k] of each, the nearest first, with their `cosine` [q, k]."""
+    """Rows of `query` images [q] and of their `nearest` [q, k]. The nearest comes first. `cosine` is [q, k]."""
 
     query: Tensor
     nearest: Tensor
@@ -29,43 +29,43 @@ class Neighbours(NamedTuple):
 
 
 def choose_queries(label: Tensor, count: int = QUERIES, seed: int = 0) -> Tensor:
-    """`count` rows (or all, if there are fewer) drawn by `seed` alone, before anything is known of their neighbours.
+    """Draw `count` rows by `seed` alone, before neighbours are looked at. All are drawn where there are fewer.
 
-    `label` int64 [n], -1 for none. Without labels drawn evenly; with labels one of each class first, then a second of each,
-    and so on, images without a label last. In the order of their labels, then of rows.
+    `label` is int64 [n], -1 for none. Without labels, rows are drawn evenly. With labels, one of each class comes first, then
+    a second of each, and so on; images without a label last. The rows are in the order of their labels, then of rows.
     """
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(label))
     labels = label.cpu().numpy()
     place = np.empty(len(labels), dtype=np.int64)  # of an image among those of its class, in the order drawn
     for value in np.unique(labels):
-        own = order[labels[order] == value]
-        place[own] = np.arange(len(own)) if value >= 0 else len(labels) + np.arange(len(own))
+        members = order[labels[order] == value]
+        place[members] = np.arange(len(members)) + (0 if value >= 0 else len(labels))
     drawn = order[np.argsort(place[order], kind="stable")][:count]
     return torch.from_numpy(drawn[np.lexsort((drawn, labels[drawn]))])
 
 
 def find_neighbours(h: Tensor, query: Tensor, count: int = NEIGHBOURS) -> Neighbours:
-    """The `count` nearest (or all others) of each `query` row among features [n, d] by cosine, itself left out.
+    """Find the `count` nearest of each `query` row by cosine. Rows are of features [n, d]. All others if fewer, never itself.
 
-    Equally near ones come in the order of rows. One [q, n] matrix. Raises ConfigError for fewer than two images.
+    Equally near ones come in the order of rows. Makes one [q, n] matrix. Raises ConfigError for fewer than two images.
     """
     if len(h) < 2:
         raise ConfigError("neighbours: there is no other image to be one; give two images or more")
     z = F.normalize(h.float(), dim=1)
     query = query.to(h.device)
     cosine = (z[query] @ z.T).scatter_(1, query[:, None], -torch.inf)
-    found = cosine.sort(dim=1, descending=True, stable=True)
+    values, indices = cosine.sort(dim=1, descending=True, stable=True)
     count = min(count, len(h) - 1)
-    return Neighbours(query.cpu(), found.indices[:, :count].cpu(), found.values[:, :count].cpu())
+    return Neighbours(query.cpu(), indices[:, :count].cpu(), values[:, :count].cpu())
 
 
 def neighbour_sheet(
     images: Images, neighbours: Neighbours, label: Tensor, *, classes: Sequence[str] = (), title: str = "nearest neighbours"
 ) -> bytes:
-    """A PNG: a query at the left of each row, its neighbours beside it, the cosine below each.
+    """Draw a PNG with a query at the left of each row. Its neighbours are beside it, the cosine below each.
 
-    `label` int64 [n], -1 for none. Where there are labels, class names (`classes` by label, else numbers) are below the images
-    too, neighbours of the query's class have a green frame and others a red one, and the title counts the green ones. A name
+    `label` is int64 [n], -1 for none. With labels, class names (`classes` by label, else numbers) are below the images
+    too; neighbours of the query's class have a green frame and others a red one, and the title counts the green ones. A name
     that the font cannot show is shown without accents, or by its number. The same input gives the same bytes. Raises what
     `images` raises for an image that cannot be read.
     """
@@ -75,20 +75,18 @@ def neighbour_sheet(
     sheet = Image.new("RGB", (_left(columns + 1) + _GAP, _top(rows) + _GAP), _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     drawn = [_drawable(name, number, font) for number, name in enumerate(classes)]
-    beside = [(labels[q], labels[j]) for q, found in zip(query, nearest, strict=True) for j in found]
-    frames = [own == other for own, other in beside if min(own, other) >= 0]
-    if frames:
+    beside = [(labels[q], labels[j]) for q, row in zip(query, nearest, strict=True) for j in row]
+    if frames := [a == b for a, b in beside if min(a, b) >= 0]:
         title = f"{title}: {sum(frames)} of {len(frames)} of the query's class"
     pen.text((_GAP, 5), _fitting(title, sheet.width - 2 * _GAP, pen, font), fill=_INK, font=font)
-    for row, (q, found) in enumerate(zip(query, nearest, strict=True)):
-        for column, index in enumerate([q, *found]):
-            x, y = _left(column), _top(row)
+    for row, (q, others) in enumerate(zip(query, nearest, strict=True)):
+        for column, index in enumerate([q, *others]):
+            x, y, of, number = _left(column), _top(row), labels[index], ""
             sheet.paste(_thumbnail(images[index].image), (x, y))
-            name = "" if labels[index] < 0 else drawn[labels[index]] if classes else str(labels[index])
-            number = f"{neighbours.cosine[row, column - 1]:.2f}" if column else ""
+            name = "" if of < 0 else drawn[of] if classes else str(of)
             if column:
-                same = labels[index] == labels[q]
-                colour = _GRAY if min(labels[index], labels[q]) < 0 else _RIGHT if same else _WRONG
+                number = f"{neighbours.cosine[row, column - 1]:.2f}"
+                colour = _GRAY if min(of, labels[q]) < 0 else _RIGHT if of == labels[q] else _WRONG
                 pen.rectangle([x - 2, y - 2, x + _TILE + 1, y + _TILE + 1], outline=colour, width=2)
             room = _TILE - (pen.textlength(number, font) + 4 if number else 0)
             pen.text((x, y + _TILE + 2), _fitting(name, room, pen, font), fill=_INK, font=font)
@@ -99,7 +97,7 @@ def neighbour_sheet(
 
 
 def _left(column: int) -> int:
-    """Of a column; the queries stand a little apart."""
+    """Return the left edge of a column. The queries stand a little apart."""
     return _GAP + column * (_TILE + _GAP) + (2 * _GAP if column else 0)
 
 
@@ -108,7 +106,7 @@ def _top(row: int) -> int:
 
 
 def _thumbnail(image: Tensor) -> Image.Image:
-    """The whole image, uint8 [3, h, w], in the middle of a square."""
+    """Draw the whole image in the middle of a square. It is uint8 [3, h, w]."""
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     scale = _TILE / max(picture.size)
     shape = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
@@ -118,7 +116,7 @@ def _thumbnail(image: Tensor) -> Image.Image:
 
 
 def _drawable(name: str, number: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The name; where the font has only its box for a character, without accents; else, as of Chinese ones, the number."""
+    """Return the name. Where the font lacks a character, return it without accents; else, as in Chinese, return the number."""
     lacking = bytes(font.getmask("\U0010ffff"))
     plain = "".join(one for one in unicodedata.normalize("NFKD", name) if not unicodedata.combining(one))
     for words in (name, plain):
@@ -128,9 +126,6 @@ def _drawable(name: str, number: int, font: ImageFont.FreeTypeFont | ImageFont.I
 
 
 def _fitting(words: str, room: float, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of the words as fits into so many pixels, with two dots where some are left out."""
-    if pen.textlength(words, font) <= room:
-        return words
-    while words and pen.textlength(words + "..", font) > room:
-        words = words[:-1]
-    return words + ".."
+    """Return as much of the words as fits into `room` pixels. Two dots stand for what is left out."""
+    shortened = (words[:end] + ".." for end in range(len(words) - 1, -1, -1))
+    return next((text for text in (words, *shortened) if pen.textlength(text, font) <= room), "..")

@@ -1,10 +1,11 @@
-"""An evaluation as one HTML page that needs nothing beside itself: numbers, curves, neighbours, and how to repeat it."""
+"""Show an evaluation as one self-contained HTML page. It has numbers, curves, neighbours, and how to repeat it."""
 
 import base64
 import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +17,7 @@ from simclr_dist.evaluate.result.charts import line_chart
 from simclr_dist.evaluate.result.earlier import comparable
 from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, UnwrittenError, leak
 from simclr_dist.evaluate.signals import flat, meanings
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
 
 _LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
@@ -44,8 +45,6 @@ svg .grid { stroke: var(--line); } .scroll { overflow-x: auto; } img { max-width
 .confusion th { font-size: 12px; }
 pre { background: rgba(128, 128, 128, .12); padding: .7rem; overflow-x: auto; font-size: 13px; }
 """
-
-
 _BEGIN = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     '<meta name="generator" content="simclr_dist">'
@@ -53,16 +52,16 @@ _BEGIN = (
 
 
 def write_page(path: Path, text: str, result: Result) -> None:
-    """Write the page's `text` beside `result`, which is there already; raises UnwrittenError when the disk does not take it."""
+    """Write the page's `text` beside `result`, which is there already. Raises UnwrittenError when the disk does not take it."""
     try:
         write_atomically(path, text.encode())
     except OSError as error:
-        told = f"{path}: cannot write the page: {error.strerror or error}; the result itself is in {path.with_suffix('.json')}"
-        raise UnwrittenError(told, result, stored=True) from None
+        why = f"{path}: cannot write the page: {reason_of(error)}; the result itself is in {path.with_suffix('.json')}"
+        raise UnwrittenError(why, result, stored=True) from None
 
 
 def claim_page(path: Path) -> None:
-    """Raises DataError where `path` is there and is no page of ours, which `write_page` would replace."""
+    """Raise DataError where `path` exists and is no page of ours. `write_page` would replace it."""
     try:
         with path.open("rb") as file:
             ours = file.read(len(_BEGIN)).decode(errors="replace") in ("", _BEGIN)
@@ -73,17 +72,14 @@ def claim_page(path: Path) -> None:
 
 
 def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
-    """The text of the page of `result`.
-
-    With `run`, the training's curves and those of its other results; `neighbours` is a PNG.
-    """
+    """Return the page's text. With `run`, it has curves of its training and its other results. `neighbours` is a PNG."""
     encoder = result["encoder"]
     title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="sub">{escape(str(encoder["file"]))}; {result["train"]["labelled"]} training and'
         f" {result['test']['labelled']} test images, {result['classes']} classes</p>",
-        *([f'<p class="warning">{escape(warning)}</p>'] if (warning := leak(result)) else []),
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in leak(result)),
         _accuracies(result),
     ]
     if charts := _charts(result, run):
@@ -117,9 +113,8 @@ def _charts(result: Result, run: Path | None) -> str:
     if run is None:
         return ""
     lines = _metrics(run)
-    loss = {name: _points(lines, name) for name in ("loss/nt_xent", "loss/dcl", "loss/chance")}
     charts = [
-        line_chart("loss", {name.removeprefix("loss/"): points for name, points in loss.items() if points}),
+        line_chart("loss", {name: _points(lines, f"loss/{name}") for name in ("nt_xent", "dcl", "chance")}),
         line_chart("learning rate", {"rate": _points(lines, "optim/learning_rate")}),
         line_chart("effective rank of z", {"rank": _points(lines, "embedding/effective_rank")}),
     ]
@@ -128,8 +123,7 @@ def _charts(result: Result, run: Path | None) -> str:
         name: [(step, protocols[name]["results"][TRAINED]["top1"]) for step, protocols in steps if name in protocols]
         for name in result["protocols"]
     }
-    charts.append(line_chart("test accuracy over checkpoints", curves, unit=" %"))
-    return "\n".join(charts)
+    return "\n".join([*charts, line_chart("test accuracy over checkpoints", curves, unit=" %")])
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -137,15 +131,11 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
         text = (run / "metrics.jsonl").read_text()
     except FileNotFoundError:
         return []
-    found = []
+    entries = []
     for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # a kill may have cut the last line short
-        if isinstance(entry, dict) and "step" in entry:
-            found.append(entry)
-    return found
+        with suppress(ValueError):  # a kill may have cut the last line short
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
 def _points(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
@@ -161,28 +151,22 @@ def _confusions(result: Result) -> list[str]:
             continue
         if len(matrix) > _MOST_CLASSES:
             wrong = sorted((cell for cell in confusions(matrix) if cell[0] != cell[1]), key=lambda cell: -cell[2])
-            told = [[names[own], names[other], str(count)] for own, other, count in wrong[:_MOST_CONFUSIONS]]
-            parts.append(f"<h2>Most frequent confusions: {escape(protocol)}</h2>")
-            parts.append(_table(["true class", "predicted", "test images"], told))
+            rows = [[names[true], names[other], str(count)] for true, other, count in wrong[:_MOST_CONFUSIONS]]
+            table = _table(["true class", "predicted", "test images"], rows)
+            parts += [f"<h2>Most frequent confusions: {escape(protocol)}</h2>", table]
             continue
-        rows = []
+        lines = ["<caption>rows: true class; columns: predicted</caption>"]
+        lines.append(f"<tr><th></th>{''.join(f'<th>{escape(name[:8])}</th>' for name in names)}</tr>")
         for name, row in zip(names, matrix, strict=True):
             total = sum(row) or 1
             cells = "".join(f'<td style="background: rgba(var(--cell), {count / total:.2f})">{count}</td>' for count in row)
-            rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
-        heads = "".join(f"<th>{escape(name[:8])}</th>" for name in names)
-        parts.append(f"<h2>Confusions: {escape(protocol)}</h2>")
-        caption = "<caption>rows: true class; columns: predicted</caption>"
-        parts.append(
-            f'<div class="scroll"><table class="confusion">{caption}<tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
-        )
+            lines.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+        table = f'<div class="scroll"><table class="confusion">{"".join(lines)}</table></div>'
+        parts += [f"<h2>Confusions: {escape(protocol)}</h2>", table]
     return parts
 
 
 def _origin(result: Result) -> list[str]:
-    told = []
-    if command := result.get("command"):
-        told.append(f"<pre>{escape(shlex.join(command))}</pre>")
     facts = {
         "encoder": result["encoder"]["sha256"],
         "started from": result["encoder"]["init"],
@@ -195,15 +179,15 @@ def _origin(result: Result) -> list[str]:
     for protocol, part in result["protocols"].items():
         facts[f"{protocol} settings"] = ", ".join(f"{name} {value}" for name, value in part["settings"].items())
     table = _table(["", ""], [[name, str(value)] for name, value in facts.items()])
-    told.append(f'<div class="facts">{table}</div>')
-    return told
+    command = [f"<pre>{escape(shlex.join(result['command']))}</pre>"] if result.get("command") else []
+    return [*command, f'<div class="facts">{table}</div>']
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str = "") -> str:
-    lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
     for row in rows:
         kind = ' class="best"' if strong and row[0].endswith(f": {strong}") else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        lines.append(f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 

@@ -1,4 +1,4 @@
-"""The object that submitit pickles and runs in every task: a parent without torch of one rank."""
+"""Define the object that every task of a SLURM job runs. It is a parent, without torch, of one rank."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from simclr_dist.system.errors import PREEMPTED
 
 @dataclass(frozen=True)
 class Job:
-    """One rank a task of `python -m COMMAND`, requeued when it was stopped or has crashed; returns when it is done.
+    """One rank of `python -m COMMAND` for each task. Requeued when it was stopped or has crashed; returns when it is done.
 
     Otherwise the task ends by SystemExit: with the rank's code when that is final, with 75 when another start follows.
     """
@@ -31,36 +31,34 @@ class Job:
         """Run the rank that this task stands for."""
         signals.listen()  # in the place of submitit's handlers, of which one ignores SIGTERM
         os.chdir(self.working_directory)
-        here = submitit.JobEnvironment()
-        code = (
-            PREEMPTED
-            if signals.asked()
-            else supervise([sys.executable, "-u", "-m", *self.command], env={**os.environ, **rank_variables(here)})
-        )
+        task = submitit.JobEnvironment()
+        code = PREEMPTED
+        if not signals.requested():
+            code = supervise([sys.executable, "-u", "-m", *self.command], env={**os.environ, **rank_variables(task)})
         if code == 0:
             return
-        if code < 0 and signals.asked():
+        if code < 0 and signals.requested():
             code = PREEMPTED  # killed while it was starting, before it could listen: it had done nothing
-        if here.cluster != "slurm":
+        if task.cluster != "slurm":
             raise SystemExit(code if code > 0 else 1)
-        if code := self._end(here, code):
+        if code := self._end(task, code):
             raise SystemExit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit calls when its signal comes before this object runs: there is nothing to save yet."""
+        """Answer submitit when its signal comes before this object runs. Nothing is to be saved yet."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _end(self, here: submitit.JobEnvironment, code: int) -> int:
-        """See to what becomes of the job; returns this task's exit code."""
-        run, job = Path(self.run), here.raw_job_id
-        if code == PREEMPTED and here.global_rank != 0:
-            # Rank 0 requeues, ends, and so takes the others along. But it may not have been asked to stop, and then waits for
-            # this rank, which ended before it could tell.
-            signals.exit_when_asked(PREEMPTED, "simclr-dist: {signal}: requeued")
+    def _end(self, task: submitit.JobEnvironment, code: int) -> int:
+        """Settle what becomes of the job; return this task's exit code."""
+        run, job = Path(self.run), task.raw_job_id
+        if code == PREEMPTED and task.global_rank != 0:
+            # Rank 0 requeues, ends, and so takes the others along. But it may have got no signal, and then waits for this rank,
+            # which ended before it could pass its own on.
+            signals.exit_on_signal(PREEMPTED, "simclr-dist: {signal}: requeued")
             time.sleep(3)
         verdict = settle(run, self.kind, job, code, self.max_restarts)
         if verdict.final:
-            if here.global_rank != 0:
+            if task.global_rank != 0:
                 time.sleep(1)  # the first task to end takes the others along: let rank 0 speak
             return verdict.code if verdict.code >= 0 else 1
         # Waiting to be killed would keep the nodes for SLURM's KillWait. Where the request failed, the batch script, which
@@ -69,17 +67,17 @@ class Job:
         return PREEMPTED if code == PREEMPTED else 1
 
 
-def rank_variables(here: submitit.JobEnvironment) -> dict[str, str]:
-    """torchrun's variables, from the scheduler's."""
-    job, restart = int(here.raw_job_id), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    one_gpu_a_task = len(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1
+def rank_variables(task: submitit.JobEnvironment) -> dict[str, str]:
+    """Return torchrun's variables for a task of a job."""
+    job, restart = int(task.raw_job_id), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     variables = {
-        "RANK": str(here.global_rank),
-        "WORLD_SIZE": str(here.num_tasks),
+        "RANK": str(task.global_rank),
+        "WORLD_SIZE": str(task.num_tasks),
         # Where SLURM shows each task only its own GPU, that is number 0 for all of them.
-        "LOCAL_RANK": "0" if os.environ.get("CUDA_VISIBLE_DEVICES") and one_gpu_a_task else str(here.local_rank),
-        "MASTER_ADDR": here.hostnames[0] if here.cluster == "slurm" else "127.0.0.1",
-        "MASTER_PORT": str(20_000 + (job * 101 + restart * 13) % 20_000),  # all tasks find the same, the next start another
+        "LOCAL_RANK": "0" if gpus and "," not in gpus else str(task.local_rank),
+        "MASTER_ADDR": task.hostnames[0] if task.cluster == "slurm" else "127.0.0.1",
+        "MASTER_PORT": str(20_000 + (job * 101 + restart * 13) % 20_000),  # the same for all tasks, another for the next start
     }
     if "SLURM_CPUS_PER_TASK" in os.environ:
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])

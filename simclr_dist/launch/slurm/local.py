@@ -1,20 +1,18 @@
-"""A submission's jobs on this machine, through submitit's local executor."""
+"""Run a submission's jobs on this machine, through submitit's local executor."""
 
 import os
 import shutil
 import signal
-import sys
 import time
 
 import submitit
-from submitit.core.utils import environment_variables
 
 from simclr_dist.launch.slurm.batch import Submission
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.requeue import Kind
 from simclr_dist.launch.slurm.submission import refuse_if_alive, store_config
 from simclr_dist.run.claim import newest_start
-from simclr_dist.run.folder import note_death, read_status
+from simclr_dist.run.status import note_death, read_status
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
 
@@ -22,17 +20,16 @@ _NO_LIMIT = 60 * 24 * 3650  # minutes; submitit ends a local job after two
 
 
 def run_here(submission: Submission) -> int:
-    """Run the training, then its evaluation if there is one, with one rank a task and rank 0's output as it comes.
+    """Run the training, then its evaluation if there is one. Return the exit code, 75 after a stop.
 
-    Returns the exit code: 75 after a stop. Nodes, time limit, container and set-up lines of the profile stay unused.
+    Each task is one rank, and rank 0's output is shown as it comes. Nodes, time limit, container and set-up lines of the
+    profile stay unused.
     """
     if shutil.which("squeue"):
         refuse_if_alive(submission.run)
     store_config(submission)
     code = _run(submission, "train")
-    if code == 0 and submission.evaluation is not None:
-        code = _run(submission, "eval")
-    return code
+    return _run(submission, "eval") if code == 0 and submission.evaluation is not None else code
 
 
 def _run(submission: Submission, kind: Kind) -> int:
@@ -42,31 +39,25 @@ def _run(submission: Submission, kind: Kind) -> int:
     executor.update_parameters(tasks_per_node=profile.tasks, gpus_per_node=profile.gpus_per_node, timeout_min=_NO_LIMIT)
     # submitit's controller has no way to take Ctrl-C but to kill the tasks; the tasks themselves listen to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with environment_variables(**profile.environment):
+    with submitit.helpers.environment_variables(**profile.environment):
         job = executor.submit(submission.job(kind))
     signals.listen()
-    out, err = tails(submission.folder, job.job_id, sys.stdout, sys.stderr)
-    told = 0
+    out, err = tails(submission.folder, job.job_id)
+    passed_on = 0  # the last stop signal that the tasks have
     while not job.done():
-        began = any([out.copy(), err.copy()]) or told
-        if (asked := signals.asked()) != told and began:  # before its first line the controller would just die
+        began = any([out.copy(), err.copy()]) or passed_on
+        if (number := signals.requested()) != passed_on and began:  # before its first line the controller would just die
             os.kill(int(job.job_id), signal.SIGTERM)
-            told = asked
+            passed_on = number
         time.sleep(0.1)
     out.copy()
     err.copy()
-    return _exit_code(submission, kind, job, start)
-
-
-def _exit_code(submission: Submission, kind: Kind, job: submitit.Job[None], start: int) -> int:
-    """submitit's controller does not tell how its tasks ended; one that is done leaves a result, and training a status."""
-    tasks = [job.task(number) for number in range(job.num_tasks)]
-    if all(task.paths.result_pickle.exists() for task in tasks):
+    # submitit's controller does not tell how the tasks ended; one that is done leaves a result.
+    if all(job.task(number).paths.result_pickle.exists() for number in range(job.num_tasks)):
         return 0 if job.exception() is None else 1
-    if kind == "eval":
-        return PREEMPTED if signals.asked() else 1
-    note_death(submission.run)
-    status = read_status(submission.run)
-    if status.get("start", 0) <= start:  # nothing began that could be lost
-        return PREEMPTED if signals.asked() else 1
-    return int(status.get("exit_code") or 1)
+    if kind == "train":
+        note_death(submission.run)
+        status = read_status(submission.run)
+        if status.get("start", 0) > start:
+            return int(status.get("exit_code") or 1)
+    return PREEMPTED if signals.requested() else 1  # an evaluation, or a training that had not begun: nothing is lost

@@ -1,12 +1,13 @@
-"""Log files that are still being written."""
+"""Show log files while they are being written."""
 
 import codecs
+import sys
 from pathlib import Path
 from typing import TextIO
 
 
 class Tail:
-    """Copies what a file has, and what it gets, to a stream; the file may come later."""
+    """A copier of a growing file to a stream. The file may come later."""
 
     def __init__(self, path: Path, to: TextIO) -> None:
         self._path, self._to = path, to
@@ -14,7 +15,7 @@ class Tail:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may come in two parts
 
     def copy(self) -> bool:
-        """Copy what is new; whether there was anything."""
+        """Copy what is new; return whether there was anything."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read)
@@ -27,6 +28,6 @@ class Tail:
         return bool(new)
 
 
-def tails(folder: Path, job_id: str, out: TextIO, err: TextIO) -> tuple[Tail, Tail]:
-    """The two logs of a job's rank 0, of all its starts, and of its batch script."""
-    return Tail(folder / f"{job_id}_0_log.out", out), Tail(folder / f"{job_id}_0_log.err", err)
+def tails(folder: Path, job_id: str) -> tuple[Tail, Tail]:
+    """Return tails of a job's stdout and stderr. They are those of rank 0 and the batch script, in all its starts."""
+    return Tail(folder / f"{job_id}_0_log.out", sys.stdout), Tail(folder / f"{job_id}_0_log.err", sys.stderr)

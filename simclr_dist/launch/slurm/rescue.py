@@ -1,7 +1,6 @@
-"""`python -m simclr_dist.launch.slurm.rescue RUN CODE`: the last line of a batch script, after srun has ended with CODE.
-
-Requeues a job whose tasks were stopped, or have died without being able to do so themselves; exits with the code that the
-job is to have.
+"""Requeue a job when its tasks could not. They were stopped, or died before they could ask for that. A batch script's
+last line is `python -m simclr_dist.launch.slurm.rescue RUN CODE`, after srun has ended with CODE. It exits with the job's exit
+code.
 """
 
 import argparse
@@ -14,21 +13,21 @@ from simclr_dist.system.errors import PREEMPTED
 
 
 def main() -> int:
-    """Returns the job's exit code, which counts for nothing when the job is requeued."""
+    """Return the job's exit code. Nobody reads it when the job is requeued."""
     parser = argparse.ArgumentParser(prog="python -m simclr_dist.launch.slurm.rescue")
     parser.add_argument("run", type=Path)
     parser.add_argument("code", type=int)
     parser.add_argument("--kind", choices=("train", "eval"), default="train")
     parser.add_argument("--max-restarts", type=int, default=3)
-    told = parser.parse_args()
-    if told.code == 0:
+    arguments = parser.parse_args()
+    if arguments.code == 0:
         return 0
     job = os.environ["SLURM_JOB_ID"]
-    verdict = settle(told.run, told.kind, job, told.code, told.max_restarts)
+    verdict = settle(arguments.run, arguments.kind, job, arguments.code, arguments.max_restarts)
     print(f"simclr-dist: job {job}: {'ends' if verdict.final else 'starts again'}: {verdict.why}", file=sys.stderr, flush=True)
     if verdict.final:
         return verdict.code
-    go_on(told.run, told.kind, job, verdict, one_of_many=False)
+    go_on(arguments.run, arguments.kind, job, verdict, one_of_many=False)
     return PREEMPTED
 
 

@@ -1,4 +1,4 @@
-"""SLURM's programs, each asked in bounded time: what a job's state is, to start it again, to cancel it."""
+"""Run SLURM's programs, each for a bounded time. They submit a job, tell its state, requeue it, cancel it."""
 
 import os
 import re
@@ -6,28 +6,28 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from simclr_dist.system import signals
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.system.errors import ConfigError, reason_of
 
 GONE, UNKNOWN = "GONE", "UNKNOWN"
-_OVER = frozenset(
-    {
-        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED"),
-        *("TIMEOUT", GONE),
-    }
-)
-# What no second try changes; while a controller is away its programs find many words for it.
+_OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT", GONE,
+}  # fmt: skip
+# Answers that no second try changes. While a controller is away, its programs have many other words.
 _REFUSALS = ("invalid job id", "disabled", "denied", "already completing or completed", "not permitted")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """SLURM's word for a job, or GONE when no part of SLURM knows it any more, or UNKNOWN when no part answers."""
+    """The state of a job in SLURM's words. GONE: no part of SLURM knows the job any more. UNKNOWN: no part answers."""
 
     name: str
     reason: str = ""
@@ -37,7 +37,7 @@ class JobState:
 
     @property
     def over(self) -> bool:
-        """Whether the job has ended for good; False also where that is unknown."""
+        """Tell whether the job has ended for good. Return False also where that is unknown."""
         return self.name in _OVER
 
     def __str__(self) -> str:
@@ -47,129 +47,156 @@ class JobState:
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a program: its exit code, what it printed, and the last line of its complaints."""
+    """Exit code and output of a program."""
 
-    code: int | None  # None: none in time
+    code: int | None  # None: it did not end in time
     out: str
-    said: str
+    complaints: tuple[str, ...]  # the lines of stderr without the program's name
+
+    @property
+    def complaint(self) -> str:
+        """Return the last line of stderr, which names the reason."""
+        return self.complaints[-1] if self.complaints else ""
 
 
 def require(*programs: str) -> None:
-    """Raises ConfigError when a program of SLURM is not on PATH."""
+    """Raise ConfigError when a program of SLURM is not on PATH."""
     for program in programs:
         if shutil.which(program) is None:
             raise ConfigError(f"SLURM is not here: no {program} on PATH; do this on a login node of the cluster")
 
 
 def state(job_id: str, *, seconds: float = 3.5) -> JobState:
-    """Ask squeue, then scontrol, then sacct, until one knows; answers within `seconds`, whatever they do."""
-    deadline = time.monotonic() + seconds
-    forgotten, said = False, []
-    for program, arguments, read, share in _ASKED:
-        answer = ask([program, *(part.replace("JOB", job_id) for part in arguments)], min(share, deadline - time.monotonic()))
-        if answer.code == 0 and (found := read(answer.out)):
-            return found
+    """Ask squeue, then scontrol, then sacct, until one knows the job. Takes at most `seconds`."""
+    deadline, forgotten, reasons = time.monotonic() + seconds, False, []
+    for program, (arguments, _, share) in _QUESTIONS.items():
+        command = [program, *(part.replace("JOB", job_id) for part in arguments)]
+        answer = ask(command, min(share, deadline - time.monotonic()))
+        if answer.code == 0 and (job := _read(program, answer.out)):
+            return job
         # The controller forgets jobs that ended some minutes ago; accounting, if there is any, remembers.
-        forgotten = forgotten or "Invalid job id" in answer.said
-        said.append(f"{program}: {answer.said or 'does not know it'}")
-    return JobState(GONE, "no longer known") if forgotten else JobState(UNKNOWN, "; ".join(said))
+        forgotten = forgotten or "Invalid job id" in answer.complaint
+        reasons.append(f"{program}: {answer.complaint or 'does not know it'}")
+    return JobState(GONE, "no longer known") if forgotten else JobState(UNKNOWN, "; ".join(reasons))
 
 
 def states(job_ids: Sequence[str]) -> list[JobState]:
-    """The states of several jobs, in the time that one takes."""
+    """Ask for the states of several jobs at once. Takes the time of one."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(state, job_ids))
 
 
 def overtaken(job_id: str, *, seconds: float = 2.0) -> Literal["cancelled", "requeued"] | None:
-    """Whether somebody else has ended the job that this process is part of; None also when SLURM does not say."""
+    """Tell whether somebody else has ended this process's job. Return None also when SLURM does not say."""
     answer = ask(["scontrol", "show", "job", "--oneliner", job_id], seconds)
-    found, restarts = _from_scontrol(answer.out), re.search(r" Restarts=([0-9]+) ", answer.out)
-    if found is None or restarts is None:
+    job, restarts = _read("scontrol", answer.out), re.search(r" Restarts=([0-9]+) ", answer.out)
+    if job is None or restarts is None:
         return None
     if int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         return "requeued"
     # A cancelled job is COMPLETING until its last process is gone, and only at a time limit is there a reason.
-    return "cancelled" if found.name in ("COMPLETING", "CANCELLED") and found.reason != "TimeLimit" else None
+    return "cancelled" if job.name in ("COMPLETING", "CANCELLED") and job.reason != "TimeLimit" else None
 
 
 def requeue(job_id: str, *, seconds: float = 60.0) -> str | None:
-    """Have the job that this process is part of start again; None when that is so, also by somebody else, otherwise why not.
+    """Requeue this process's job. Return None when it is requeued, also by somebody else; otherwise why not.
 
-    Tries for `seconds` while the controller does not answer. A job that was cancelled is left alone: SLURM would revive it.
+    Tries for `seconds` while the controller does not answer. A cancelled job is left alone: SLURM would revive it.
     """
     deadline = time.monotonic() + seconds
     while True:
         if fate := overtaken(job_id):
             return None if fate == "requeued" else "the job was cancelled"
         answer = ask(["scontrol", "requeue", job_id], max(deadline - time.monotonic(), 1.0))
-        if answer.code == 0 or "pending execution" in answer.said:
+        complaint = answer.complaint
+        if answer.code == 0 or "pending execution" in complaint:
             return None
-        if answer.code == 127 or any(words in answer.said.lower() for words in _REFUSALS) or time.monotonic() >= deadline:
-            return f"scontrol: {answer.said}"
+        if answer.code == 127 or any(words in complaint.lower() for words in _REFUSALS) or time.monotonic() >= deadline:
+            return f"scontrol: {complaint}"
         time.sleep(min(1.0, seconds / 10))
 
 
 def cancel(job_ids: Sequence[str], *, seconds: float = 30.0) -> str | None:
-    """Cancel jobs, those that have ended too; None when that is accepted, otherwise why not."""
+    """Cancel jobs, ended ones among them. Return None when SLURM accepts that; otherwise why not."""
     answer = ask(["scancel", *job_ids], seconds)
-    return None if answer.code == 0 else f"scancel: {answer.said}"
+    return None if answer.code == 0 else f"scancel: {answer.complaint}"
 
 
-def ask(command: Sequence[str], seconds: float) -> Answer:
-    """Run a program so that it can be ended with all it has started, and so that the signals which a requeue sends to every
-    process of the job do not end the request for it."""
+def submit(script: Path, *, seconds: float = 600.0) -> str:
+    """Submit a batch script; return the job's number. Raises ConfigError when SLURM refuses it.
+
+    Variables that would overrule the script are hidden from sbatch: SBATCH_*, and those of a job that submits jobs.
+    """
+    options = set(re.findall(r"^#SBATCH --([a-z-]+)", script.read_text(encoding="utf-8"), re.MULTILINE))
+    other_names = {"timelimit": "time", "mem-per-node": "mem", "no-requeue": "requeue"}
+
+    def visible(name: str) -> bool:
+        option = name.removeprefix("SBATCH_").lower().replace("_", "-")
+        overrules = name.startswith("SBATCH_") and other_names.get(option, option) in options
+        inherited = "SLURM_JOB_ID" in os.environ and name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"
+        return not overrules and not inherited
+
+    environment = {name: value for name, value in os.environ.items() if visible(name)}
+    answer = ask(["sbatch", str(script)], seconds, environment)  # a time-out leaves open whether there is a job
+    number = re.search(r"job ([0-9]+)", answer.out)
+    if answer.code != 0 or number is None:
+        reason = "; ".join(answer.complaints) or f"sbatch names no job: {answer.out.strip()!r}"
+        raise ConfigError(f"SLURM refused the job: {reason}")
+    return number[1]
+
+
+def ask(command: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ) -> Answer:
+    """Run a program for at most `seconds`. Then kill it with all that it has started.
+
+    Stop signals do not reach it: those that a requeue sends to every process of the job would end the request for it.
+    """
     # The user's habits for these programs' tables would change what they answer.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))}
+    variables = {key: value for key, value in environment.items() if not key.startswith(("SQUEUE_", "SACCT_", "SCANCEL_"))}
     if seconds <= 0:
-        return Answer(None, "", "not asked, no time was left")
+        return Answer(None, "", ("not asked, no time was left",))
     try:
         with signals.blocked():
             program = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                env=environment,
-            )
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True, errors="replace", start_new_session=True, env=variables,
+            )  # fmt: skip
     except OSError as error:
-        return Answer(127, "", error.strerror or str(error))
+        return Answer(127, "", (reason_of(error),))
     with program:
         try:
-            out, said = program.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(program.pid, signal.SIGKILL)
-            return Answer(None, "", f"no answer in {seconds:.1f} s")
-    lines = said.strip().splitlines() or [f"ended with {program.returncode}"] * bool(program.returncode)
-    return Answer(program.returncode, out, re.sub(r"^\w+: (error|fatal): ", "", lines[-1]) if lines else "")
+            out, err = program.communicate(timeout=seconds)
+        except BaseException as error:  # also Ctrl-C, which the program does not hear
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return Answer(None, "", (f"no answer in {seconds:.1f} s",))
+    lines = err.strip().splitlines() or [f"ended with {program.returncode}"] * bool(program.returncode)
+    return Answer(program.returncode, out, tuple(re.sub(r"^\w+: (error|fatal): ", "", line) for line in lines))
 
 
-def _from_squeue(out: str) -> JobState | None:
-    found = re.fullmatch(r"(\w+)\|(.*)\|(.*)\|(.*)", out.strip())
-    return JobState(found[1], _word(found[2]), _word(found[3]), found[4], "squeue") if found else None
+def _read(program: str, out: str) -> JobState | None:
+    """Read the state of a job from what a program prints."""
+    if (match := re.search(_QUESTIONS[program][1], out.strip())) is None:
+        return None
+    nothing = ("None", "(null)", "None assigned", "N/A")
+    return JobState(**{key: "" if text in nothing else text for key, text in match.groupdict("").items()}, source=program)
 
 
-def _from_scontrol(out: str) -> JobState | None:
-    # Names that users choose come before, and may hold anything.
-    found = re.search(r"\bJobState=(\w+) Reason=(\S*) Dependency=.*?\bRunTime=(\S+)(?:.*? NodeList=(\S*))?", out)
-    return JobState(found[1], _word(found[2]), _word(found[4] or ""), found[3], "scontrol") if found else None
-
-
-def _from_sacct(out: str) -> JobState | None:
-    found = re.match(r"(\w+)(.*)\|(.*)\|(.*)", out)
-    return JobState(found[1], found[2].strip(), _word(found[3]), found[4], "sacct") if found else None
-
-
-def _word(text: str) -> str:
-    return "" if text in ("None", "(null)", "None assigned", "N/A") else text
-
-
-# Program, arguments, what reads the answer, and its most seconds: together what `state` promises.
-_ASKED: tuple[tuple[str, tuple[str, ...], Callable[[str], JobState | None], float], ...] = (
-    ("squeue", ("--noheader", "--states=all", "--jobs=JOB", "--format=%T|%r|%N|%M"), _from_squeue, 1.5),
-    ("scontrol", ("show", "job", "--oneliner", "JOB"), _from_scontrol, 0.8),
-    ("sacct", ("-n", "-X", "-P", "-j", "JOB", "-o", "State,NodeList,Elapsed"), _from_sacct, 1.2),
-)
+# Arguments of each program, its answer, and most seconds: together those of `state`, less 0.2 to start the programs.
+_QUESTIONS = {
+    "squeue": (
+        ("--noheader", "--states=all", "--jobs=JOB", "--format=%T|%r|%N|%M"),
+        r"\A(?P<name>\w+)\|(?P<reason>.*)\|(?P<nodes>.*)\|(?P<elapsed>.*)\Z", 1.5,
+    ),
+    "scontrol": (  # names that users choose come before, and may hold anything
+        ("show", "job", "--oneliner", "JOB"),
+        r"\bJobState=(?P<name>\w+) Reason=(?P<reason>\S*) Dependency=.*?"
+        r"\bRunTime=(?P<elapsed>\S+)(?:.*? NodeList=(?P<nodes>\S*))?", 0.8,
+    ),
+    "sacct": (
+        ("-n", "-X", "-P", "-j", "JOB", "-o", "State,NodeList,Elapsed"),
+        r"\A(?P<name>\w+) ?(?P<reason>.*)\|(?P<nodes>.*)\|(?P<elapsed>.*)", 1.0,
+    ),
+}  # fmt: skip

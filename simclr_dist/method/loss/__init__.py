@@ -1,4 +1,4 @@
-"""NT-Xent over the global batch, without the 2N x 2N matrix."""
+"""Compute NT-Xent over the global batch, without the 2N x 2N matrix."""
 
 from simclr_dist.method.loss.nt_xent import NTXentLoss, nt_xent_reference
 

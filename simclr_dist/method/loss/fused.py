@@ -1,6 +1,6 @@
-"""The sums of `tiles` as Triton kernels for CUDA: no tile of the matrix leaves the chip.
+"""Compute the sums of `tiles` by Triton kernels for CUDA. No tile of the matrix leaves the chip.
 
-Products are taken as three TF32 ones ("tf32x3"), which keeps float32's digits on tensor cores.
+Each product is three TF32 ones ("tf32x3"). That keeps float32's digits on tensor cores.
 """
 
 from contextlib import nullcontext
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-# (rows, columns, options of the launch), from fast to small: GPUs differ by four times in the shared memory of a block, and
-# Triton says only when it is asked. What fits is asked for once for each device, kernel and width.
+# (rows, columns, options of the launch), from fast to small. GPUs differ by four times in the shared memory of a block, and
+# Triton refuses only at a launch. What fits is tried once for each device, kernel and width.
 _SHAPES = (
     (64, 64, {"num_warps": 4}),
     (64, 32, {"num_warps": 4, "num_stages": 2}),
@@ -25,13 +25,13 @@ _first_that_fits: dict[tuple[object, ...], int] = {}
 
 @triton.jit
 def _place(row, n, total, first):
-    """Where local rows stand among the columns."""
+    """Return the place of local rows among the columns."""
     return tl.where(row < n, first + row, total + first + row - n)
 
 
 @triton.jit
 def _similarities(z, columns, place, left, total, temperature, DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """One tile, -inf where there is no negative; and the columns' embeddings."""
+    """Compute one tile, -inf where there is no negative. Returns it and the columns' embeddings."""
     column = left + tl.arange(0, COLUMNS)
     d = tl.arange(0, WIDTH)
     there = (column < 2 * total)[:, None] & (d < DIM)[None, :]
@@ -50,11 +50,12 @@ def _log_sum_exp(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = _place(row, n, total, first)
     d = tl.arange(0, WIDTH)
-    own = tl.load(z + row.to(tl.int64)[:, None] * DIM + d[None, :], mask=(row < 2 * n)[:, None] & (d < DIM)[None, :], other=0.0)
+    there = (row < 2 * n)[:, None] & (d < DIM)[None, :]
+    rows = tl.load(z + row.to(tl.int64)[:, None] * DIM + d[None, :], mask=there, other=0.0)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS,), tl.float32)
     for left in range(0, 2 * total, COLUMNS):
-        s, _ = _similarities(own, columns, place, left, total, temperature, DIM, WIDTH, COLUMNS)
+        s, _ = _similarities(rows, columns, place, left, total, temperature, DIM, WIDTH, COLUMNS)
         higher = tl.maximum(highest, tl.max(s, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # no negative so far: exp(-inf - 0) is 0, not nan
         sums = sums * tl.exp(highest - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
@@ -71,13 +72,13 @@ def _weighted_sum(
     place = _place(row, n, total, first)
     d = tl.arange(0, WIDTH)
     there = (row < 2 * n)[:, None] & (d < DIM)[None, :]
-    own = tl.load(z + row.to(tl.int64)[:, None] * DIM + d[None, :], mask=there, other=0.0)
+    rows = tl.load(z + row.to(tl.int64)[:, None] * DIM + d[None, :], mask=there, other=0.0)
     mine = tl.load(log_weight + row, mask=row < 2 * n, other=0.0)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     for left in range(0, 2 * total, COLUMNS):
         column = left + tl.arange(0, COLUMNS)
         theirs = tl.load(log_weight_of_columns + column, mask=column < 2 * total, other=0.0)
-        s, other = _similarities(own, columns, place, left, total, temperature, DIM, WIDTH, COLUMNS)
+        s, other = _similarities(rows, columns, place, left, total, temperature, DIM, WIDTH, COLUMNS)
         weight = tl.exp(s + mine[:, None]) + tl.exp(s + theirs[None, :])
         sums += tl.dot(weight, other, input_precision="tf32x3")
     tl.store(result + row.to(tl.int64)[:, None] * DIM + d[None, :], sums, mask=there)
@@ -85,7 +86,7 @@ def _weighted_sum(
 
 @dataclass(frozen=True)
 class Similarities:
-    """As `tiles.Similarities`, for contiguous float32 on one CUDA device, d at most 256."""
+    """`tiles.Similarities` for contiguous float32 on one CUDA device. d is at most 256."""
 
     z: Tensor
     columns: Tensor
@@ -93,13 +94,13 @@ class Similarities:
     temperature: float
 
     def log_sum_exp(self) -> Tensor:
-        """Of each row, [2n]; -inf where a row has no negatives."""
+        """Compute log-sum-exp over each row's negatives, [2n]. -inf where it has none."""
         result = self.z.new_empty(len(self.z))
         self._launch(_log_sum_exp, result)
         return result
 
     def weighted_sum(self, log_weight: Tensor, log_weight_of_columns: Tensor) -> Tensor:
-        """sum_j (exp(s_ij + log_weight_i) + exp(s_ij + log_weight_j)) z_j over the negatives j of each row i, [2n, d]."""
+        """Sum (exp(s_ij + log_weight_i) + exp(s_ij + log_weight_j)) z_j, [2n, d]. Over the negatives j of each row i."""
         result = torch.empty_like(self.z)
         self._launch(_weighted_sum, log_weight.contiguous(), log_weight_of_columns.contiguous(), result)
         return result
@@ -113,20 +114,10 @@ class Similarities:
             for number in range(_first_that_fits.get(key, 0), len(_SHAPES)):
                 block_rows, block_columns, options = _SHAPES[number]
                 try:
-                    kernel[(triton.cdiv(rows, block_rows),)](
-                        self.z,
-                        self.columns,
-                        *tensors,
-                        rows // 2,
-                        len(self.columns) // 2,
-                        self.first,
-                        self.temperature,
-                        DIM=dim,
-                        WIDTH=width,
-                        ROWS=block_rows,
-                        COLUMNS=block_columns,
-                        **options,
-                    )
+                    place = rows // 2, len(self.columns) // 2, self.first
+                    sizes = {"DIM": dim, "WIDTH": width, "ROWS": block_rows, "COLUMNS": block_columns}
+                    launch = kernel[(triton.cdiv(rows, block_rows),)]
+                    launch(self.z, self.columns, *tensors, *place, self.temperature, **sizes, **options)
                 except OutOfResources:
                     if number + 1 == len(_SHAPES):
                         raise

@@ -1,4 +1,4 @@
-"""NT-Xent (Chen et al. 2020, equation 1) and its decoupled form (Yeh et al. 2022, DCL)."""
+"""Compute NT-Xent and its decoupled form. Chen et al. 2020, equation 1; Yeh et al. 2022 (DCL)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def nt_xent_reference(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
-    """The definition, for one process, with the whole matrix: the oracle of the tests.
+    """Compute NT-Xent by its definition, with the whole matrix. For one process: the oracle of the tests.
 
     Shapes: z_a, z_b float [n, d], rows i are the two views of image i. Returns the mean over the 2n anchors.
     """
@@ -42,16 +42,14 @@ class NTXentLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1, *, decoupled: bool = False, scale: float = 1.0) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.decoupled = decoupled
-        self.scale = scale
-        self._asked = False  # whether the ranks were found to agree
+        self.temperature, self.decoupled, self.scale = temperature, decoupled, scale
+        self._agreed = False  # whether the ranks' shapes were the same at the last check
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """z_a, z_b: float [n, d], row i of each a view of image i; need not be normalised. Returns a scalar.
+        """Compute the loss, a scalar. z_a, z_b: float [n, d], row i of each a view of image i; need not be normalised.
 
-        Raises ValueError when shapes or types differ, between the views or between the ranks, and then on every rank (on CUDA,
-        where asking the others costs a wait for the device, they are asked at the first call only).
+        Raises ValueError, on every rank, when shapes or types differ between the views or the ranks. On CUDA the ranks are
+        compared at the first call only, since that waits for the device.
         """
         self._check(z_a, z_b)
         with torch.autocast(z_a.device.type, enabled=False), _full_precision():
@@ -62,23 +60,21 @@ class NTXentLoss(nn.Module):
 
     def _check(self, z_a: Tensor, z_b: Tensor) -> None:
         good = z_a.dim() == 2 and z_a.shape == z_b.shape and z_a.dtype == z_b.dtype
-        if world_size() > 1 and not (z_a.is_cuda and self._asked):
+        if world_size() > 1 and not (z_a.is_cuda and self._agreed):
             mine = [*z_a.shape, z_a.dtype == torch.float64] if good else [-1, -1, -1]
             shapes = all_gather(torch.tensor(mine, device=z_a.device)).tolist()
             if any(shape != shapes[0] for shape in shapes):
-                said = ", ".join(
-                    f"[{n}, {d}]{' float64' * is_double}" if n >= 0 else "what is none" for n, d, is_double in shapes
-                )
-                raise ValueError(f"every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass {said}")
-            self._asked = good
+                each = ", ".join(f"[{n}, {d}]{' float64' * double}" if n >= 0 else "what is none" for n, d, double in shapes)
+                raise ValueError(f"every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass {each}")
+            self._agreed = good
         if not good:
-            found = f"{list(z_a.shape)} {z_a.dtype} and {list(z_b.shape)} {z_b.dtype}"
-            raise ValueError(f"z_a and z_b must be [n, d], both the same, but are {found}")
+            kinds = f"{list(z_a.shape)} {z_a.dtype} and {list(z_b.shape)} {z_b.dtype}"
+            raise ValueError(f"z_a and z_b must be [n, d], both the same, but are {kinds}")
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 products with float32's digits, also where somebody has allowed less."""
+    """Compute float32 products with float32's digits. Overrides settings that allow less."""
     # Per backend: torch.get_float32_matmul_precision fails once somebody has used these.
     mkldnn: Any = torch.backends.mkldnn  # whose `matmul` is not in its type
     products = torch.backends.cuda.matmul, mkldnn.matmul

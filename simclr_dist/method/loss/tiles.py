@@ -1,4 +1,4 @@
-"""Sums over all negatives of each row, a tile of the similarity matrix at a time."""
+"""Sum over each row's negatives, one tile of similarities at a time."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _CUDA_TILE_BYTES = 64 * 2**20
 
 
 def gather_views(z: Tensor) -> Tensor:
-    """[2n, d] of each rank, view a then view b, to [2N, d] in the order of the global batch: view a of all, then view b."""
+    """Gather the ranks' [2n, d] to [2N, d]. Each rank has view a, then b; the result has view a of all images, then b."""
     if world_size() == 1:
         return z
     return all_gather(z.view(2, len(z) // 2, -1)).transpose(0, 1).reshape(-1, z.shape[1])
@@ -23,11 +23,11 @@ def gather_views(z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Similarities:
-    """The matrix z @ columns.T / temperature, of which only tiles ever exist; a row's own column and its partner's are -inf.
+    """The matrix z @ columns.T / temperature, made in tiles only. A row's own column and its partner's are -inf.
 
     columns: float [2N, d], the normalised embeddings of the global batch, view a of all images, then view b. z: [2n, d],
-    those of this rank, whose images are `first`, `first` + 1, ... of the global batch. With z = columns the matrix is
-    symmetric: then only tiles on and above the diagonal are computed, and each serves its rows and its columns.
+    those of this rank. Its images are `first`, `first` + 1, ... of the global batch. With z = columns the matrix is
+    symmetric. Then only tiles on and above the diagonal are computed, and each serves its rows and its columns.
     """
 
     z: Tensor
@@ -36,7 +36,7 @@ class Similarities:
     temperature: float
 
     def log_sum_exp(self) -> Tensor:
-        """Of each row, [2n]; -inf where a row has no negatives."""
+        """Compute log-sum-exp over each row's negatives, [2n]. -inf where it has none."""
         if self._fits_exp:
             sums = self.z.new_zeros(len(self.z))
             for rows, columns, mirrored, tile in self.tiles():
@@ -45,15 +45,15 @@ class Similarities:
                 if mirrored:
                     sums[columns] += tile.sum(0)
             return sums.log()
-        found = self.z.new_full((len(self.z),), -torch.inf)
+        result = self.z.new_full((len(self.z),), -torch.inf)
         for rows, columns, mirrored, tile in self.tiles():
-            found[rows] = found[rows].logaddexp(tile.logsumexp(1))
+            result[rows] = result[rows].logaddexp(tile.logsumexp(1))
             if mirrored:
-                found[columns] = found[columns].logaddexp(tile.logsumexp(0))
-        return found
+                result[columns] = result[columns].logaddexp(tile.logsumexp(0))
+        return result
 
     def weighted_sum(self, log_weight: Tensor, log_weight_of_columns: Tensor) -> Tensor:
-        """sum_j (exp(s_ij + log_weight_i) + exp(s_ij + log_weight_j)) z_j over the negatives j of each row i, [2n, d]."""
+        """Sum (exp(s_ij + log_weight_i) + exp(s_ij + log_weight_j)) z_j, [2n, d]. Over the negatives j of each row i."""
         result = torch.zeros_like(self.z)
         scratch = self.z.new_empty(self._side**2)
         weight, weight_of_columns = log_weight.exp(), log_weight_of_columns.exp()
@@ -72,33 +72,33 @@ class Similarities:
 
     @property
     def _fits_exp(self) -> bool:
-        """Whether exp of a similarity, and of the sum of two, can neither overflow nor vanish: |s| is at most 1/temperature."""
+        """Return whether exp can neither overflow nor vanish. Of a similarity, and of the sum of two; |s| <= 1/temperature."""
         return 2.2 / self.temperature < math.log(torch.finfo(self.z.dtype).max)
 
     @property
     def _side(self) -> int:
-        """Rows and columns of a tile."""
+        """Return the number of rows, and of columns, of a tile."""
         budget = _CUDA_TILE_BYTES if self.z.is_cuda else _CPU_TILE_BYTES * torch.get_num_threads()
         return max(1, min(math.isqrt(budget // self.z.element_size()), len(self.columns)))
 
     def tiles(self) -> Iterator[tuple[slice, slice, bool, Tensor]]:
-        """(rows of z, columns, whether the mirrored tile is left out, similarities), the last good until the next one."""
+        """Yield each tile; the next overwrites it. (rows of z, columns, is the mirrored tile left out, similarities)."""
         n, total, side = len(self.z) // 2, len(self.columns) // 2, self._side
         symmetric = self.z is self.columns
         scaled = self.z / self.temperature
         memory = self.z.new_empty(side**2)
-        # Rows that are neighbours among the columns too: those of both views at once, or of one.
+        # Stretches of rows that are neighbours among the columns too: both views at once, or each alone.
         stretches = [(0, 2 * n, 0)] if symmetric else [(0, n, self.first), (n, 2 * n, total + self.first)]
-        for begin, end, place in stretches:
+        for begin, end, shift in stretches:
             for top in range(begin, end, side):
                 rows = slice(top, min(top + side, end))
-                here = place + top - begin
-                for left in range(here if symmetric else 0, 2 * total, side):
+                place = shift + top - begin
+                for left in range(place if symmetric else 0, 2 * total, side):
                     columns = slice(left, min(left + side, 2 * total))
                     shape = (rows.stop - top, columns.stop - left)
                     tile = memory[: shape[0] * shape[1]].view(shape)
                     torch.mm(scaled[rows], self.columns[columns].T, out=tile)
-                    for excluded in (here, here + total, here - total):  # itself; its partner, behind it or before it
+                    for excluded in (place, place + total, place - total):  # itself; its partner, behind it or before it
                         if -shape[0] < excluded - left < shape[1]:
                             tile.diagonal(excluded - left).fill_(-torch.inf)
-                    yield rows, columns, symmetric and left > here, tile
+                    yield rows, columns, symmetric and left > place, tile

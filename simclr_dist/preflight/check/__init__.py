@@ -1,1 +1,1 @@
-"""Preflight: what training needs of these machines, tried on them; `command.py` is the page."""
+"""Check what training needs of these machines. Read `checks.py` first."""

@@ -1,12 +1,8 @@
-"""The folders of a config seen from each rank: shards that can be read, a run folder that all see, and how fast it is.
-
-Every function is called on all ranks and returns the same findings on all; what is written is taken away again.
-"""
+"""Check a config's shards and run folder. Call on all ranks; all get the same findings. No file stays."""
 
 import os
 import secrets
 import shutil
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,105 +14,95 @@ from simclr_dist.config.together import check_fits
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.method.distributed import World, all_gather_objects
-from simclr_dist.preflight.check.findings import Finding
-from simclr_dist.system.errors import ConfigError, DataError
+from simclr_dist.preflight.check.findings import Finding, place_of
+from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.system.files import write_atomically
 
 _SAMPLES = 64  # images that each rank reads and compares with their sha256
 _WRITTEN_BYTES = 64 * 2**20
 _VISIBLE_SECONDS = 10.0  # network disks show new files late
 
 
-def shards(config: Config, here: World) -> list[Finding]:
-    """Every rank opens the shards and reads some images of its own choice, checked by sha256; all see the same manifest."""
+def shards(config: Config, world: World) -> list[Finding]:
+    """Check that all ranks see one manifest and whole images (by sha256)."""
     if config.data.reader == "stream":
-        return [
-            Finding("shards", "warning", "a stream has no manifest to compare with", "`simclr-dist shard --index` writes one")
-        ]
+        line, cure = "a stream has no manifest to compare with", "`simclr-dist shard --index` writes one"
+        return [Finding("shards", "warning", line, cure)]
     problem, misfit, digest, rate, read = None, None, "", 0.0, 0
     try:
         images = ShardDataset(config.data.shards, open_shards=4, cache=cache_settings(config.data.cache, config.data.cache_gib))
-        digest, misfit = images.manifest.digest, _misfit(config, len(images), here)
-        random = np.random.default_rng([config.seed, here.rank])
+        digest, misfit = images.manifest.digest, _misfit(config, len(images), world)
+        random = np.random.default_rng([config.seed, world.rank])
         choice = np.arange(len(images))
-        if isinstance(images.manifest.folder, str):  # a URL: one shard comes through the cache, not all of them
+        if isinstance(images.manifest.folder, str):  # a URL: fetch one shard into the cache, not all
             choice = np.flatnonzero(images.manifest.shard == random.integers(len(images.manifest.shards)))
-        rows = random.choice(choice, min(_SAMPLES, len(choice)), replace=False)
-        read = len(rows)
+        read = min(_SAMPLES, len(choice))
         begin = time.perf_counter()
-        size = sum(len(images.read(int(row))) for row in rows)
+        size = sum(len(images.read(int(row))) for row in random.choice(choice, read, replace=False))
         rate = size / (time.perf_counter() - begin) / 2**20
     except (DataError, ConfigError) as error:
-        problem = f"{_where(here)}: {error}"
+        problem = f"{place_of(world.rank)}: {error}"
     except OSError as error:
-        problem = f"{_where(here)}: {error.filename or config.data.shards}: {error.strerror}"
-    seen = all_gather_objects((problem, digest, rate))
-    if problems := sorted({said for said, _, _ in seen if said is not None}):
+        problem = f"{place_of(world.rank)}: {error.filename or config.data.shards}: {error.strerror}"
+    problems, digests, rates = zip(*all_gather_objects((problem, digest, rate)), strict=True)
+    if lines := sorted({problem for problem in problems if problem is not None}):
         cure = "every node needs all shards, whole and readable: copy them anew, or put them on a shared disk"
-        return [Finding("shards", "failure", line, cure) for line in problems]
-    if len({digest for _, digest, _ in seen}) > 1:
+        return [Finding("shards", "failure", line, cure) for line in lines]
+    if len(set(digests)) > 1:
         return [Finding("shards", "failure", f"{config.data.shards}: not the same images on every rank", "copy them anew")]
-    if misfit is not None:  # of one manifest: on every rank
+    if misfit is not None:  # on every rank, since the manifest is the same
         return [Finding("shards", "failure", *misfit)]
-    slowest = min(rate for _, _, rate in seen)
-    return [Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {slowest:.0f} MiB/s")]
+    return [Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {min(rates):.0f} MiB/s")]
 
 
-def _misfit(config: Config, images: int, here: World) -> tuple[str, str] | None:
-    """Why the run does not fit these images and ranks, with the cure."""
+def _misfit(config: Config, images: int, world: World) -> tuple[str, str] | None:
+    """Say why images and ranks do not fit, and the cure."""
     try:
-        check_fits(config, images, here.size)
+        check_fits(config, images, world.size)
     except ConfigError as error:
-        whole = "nothing is wrong with the shards: "
-        if config.global_batch_size > images:
-            return str(error), f"{whole}lower global_batch_size, or shard more images"
-        return str(error), f"{whole}change that setting"
+        cure = "lower global_batch_size, or shard more images" if config.global_batch_size > images else "change that setting"
+        return str(error), f"nothing is wrong with the shards: {cure}"
     return None
 
 
-def folder(config: Config, here: World, checkpoint_bytes: float) -> tuple[list[Finding], float]:
-    """What rank 0 writes beside the run folder the others see, and how long a checkpoint takes; (findings, its seconds)."""
+def folder(config: Config, world: World, checkpoint_bytes: float) -> tuple[list[Finding], float]:
+    """Check that all ranks see the run folder. Returns (findings, seconds of a checkpoint)."""
     parent = Path(config.run_folder).absolute()
-    while not os.path.lexists(parent):  # a file in the way stays, and is what cannot be written to
+    while not os.path.lexists(parent):  # a file in the way is kept: it is what cannot be written to
         parent = parent.parent
-    name, token = f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
-    name, token = all_gather_objects((name, token))[0]
+    names = f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
+    name, token = all_gather_objects(names)[0]
     place = parent / name
     try:
-        seconds, problem = _write(place, token, checkpoint_bytes) if here.is_main else (0.0, None)
+        seconds, problem = _write(place, token, checkpoint_bytes) if world.is_main else (0.0, None)
         seconds, problem = all_gather_objects((seconds, problem))[0]
         if problem is not None:
             cure = "make it writable, or name another run_folder"
-            return [Finding("folder", "failure", f"{_where(here, rank=0)}: {parent}: {problem}", cure)], seconds
-        invisible = None if _sees(place / "token", token) else f"{_where(here)}: does not see what rank 0 wrote in {parent}"
-        blind = [said for said in all_gather_objects(invisible) if said is not None]
+            return [Finding("folder", "failure", f"rank 0: {parent}: {problem}", cure)], seconds
+        blind = None if _sees(place / "token", token) else place_of(world.rank)
+        blind_ranks = [rank for rank in all_gather_objects(blind) if rank is not None]
     finally:
-        if here.is_main:
+        if world.is_main:
             shutil.rmtree(place, ignore_errors=True)
-    if blind:
-        cure = "run_folder must be on a disk that all nodes share"
-        return [Finding("folder", "failure", line, cure) for line in blind], seconds
+    if blind_ranks:
+        line, cure = f"does not see what rank 0 wrote in {parent}", "run_folder must be on a disk that all nodes share"
+        return [Finding("folder", "failure", f"{rank}: {line}", cure) for rank in blind_ranks], seconds
     speed = checkpoint_bytes / seconds / 2**20
-    found = f"{parent} is seen by all ranks; write + fsync {speed:.0f} MiB/s: a checkpoint takes {seconds:.1f} s"
-    return [Finding("folder", "ok", found)], seconds
+    line = f"{parent} is seen by all ranks; write + fsync {speed:.0f} MiB/s: a checkpoint takes {seconds:.1f} s"
+    return [Finding("folder", "ok", line)], seconds
 
 
 def _write(place: Path, token: str, checkpoint_bytes: float) -> tuple[float, str | None]:
-    """(seconds that a checkpoint would take, why it cannot be written)."""
+    """Return (seconds that a checkpoint would take, why it cannot be written)."""
     content = os.urandom(int(min(checkpoint_bytes, _WRITTEN_BYTES)))  # a disk may be quick with zeros
     try:
         place.mkdir()
         begin = time.perf_counter()
-        with (place / "content").open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(place / "content", content)
         seconds = time.perf_counter() - begin
-        with (place / "token").open("x") as file:
-            file.write(token)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(place / "token", token.encode())
     except OSError as error:
-        return 0.0, error.strerror or str(error)
+        return 0.0, reason_of(error)
     return seconds * max(1.0, checkpoint_bytes / _WRITTEN_BYTES), None
 
 
@@ -130,7 +116,3 @@ def _sees(path: Path, token: str) -> bool:
         if time.monotonic() > until:
             return False
         time.sleep(0.1)
-
-
-def _where(here: World, rank: int | None = None) -> str:
-    return f"rank {rank}" if rank is not None else f"{socket.gethostname()} (rank {here.rank})"

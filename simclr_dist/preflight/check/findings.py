@@ -1,29 +1,34 @@
-"""What a check has found, and the table of all."""
+"""Define the findings of checks, and format their table."""
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["ok", "warning", "failure"]
 NAMES = ("versions", "network", "clock", "gradient", "shards", "folder", "slurm")  # the checks, in their order
-OF_A_CONFIG = ("shards", "folder")  # those that look at what a config names
+OF_A_CONFIG = ("shards", "folder")  # checks of what a config names
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: which check, how it went, what was seen, and what cures it."""
+    """One line of the table, with what cures it."""
 
     check: str
-    level: Level
-    found: str
+    level: Literal["ok", "warning", "failure"]
+    seen: str
     cure: str = ""
 
 
+def place_of(rank: int) -> str:
+    """Return this machine's name, with the rank of this process."""
+    return f"{socket.gethostname()} (rank {rank})"
+
+
 def table(findings: Sequence[Finding]) -> str:
-    """Plain text, failures with their cures below them, and a last line that counts."""
+    """Format findings with their cures, and count them."""
     lines = []
     for finding in findings:
-        lines.append(f"{finding.level:8s} {finding.check:10s} {finding.found}")
+        lines.append(f"{finding.level:8s} {finding.check:10s} {finding.seen}")
         if finding.cure:
             lines.append(f"{'':19s} cure: {finding.cure}")
     failures, warnings = (sum(finding.level == level for finding in findings) for level in ("failure", "warning"))
@@ -32,5 +37,5 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def failed(findings: Sequence[Finding]) -> bool:
-    """Whether training should not start."""
+    """Return whether training should not start."""
     return any(finding.level == "failure" for finding in findings)

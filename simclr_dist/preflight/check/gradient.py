@@ -1,4 +1,4 @@
-"""Proof, on the machines at hand, that the distributed gradient is the gradient of one process."""
+"""Prove that the distributed gradient equals the gradient of one process."""
 
 import dataclasses
 
@@ -22,31 +22,31 @@ SMALL = Config(
 )
 
 
-def gradient_report(config: Config, here: World) -> tuple[str, bool]:
-    """A table of scale and cosine against one process's gradient, in float64; and whether the trainer's own is exact.
+def gradient_report(config: Config, world: World) -> tuple[str, bool]:
+    """Compare the trainer's gradient with one process's. Returns (table, whether it is exact).
 
-    Model, global BatchNorm, micro-batches, loss and DDP are the trainer's; the reference is the plain definition on the
+    Model, global BatchNorm, micro-batches, loss and DDP are the trainer's. The reference is the plain definition on the
     whole batch, without any of them. The other rows are losses that peers use, to show what a wrong one looks like.
     """
     size = config.views.image_size or (32 if config.views.preset == "small" else 64)
-    # Two pieces are cut as many are; one process has to hold the whole graph of the batch that they make.
+    # Two micro-batches prove as much as many; and one process has to hold the graph of the whole batch.
     config = dataclasses.replace(config, micro_batches=min(config.micro_batches, 2))
-    pieces = config.micro_batches * here.size
+    pieces = config.micro_batches * world.size
     batch = pieces * max(2, min(config.global_batch_size, 96) // pieces)
     config = dataclasses.replace(config, precision="fp64", compile=False, global_batch_size=batch, steps=1, epochs=None)
     generator = torch.Generator().manual_seed(config.seed)
     view_a, view_b = (torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64) for _ in range(2))
-    learner = build_learner(config, here)
+    learner = build_learner(config, world)
     with torch.no_grad():  # a zero-initialised BatchNorm weight would hide half of the encoder from the comparison
         for p in learner.model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device))
     temperature = config.loss.temperature
-    mine = torch.arange(batch).view(config.micro_batches, here.size, -1)[:, here.rank].flatten()
-    local_a, local_b = view_a[mine].to(here.device), view_b[mine].to(here.device)
+    mine = torch.arange(batch).view(config.micro_batches, world.size, -1)[:, world.rank].flatten()
+    local_a, local_b = view_a[mine].to(world.device), view_b[mine].to(world.device)
 
     losses: dict[str, LossFunction] = {
         "this trainer": NTXentLoss(temperature),
-        "wrong: without the factor world_size": lambda a, b: NTXentLoss(temperature)(a, b) / here.size,
+        "wrong: without the factor world_size": lambda a, b: NTXentLoss(temperature)(a, b) / world.size,
         "wrong: gathered embeddings without gradient": lambda a, b: _detached(a, b, temperature),
         "wrong: negatives of the own rank only": lambda a, b: nt_xent_reference(a, b, temperature),
     }
@@ -55,11 +55,11 @@ def gradient_report(config: Config, here: World) -> tuple[str, bool]:
         learner.optimizer.zero_grad()
         backward(learner, cut(local_a, local_b, config.micro_batches), loss)
         gradients[name] = torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
-    truth = _one_process(learner.model, view_a.to(here.device), view_b.to(here.device), config)
+    truth = _one_process(learner.model, view_a.to(world.device), view_b.to(world.device), config)
     rows = [
-        f"gradient of {config.model.encoder}, {batch} images, {here.size} processes, {config.micro_batches} pieces, float64"
+        f"gradient of {config.model.encoder}, {batch} images, {world.size} processes, {config.micro_batches} pieces, float64",
+        f"{'':46s}{'scale':>10s}{'cosine':>12s}{'relative error':>16s}",
     ]
-    rows.append(f"{'':46s}{'scale':>10s}{'cosine':>12s}{'relative error':>16s}")
     for name, gradient in gradients.items():
         scale, cosine = gradient.norm() / truth.norm(), F.cosine_similarity(gradient, truth, dim=0)
         rows.append(f"{name:46s}{scale:10.6f}{cosine:12.8f}{(gradient - truth).norm() / truth.norm():16.2e}")
@@ -68,28 +68,23 @@ def gradient_report(config: Config, here: World) -> tuple[str, bool]:
 
 
 def _one_process(model: nn.Module, view_a: Tensor, view_b: Tensor, config: Config) -> Tensor:
-    """The gradient by definition: torch's own BatchNorm, the whole batch on this rank, no gradient cache."""
-    plain = build_plain(model, config)
+    """Compute the gradient by definition. The whole batch on this rank, no gradient cache."""
+    plain = build_simclr(**config.model.shape).double()  # with torch's BatchNorm, which sees one process
+    plain.load_state_dict(model.state_dict())
+    plain.to(view_a.device)
     halves = [
-        plain(torch.cat(piece)).chunk(2)
-        for piece in zip(view_a.chunk(config.micro_batches), view_b.chunk(config.micro_batches), strict=True)
+        plain(torch.cat(micro_batch)).chunk(2)
+        for micro_batch in zip(view_a.chunk(config.micro_batches), view_b.chunk(config.micro_batches), strict=True)
     ]
     z_a, z_b = (torch.cat(view) for view in zip(*halves, strict=True))
     loss = nt_xent_reference(z_a, z_b, config.loss.temperature)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(plain.parameters()))])
 
 
-def build_plain(model: nn.Module, config: Config) -> nn.Module:
-    """The same model with the same parameters and torch's own BatchNorm over what one process sees."""
-    plain = build_simclr(**config.model.shape).double()
-    plain.load_state_dict(model.state_dict())
-    return plain.to(next(model.parameters()).device)
-
-
 def _detached(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
-    """What a plain all_gather does: the columns carry no gradient."""
+    """Compute the loss with a plain all_gather. Its columns carry no gradient."""
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     n, columns = len(z_a), all_gather(z.detach()).flatten(0, 1)
-    own = torch.arange(2 * n, device=z.device) + rank() * 2 * n
-    logits = (z @ columns.T / temperature).scatter(1, own[:, None], -torch.inf)
-    return F.cross_entropy(logits, own.roll(n))
+    itself = torch.arange(2 * n, device=z.device) + rank() * 2 * n
+    logits = (z @ columns.T / temperature).scatter(1, itself[:, None], -torch.inf)
+    return F.cross_entropy(logits, itself.roll(n))

@@ -1,1 +1,1 @@
-"""The first run: images, training and result, without any data."""
+"""Run a first time: images, training and result, without any data."""

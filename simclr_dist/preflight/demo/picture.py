@@ -1,11 +1,10 @@
-"""One picture of a run: the two views of some images, the loss, and nearest neighbours before and after training."""
+"""Draw one picture of a run: views, loss, and nearest neighbours."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
-from simclr_dist.evaluate.features.extraction import extract_features
+from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.result.neighbours import find_neighbours
 from simclr_dist.train.describe import view_settings
 
@@ -23,7 +22,7 @@ _INK, _PAPER, _GRAY, _LINE, _RIGHT, _WRONG = "#222222", "white", "#999999", "#1f
 
 
 def draw(run: Path, encoder: Path, test: Path) -> Path:
-    """Write `run`/demo.png for a finished run and the shards `test` that neighbours are looked up in; returns its path."""
+    """Draw `run`/demo.png with neighbours from the shards `test`. Returns its path."""
     width, height = 2 * (_SHOWN * (_TILE + _GAP)) + 64, 760
     sheet = Image.new("RGB", (width, height), _PAPER)
     _views(sheet, run, (_GAP, 0))
@@ -32,9 +31,8 @@ def draw(run: Path, encoder: Path, test: Path) -> Path:
     trained = load_encoder(encoder)
     card = trained.card
     assert isinstance(card, dict)
-    for column, (title, network) in enumerate(
-        (("before training", untrained_encoder(card)), ("after SimCLR, no label seen", trained))
-    ):
+    networks = {"before training": untrained_encoder(card), "after SimCLR, no label seen": trained}
+    for column, (title, network) in enumerate(networks.items()):
         _neighbours(sheet, images, network, f"nearest test images, {title}", (_GAP + column * (width // 2 + 16), 200))
     path = run / "demo.png"
     sheet.save(path)
@@ -72,26 +70,20 @@ def _loss(sheet: Image.Image, run: Path, box: tuple[int, int, int, int]) -> None
 def _neighbours(sheet: Image.Image, images: ShardDataset, network: nn.Module, title: str, at: tuple[int, int]) -> None:
     card = network.card
     assert isinstance(card, dict)
-    features = extract_features(
-        network, images, image_size=card["image_size"], mean=card["mean"], std=card["std"], batch_size=256, workers=0
-    )
+    features = extract(images, {title: network}, card)[title]
     labels = images.manifest.label
-    queries = _first_of_each_class(labels)[:_SHOWN]
+    queries = np.unique(labels, return_index=True)[1][:_SHOWN]  # the first image of each class
     nearest = find_neighbours(features.h, torch.from_numpy(queries), _NEIGHBOURS).nearest.tolist()
     same = sum(int(labels[j] == labels[q]) for q, row in zip(queries, nearest, strict=True) for j in row)
     _text(sheet, f"{title}: {same} of {len(queries) * _NEIGHBOURS} of the query's class", at)
     pen = ImageDraw.Draw(sheet)
-    for row, (query, found) in enumerate(zip(queries, nearest, strict=True)):
-        for column, index in enumerate([int(query), *found]):
+    for row, (query, neighbours) in enumerate(zip(queries, nearest, strict=True)):
+        for column, index in enumerate([int(query), *neighbours]):
             x, y = at[0] + column * (_TILE + _GAP) + (8 if column else 0), at[1] + 20 + row * (_TILE + _GAP)
             _paste(sheet, images[index].image, (x, y))
             if column:
                 colour = _RIGHT if labels[index] == labels[query] else _WRONG
                 pen.rectangle([x - 2, y - 2, x + _TILE + 1, y + _TILE + 1], outline=colour, width=2)
-
-
-def _first_of_each_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.unique(labels, return_index=True)[1].astype(np.int64)
 
 
 def _paste(sheet: Image.Image, image: Tensor, at: tuple[int, int]) -> None:

@@ -1,14 +1,14 @@
-"""The first run: built-in images, a short pre-training, and what it learned, beside what no training gives."""
+"""Make a first run: built-in images, short pre-training, evaluation."""
 
 import json
 import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from simclr_dist.config.load import load_config
 from simclr_dist.convert.shards import write_shards
+from simclr_dist.encoder.names import encoders
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.demo.images import write_demo_images
 from simclr_dist.run.folder import check_run_folder
@@ -23,29 +23,23 @@ LEARNED_POINTS = 20.0  # a linear probe gains some 50 points over an untrained e
 
 
 def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
-    """Generate, shard, train, evaluate and show; what is there already is not done again. Returns the exit code."""
+    """Generate, shard, train, evaluate, show. Skips finished parts. Returns the exit code."""
     overrides = ["--run_folder", str(run), "--seed", str(seed)]
     config = load_config(CONFIG, overrides)
-    done = check_run_folder(config) and (run / "summary.json").exists()
-    if done:
+    if check_run_folder(config) and (run / "summary.json").exists():
         print(f"{run} is a finished run; remove the folder to start anew\n")
     else:
         _prepare_images()
-        command = ["-m", "simclr_dist.train", str(CONFIG), *overrides]
-        if code := torchrun(processes, command, run):
+        if code := torchrun(processes, ["-m", "simclr_dist.train", str(CONFIG), *overrides], run):
             return code
-        signals.leave_at_once(PREEMPTED, _STOPPED)  # until here a signal was only noted
-        if signals.asked():
-            print(_STOPPED.format(signal=signals.name(signals.asked())), file=sys.stderr, flush=True)
-            return PREEMPTED
         _measure(run)
     summary: dict[str, dict[str, float]] = json.loads((run / "summary.json").read_text())
-    encoder = _encoder(run)
+    encoder = encoders(run)[-1]
     print((run / "summary.txt").read_text())
-    ours = typed("simclr-dist")
+    command_name = typed("simclr-dist")
     print(f"picture: {run / 'demo.png'}\n\nNext:\n  {typed('tensorboard')} --logdir {run / 'tb'}")
-    print(f"  {ours} eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
-    print(f"  {ours} shard YOUR_IMAGES data/mine")
+    print(f"  {command_name} eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
+    print(f"  {command_name} shard YOUR_IMAGES data/mine")
     gained = summary["linear"]["trained"] - summary["linear"]["untrained"]
     if gained < LEARNED_POINTS:
         print(f"\nThis run did not learn: the linear probe gained {gained:.1f} points of at least {LEARNED_POINTS:.0f}.")
@@ -54,13 +48,13 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
 
 
 def typed(program: str) -> str:
-    """What starts a program that is installed beside this Python: its name where PATH leads there, else its path."""
+    """Return how to type a program beside this Python. Its name, or its path outside PATH."""
     beside = Path(sys.executable).with_name(program)
-    found = shutil.which(program)
-    if not beside.exists() or (found and Path(found).resolve() == beside.resolve()):
+    on_path = shutil.which(program)
+    if not beside.exists() or (on_path and Path(on_path).resolve() == beside.resolve()):
         return program
-    here = Path.cwd()
-    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
+    folder = Path.cwd()
+    return shlex.quote(str(beside.relative_to(folder) if beside.is_relative_to(folder) else beside))
 
 
 def _prepare_images() -> None:
@@ -68,7 +62,7 @@ def _prepare_images() -> None:
         return
     images = DATA / "images"
     print("generating 6,000 images", flush=True)
-    if not images.exists():  # a killed start may have left them; they appear whole
+    if not images.exists():  # a killed start may have left them; they are whole if they are there
         write_demo_images(images)
     for split in ("train", "test"):
         shutil.rmtree(DATA / split, ignore_errors=True)
@@ -77,17 +71,13 @@ def _prepare_images() -> None:
 
 
 def _measure(run: Path) -> None:
-    from simclr_dist.evaluate.job import evaluate
-    from simclr_dist.evaluate.result.report import summary, table
-    from simclr_dist.preflight.demo.picture import draw
+    with signals.importing(PREEMPTED, _STOPPED):  # until here a signal was only noted
+        from simclr_dist.evaluate.job import evaluate
+        from simclr_dist.evaluate.result.report import summary, table
+        from simclr_dist.preflight.demo.picture import draw
 
-    signals.exit_when_asked(PREEMPTED, _STOPPED)
-    encoder = _encoder(run)
-    result: dict[str, Any] = evaluate(encoder, DATA / "train", DATA / "test", workers=0)
+    encoder = encoders(run)[-1]
+    result = evaluate(encoder, DATA / "train", DATA / "test", workers=0)
     draw(run, encoder, DATA / "test")
     write_atomically(run / "summary.txt", table(result).encode() + b"\n")
     write_atomically(run / "summary.json", json.dumps(summary(result), indent=2).encode() + b"\n")
-
-
-def _encoder(run: Path) -> Path:
-    return max((run / "encoders").glob("step-*.safetensors"))

@@ -1,1 +1,1 @@
-"""What a config will need: memory, time, bytes on the wire, disk; `report.py` is the page."""
+"""Predict memory, time, network and disk. Read `report.py` first."""

@@ -1,4 +1,4 @@
-"""What GPUs and networks can do, by the names that people use for them; needs no torch."""
+"""Look up speed and memory of GPUs and networks. By name or assumed; needs no torch."""
 
 import re
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from simclr_dist.config.strict_yaml import suggest
 from simclr_dist.system.errors import ConfigError
 
 GIB = 2**30
-# Of a GPU's memory, what tensors cannot have: context, kernels, cuDNN's work space, NCCL's buffers; and what the allocator
-# loses in gaps. An assumption: measured on no GPU of ours.
+# GPU memory that tensors cannot have: context, kernels, cuDNN's work space, NCCL's buffers; and the share that the allocator
+# loses in gaps. Assumed, not measured.
 RESERVED_BYTES, GAPS = 1.5 * GIB, 0.05
 # Share of the peak that a ResNet's training reaches, assumed: tensor cores wait for memory at BatchNorm and ReLU.
 UTILISATION = {"bf16": 0.2, "fp16": 0.2, "fp32": 0.5, "fp64": 0.5}
@@ -39,7 +39,7 @@ _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: its memory in bytes, and its peak in FLOP/s by `precision`; without a peak where only the memory is known."""
+    """Memory in bytes, and peak FLOP/s by `precision` (empty if unknown)."""
 
     name: str
     memory: float
@@ -47,12 +47,24 @@ class Gpu:
 
     @property
     def usable(self) -> float:
-        """Bytes for tensors."""
+        """Return the bytes that tensors can have."""
         return (self.memory - RESERVED_BYTES) * (1 - GAPS)
 
 
+@dataclass(frozen=True)
+class Machines:
+    """Assumptions about the machines; bytes, seconds."""
+
+    gpu: Gpu | None = None
+    bandwidth: float | None = None  # of the slowest link of the ring
+    latency: float = 20e-6
+    utilisation: float | None = None  # None: UTILISATION
+    images_per_second: float | None = None  # measured on one rank, with the config's micro-batches
+    on_cuda: bool = True
+
+
 def gpu(text: str) -> Gpu:
-    """By name (`h100`, `a100-40`, ...) or by memory alone (`24GiB`); raises ConfigError."""
+    """Look up a GPU by name (`h100`) or memory (`24GiB`). Raises ConfigError."""
     if text.lower() in _GPUS:
         name = text.lower()
         row = _GPUS[name]
@@ -62,15 +74,15 @@ def gpu(text: str) -> Gpu:
         return Gpu(name, row[0] * 2**20, peak)
     size = _number(text, _SIZES)
     if size is None:
-        known = ", ".join(_GPUS)
-        raise ConfigError(f"--gpu: {text!r} is unknown{suggest(text.lower(), list(_GPUS))}; known: {known}, or as 24GiB")
+        near = suggest(text.lower(), list(_GPUS))
+        raise ConfigError(f"--gpu: {text!r} is unknown{near}; known: {', '.join(_GPUS)}, or as 24GiB")
     if size <= RESERVED_BYTES:
         raise ConfigError(f"--gpu: {text!r} is less than the {RESERVED_BYTES / GIB:g} GiB that CUDA and NCCL take themselves")
     return Gpu(text, size, {})
 
 
 def bandwidth(text: str) -> float:
-    """Bytes a second of `25Gbit`, `200Mbit`, `300GB/s`; raises ConfigError."""
+    """Parse `25Gbit`, `200Mbit`, `300GB/s` to bytes a second. Raises ConfigError."""
     # A small b is a bit: Gb/s and GB/s are not one rate, and gb/s is neither.
     rate = _number(text if text.strip().endswith("/s") else text.lower(), _RATES)
     if not rate:
@@ -79,7 +91,7 @@ def bandwidth(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """Of `20us`, `0.3ms`; raises ConfigError."""
+    """Parse `20us`, `0.3ms` to seconds; raises ConfigError."""
     time = _number(text, _TIMES)
     if time is None:
         raise ConfigError(f"--latency: {text!r} is not a time like 20us or 0.3ms")
@@ -87,5 +99,5 @@ def seconds(text: str) -> float:
 
 
 def _number(text: str, units: dict[str, float]) -> float | None:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(\S+)", text.strip())
-    return float(found[1]) * units[found[2]] if found and found[2] in units else None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(\S+)", text.strip())
+    return float(match[1]) * units[match[2]] if match and match[2] in units else None

@@ -1,31 +1,28 @@
-"""A rank's memory in the phases of a step, and what does not change between them."""
+"""Predict the memory of a rank in each phase of a step."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from simclr_dist.config.settings import Config
 from simclr_dist.method.distributed import GLOO_MESSAGE_BYTES
 from simclr_dist.preflight.plan.trace import Footprint
-from simclr_dist.preflight.plan.traffic import embedding_size
+from simclr_dist.preflight.plan.traffic import BUCKET_BYTES
 
 OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "adamw": 2}
 _TILE_BYTES = 2**20  # of the loss on a CPU thread; Triton's kernels on CUDA keep theirs on the chip
-# Copies of a view's images while colour and blur make it: itself, one in the order of the hues, five of the blurred half.
+# Copies of a view's images while colour and blur work: one, one in the order of the hues, five of the blurred half.
 _COLOURING = 4.5
 _PREFETCH = 2  # steps that a DataLoader's worker keeps ready
-_BUCKET_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank. What is fixed, the parts that come and go, and the most of all in each phase of a step."""
+    """Bytes of a rank: its parts, and the peak of each phase."""
 
     weights: float
     gradients: float  # with DDP's buckets
-    optimizer: float | None  # None: not known for this optimizer
+    optimizer: float | None  # None: unknown for this optimizer
     views: float
-    activations: float  # kept for the backward of one piece
+    activations: float  # kept for the backward of one micro-batch
     loss: float
     phases: dict[str, float]
     host: float  # of the data workers, in ordinary memory
@@ -33,74 +30,65 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """The most of a step."""
+        """Return the peak bytes of a step."""
         return max(self.phases.values())
 
     @property
     def highest(self) -> str:
-        """The phase of the peak."""
+        """Return the name of the phase with the peak."""
         return max(self.phases, key=lambda name: self.phases[name])
 
 
-def loss_bytes(rows: int, columns: int, dim: int, number: int, *, on_cuda: bool, threads: int = 1) -> float:
-    """The most that NT-Xent holds beside the embeddings it is given: rows of this rank, columns of all ranks."""
-    own, all_rows = rows * dim * number, columns * dim * number if columns > rows else 0
-    tiles = 0 if on_cuda else 2 * min(_TILE_BYTES * threads, columns**2 * number)
-    return max(4 * own + all_rows + tiles, 6 * own + all_rows, 2 * own + 2 * all_rows)
+def loss_bytes(rows: int, columns: int, dim: int, number: int, *, on_cuda: bool) -> float:
+    """Predict the peak bytes of NT-Xent beside its input. `columns` are of all ranks."""
+    local, gathered = rows * dim * number, columns * dim * number if columns > rows else 0
+    tiles = 0 if on_cuda else 2 * min(_TILE_BYTES, columns**2 * number)
+    return max(4 * local + gathered + tiles, 6 * local + gathered, 2 * local + 2 * gathered)
 
 
-def rank_memory(config: Config, found: Footprint, side: int, ranks: int, *, on_cuda: bool, threads: int = 1) -> Memory:
-    """For `ranks` ranks and views of `side` pixels."""
-    number = 8 if config.precision == "fp64" else 4
+def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bool) -> Memory:
+    """Predict the memory of one of `ranks` ranks."""
+    number = config.number_bytes
     local = config.global_batch_size // ranks
-    piece = 2 * local // config.micro_batches
-    dim = embedding_size(config, found)
-    weights, gradient = found.parameters * number + found.buffers, found.parameters * number
+    views = 2 * local // config.micro_batches  # of a micro-batch
+    dim = footprint.embedding_size
+    weights, gradient = footprint.parameters * number + footprint.buffers, footprint.parameters * number
     buffers = OPTIMIZER_BUFFERS.get(config.optim.name)
     optimizer = None if buffers is None else gradient * buffers
     buckets = gradient if ranks > 1 else 0
-    at_once = min(gradient, _BUCKET_BYTES if on_cuda else ranks * GLOO_MESSAGE_BYTES)
+    at_once = min(gradient, BUCKET_BYTES if on_cuda else ranks * GLOO_MESSAGE_BYTES)
     exchange = 4 * at_once if ranks > 1 and (not on_cuda or config.deterministic) else 0
-    copies = found.decayed_parameters * number if config.optim.name == "lars" and on_cuda and config.optim.weight_decay else 0
+    decays_copies = config.optim.name == "lars" and on_cuda and config.optim.weight_decay
+    copies = footprint.decayed_parameters * number if decays_copies else 0
 
-    view = local * 3 * side * side * 4
+    crop = local * 3 * footprint.side**2  # bytes of all crops of one view as uint8
+    view = crop * 4
     z = 2 * local * dim * number
-    loss = loss_bytes(2 * local, 2 * config.global_batch_size, dim, number, on_cuda=on_cuda, threads=threads)
-    always = weights + (optimizer or 0) + buckets + found.buffers  # a second time: kept in case the step is skipped
+    loss = loss_bytes(2 * local, 2 * config.global_batch_size, dim, number, on_cuda=on_cuda)
+    always = weights + (optimizer or 0) + buckets + footprint.buffers  # a second time: kept in case the step is skipped
     step = always + 2 * view
-    kept = found.first.kept(piece)
-    colouring = _COLOURING * (view if on_cuda else min(view, 4 * 2**20 * threads)) + (0 if on_cuda else view)
+    kept = footprint.first.kept(views)
+    colouring = _COLOURING * (view if on_cuda else min(view, 4 * 2**20)) + (0 if on_cuda else view)
     phases = {
-        # The views of the step before are still there, and so are the gradients.
+        # The views and gradients of the step before are still there.
         "views": always + gradient + 3 * view + colouring,
         "optimizer": step + gradient + copies + z,
     }
     if config.micro_batches == 1:
         phases["loss"] = step + kept + z + loss
-        phases["backward"] = step + z + max(found.first.peak(piece), found.later.peak(piece)) + exchange
+        phases["backward"] = step + z + max(footprint.first.peak(views), footprint.later.peak(views)) + exchange
     else:
-        phases["first pass"] = step + z + found.without_graph.peak(piece)
+        phases["first pass"] = step + z + footprint.without_graph.peak(views)
         phases["loss"] = step + 2 * z + loss
-        phases["backward"] = step + 3 * z + max(found.first.peak(piece), gradient + found.later.peak(piece)) + exchange
-    crops = 2 * local * 3 * side * side
-    host = crops * max(1, _PREFETCH * config.data.workers)
-    saved = checkpoint_bytes(config, found)
+        phases["backward"] = step + 3 * z + max(footprint.first.peak(views), gradient + footprint.later.peak(views)) + exchange
+    host = 2 * crop * max(1, _PREFETCH * config.data.workers)
+    saved = checkpoint_bytes(config, footprint)
     return Memory(
         weights, gradient + buckets, optimizer, 2 * view, kept, z + loss, phases, host, 0 if saved is None else 2 * saved
     )
 
 
-def checkpoint_bytes(config: Config, found: Footprint) -> float | None:
-    """A checkpoint's size; None where the optimizer's state is not known."""
+def checkpoint_bytes(config: Config, footprint: Footprint) -> float | None:
+    """Predict a checkpoint's size; None where the optimizer's state is unknown."""
     buffers = OPTIMIZER_BUFFERS.get(config.optim.name)
-    number = 8 if config.precision == "fp64" else 4
-    return None if buffers is None else found.parameters * number * (1 + buffers) + found.buffers
-
-
-def fewest_micro_batches(config: Config, ranks: int, fits: Callable[[int], bool]) -> int | None:
-    """The fewest pieces for which `fits` says yes; None when not even pieces of one image a rank do."""
-    local, rest = divmod(config.global_batch_size, ranks)
-    if rest:
-        return None
-    divisors = sorted({d for k in range(1, math.isqrt(local) + 1) if local % k == 0 for d in (k, local // k)})
-    return next((pieces for pieces in divisors if fits(pieces)), None)
+    return None if buffers is None else footprint.parameters * config.number_bytes * (1 + buffers) + footprint.buffers

@@ -1,77 +1,68 @@
-"""How fast a step is on 1 to many GPUs, and where more of them stop to help."""
+"""Predict a step's time on many GPUs. Find the number beyond which more do not help."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simclr_dist.config.settings import Config
-from simclr_dist.preflight.plan.hardware import UTILISATION, Gpu
-from simclr_dist.preflight.plan.memory import Memory, fewest_micro_batches, rank_memory
+from simclr_dist.preflight.plan.hardware import UTILISATION, Machines
+from simclr_dist.preflight.plan.memory import Memory, rank_memory
 from simclr_dist.preflight.plan.trace import Footprint
-from simclr_dist.preflight.plan.traffic import Traffic, embedding_size, step_traffic
+from simclr_dist.preflight.plan.traffic import Traffic, step_traffic
 
 WORLD_SIZES = (1, 8, 64, 512)
 CPU_WORLD_SIZES = (1, 2, 4, 8)
-_BACKWARD_SHARE = 2 / 3  # of a piece's time, beside which DDP exchanges gradients
+_BACKWARD_SHARE = 2 / 3  # of a micro-batch's time; DDP exchanges gradients beside it
 _WORTH_IT = 0.5  # of the speed of one GPU times their number
 
 
 @dataclass(frozen=True)
-class Machines:
-    """What the plan is made for, and the assumptions; bytes, seconds."""
-
-    gpu: Gpu | None = None
-    bandwidth: float | None = None  # of the slowest link of the ring
-    latency: float = 20e-6
-    utilisation: float | None = None  # None: hardware.UTILISATION
-    images_per_second: float | None = None  # measured on one rank, with the config's own micro-batches
-    on_cuda: bool = True
-    threads: int = 1
-
-    def compute_seconds(self, config: Config, flops: float, flops_measured: float, images_measured: int) -> float | None:
-        """Of one rank's step; None when nothing is known of its speed."""
-        if self.images_per_second is not None:
-            return images_measured / self.images_per_second * flops / flops_measured
-        if self.gpu is None or config.precision not in self.gpu.peak:
-            return None
-        return flops / (self.gpu.peak[config.precision] * (self.utilisation or UTILISATION[config.precision]))
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A step on `ranks` ranks; None is what is not known."""
+class Step:
+    """A step on `ranks` ranks; None where a value is unknown."""
 
     ranks: int
-    micro_batches: int | None  # None: the batch cannot be cut for so many, or does not fit
-    images: int  # of a piece on a rank
-    memory: Memory | None
+    micro_batches: int
+    images: int  # of a micro-batch on a rank
+    memory: Memory
     traffic: list[Traffic]
     flops: float
     compute: float | None
     exchange: float | None
-    why: str = ""
 
     @property
     def seconds(self) -> float | None:
-        """Of a step."""
+        """Return the seconds of the step."""
         if self.compute is None or self.exchange is None:
             return None
         return self.compute + self.exchange
 
 
-def step_flops(config: Config, found: Footprint, ranks: int) -> float:
-    """Floating-point operations of one rank in a step: encoder and projector, and the products of the loss."""
+@dataclass(frozen=True)
+class NoStep:
+    """A number of ranks on which the config cannot run."""
+
+    ranks: int
+    why: str
+
+
+def step_flops(config: Config, footprint: Footprint, ranks: int) -> float:
+    """Count the floating-point operations of a rank's step, loss included."""
     views = 2 * config.global_batch_size // ranks
-    passes = found.first.flops(views) + (found.without_graph.flops(views) if config.micro_batches > 1 else 0)
+    passes = footprint.first.flops(views) + (footprint.without_graph.flops(views) if config.micro_batches > 1 else 0)
     products = 4 if ranks == 1 else 6  # one process computes a tile for its rows and its columns
-    return passes + products * views * 2 * config.global_batch_size * embedding_size(config, found)
+    return passes + products * views * 2 * config.global_batch_size * footprint.embedding_size
 
 
-def scale(config: Config, found: Footprint, side: int, ranks: int, machines: Machines, measured: Config | None = None) -> Scale:
-    """The config as it is, on `ranks` ranks, which must divide its pieces; `measured` is that of the images_per_second."""
-    traffic = step_traffic(config, found, ranks, on_cuda=machines.on_cuda)
-    flops = step_flops(config, found, ranks)
-    alone = config.global_batch_size
-    compute = machines.compute_seconds(config, flops, step_flops(measured or config, found, 1), alone)
+def predict_step(config: Config, footprint: Footprint, ranks: int, machines: Machines, measured: Config | None = None) -> Step:
+    """Predict a step on `ranks` ranks. `measured`: the config of `machines.images_per_second`, where it is another."""
+    traffic = step_traffic(config, footprint, ranks, on_cuda=machines.on_cuda)
+    flops = step_flops(config, footprint, ranks)
+    gpu, compute = machines.gpu, None
+    if machines.images_per_second is not None:  # one rank's, for the whole global batch
+        flops_of_one = step_flops(measured or config, footprint, 1)
+        compute = config.global_batch_size / machines.images_per_second * flops / flops_of_one
+    elif gpu is not None and config.precision in gpu.peak:
+        compute = flops / (gpu.peak[config.precision] * (machines.utilisation or UTILISATION[config.precision]))
     exchange = None
     if ranks == 1:
         exchange = 0.0
@@ -80,67 +71,68 @@ def scale(config: Config, found: Footprint, side: int, ranks: int, machines: Mac
         hidden = sum(time for part, time in times.items() if part.hidden)
         beside = _BACKWARD_SHARE * (compute or 0) / config.micro_batches
         exchange = sum(times.values()) - min(hidden, beside)
-    memory = rank_memory(config, found, side, ranks, on_cuda=machines.on_cuda, threads=machines.threads)
+    memory = rank_memory(config, footprint, ranks, on_cuda=machines.on_cuda)
     images = config.global_batch_size // (ranks * config.micro_batches)
-    return Scale(ranks, config.micro_batches, images, memory, traffic, flops, compute, exchange)
+    return Step(ranks, config.micro_batches, images, memory, traffic, flops, compute, exchange)
 
 
-def fit(config: Config, found: Footprint, side: int, ranks: int, machines: Machines) -> Scale:
-    """With the fewest pieces that fit the GPU, or where that is not known with the config's own."""
-    batch = config.global_batch_size
-    if batch % ranks:
-        return Scale(ranks, None, 0, None, [], 0.0, None, None, f"{batch} images cannot be dealt to {ranks}")
-
-    def fits(pieces: int) -> bool:
-        if machines.gpu is None:
-            return pieces >= config.micro_batches
+def predict_fitting_step(config: Config, footprint: Footprint, ranks: int, machines: Machines) -> Step | NoStep:
+    """Predict a step with the fewest micro-batches that fit the GPU. Without a GPU: at least the config's number."""
+    local, rest = divmod(config.global_batch_size, ranks)
+    if rest:
+        return NoStep(ranks, f"{config.global_batch_size} images cannot be dealt to {ranks}")
+    for pieces in (pieces for pieces in range(1, local + 1) if local % pieces == 0):
         cut = dataclasses.replace(config, micro_batches=pieces)
-        memory = rank_memory(cut, found, side, ranks, on_cuda=machines.on_cuda, threads=machines.threads)
-        return memory.peak <= machines.gpu.usable
+        if machines.gpu is None:
+            fits = pieces >= config.micro_batches
+        else:
+            fits = rank_memory(cut, footprint, ranks, on_cuda=machines.on_cuda).peak <= machines.gpu.usable
+        if fits:
+            return predict_step(cut, footprint, ranks, machines, config)
+    return NoStep(ranks, f"does not fit {machines.gpu.name if machines.gpu else 'memory'} in any number of pieces")
 
-    pieces = fewest_micro_batches(config, ranks, fits)
-    if pieces is None:
-        where = machines.gpu.name if machines.gpu else "memory"
-        return Scale(ranks, None, 0, None, [], 0.0, None, None, f"does not fit {where} in any number of pieces")
-    return scale(dataclasses.replace(config, micro_batches=pieces), found, side, ranks, machines, config)
 
-
-def efficiency(one: Scale, many: Scale) -> float | None:
-    """Speed of `many` over that of `one`, a GPU."""
+def efficiency(one: Step, many: Step) -> float | None:
+    """Return `many`'s speed as a share of linear scaling from `one`."""
     if one.seconds is None or many.seconds is None:
         return None
     return one.seconds / (many.seconds * many.ranks / one.ranks)
 
 
-def verdict(scales: list[Scale], machines: Machines) -> str:
-    """Where it stops scaling, and why."""
-    known = [found for found in scales if found.seconds is not None]
-    if len(known) < 2:
-        cures = []
-        if all(found.compute is None for found in scales):
-            cures.append("--gpu NAME or --images-per-second" if machines.on_cuda else "--images-per-second")
-        if machines.bandwidth is None:
-            cures.append("--bandwidth")
-        if not cures:
-            return "there is no other number of ranks to compare with"
-        what = "speed and network are" if len(cures) > 1 else "network is" if cures == ["--bandwidth"] else "speed is"
-        return f"{what} not known: {' and '.join(cures)} would say where it stops"
-    first = known[0]
-    good = [found for found in known if (efficiency(first, found) or 0) >= _WORTH_IT]
-    last = good[-1]
-    beyond = next((found for found in scales if found.ranks > last.ranks), None)
+def verdict(steps: Sequence[Step | NoStep], machines: Machines) -> str:
+    """Say where the config stops scaling, and why."""
+    possible = [step for step in steps if isinstance(step, Step)]
+    timed = [step for step in possible if step.seconds is not None]
+    if len(timed) < 2:
+        return _unknown(possible, machines)
+    first = timed[0]
+    last = [step for step in timed if (efficiency(first, step) or 0) >= _WORTH_IT][-1]
+    beyond = next((step for step in steps if step.ranks > last.ranks), None)
     if beyond is None:
         share = 100 * (efficiency(first, last) or 0)
         return f"scales to {last.ranks}: {share:.0f} % of {last.ranks // first.ranks} x {first.ranks}"
-    if beyond.seconds is None:
+    if isinstance(beyond, NoStep):
         return f"scales to {last.ranks}; {beyond.ranks}: {beyond.why}"
     assert machines.bandwidth is not None
-    worst = max(beyond.traffic, key=lambda part: part.seconds(machines.bandwidth or 1, machines.latency, beyond.ranks))
-    bytes_time = worst.seconds(machines.bandwidth, 0.0, beyond.ranks)
-    waits = worst.seconds(machines.bandwidth, machines.latency, beyond.ranks) - bytes_time
-    what = "its bytes" if bytes_time > waits else f"the latency of its {worst.calls} calls"
+    times = {part: part.seconds(machines.bandwidth, machines.latency, beyond.ranks) for part in beyond.traffic}
+    worst = max(times, key=lambda part: times[part])
+    of_bytes = worst.seconds(machines.bandwidth, 0.0, beyond.ranks)
+    by_bytes = of_bytes > times[worst] - of_bytes
+    what = "its bytes" if by_bytes else f"the latency of its {worst.calls} calls"
     share = 100 * (efficiency(first, beyond) or 0)
     return (
         f"stops after {last.ranks}: {beyond.ranks} reach {share:.0f} % of {beyond.ranks // first.ranks} x {first.ranks};"
         f" most of the exchange is {worst.name} ({what}), beside {beyond.images} images a rank and piece"
     )
+
+
+def _unknown(possible: list[Step], machines: Machines) -> str:
+    cures = []
+    if all(step.compute is None for step in possible):
+        cures.append("--gpu NAME or --images-per-second" if machines.on_cuda else "--images-per-second")
+    if machines.bandwidth is None:
+        cures.append("--bandwidth")
+    if not cures:
+        return "there is no other number of ranks to compare with"
+    what = "speed and network are" if len(cures) > 1 else "network is" if cures == ["--bandwidth"] else "speed is"
+    return f"{what} not known: {' and '.join(cures)} would say where it stops"

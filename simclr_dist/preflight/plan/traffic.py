@@ -1,4 +1,4 @@
-"""What a rank sends in a step, by collective; counted in tests against real processes."""
+"""Count the bytes that a rank sends in a step, by collective."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from simclr_dist.config.settings import Config
 from simclr_dist.method.distributed import GLOO_MESSAGE_BYTES
 from simclr_dist.preflight.plan.trace import Footprint
 
-_BUCKET_BYTES, _FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # DDP's
-WIRE_SHARE = 0.94  # of a link's rate is payload: 1448 bytes of TCP in 1538 on Ethernet
+BUCKET_BYTES, _FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # DDP's
+_PAYLOAD_SHARE = 0.94  # of a link's rate: 1448 bytes of TCP in 1538 on Ethernet
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """A kind of collective: calls a step, and bytes that each rank sends in them (it receives as many), with a ring."""
+    """Calls of one collective, and the bytes each rank sends. The ranks form a ring."""
 
     name: str
     calls: int
@@ -21,39 +21,38 @@ class Traffic:
     hidden: bool = False  # may run beside the backward
 
     def seconds(self, bytes_a_second: float, latency: float, ranks: int) -> float:
-        """Time of all calls: bytes over the payload's share of the link, and log2(ranks) latencies a call."""
+        """Return the time of all calls: bytes over payload rate, plus latencies."""
         if ranks == 1:
             return 0.0
-        return self.sent / (bytes_a_second * WIRE_SHARE) + self.calls * latency * math.ceil(math.log2(ranks))
+        return self.sent / (bytes_a_second * _PAYLOAD_SHARE) + self.calls * latency * math.ceil(math.log2(ranks))
 
 
 def gathered(size: float, ranks: int) -> float:
-    """Bytes sent by a rank when each gives `size` bytes to all."""
+    """Count a rank's sent bytes in an all-gather of `size` bytes each."""
     return size * (ranks - 1)
 
 
 def summed(size: float, ranks: int) -> float:
-    """Bytes sent by a rank in an all-reduce of `size` bytes, or in the two halves of one."""
+    """Count a rank's sent bytes in an all-reduce of `size` bytes."""
     return 2 * size * (ranks - 1) / ranks
 
 
-def step_traffic(config: Config, found: Footprint, ranks: int, *, on_cuda: bool) -> list[Traffic]:
-    """The collectives of a training step; none in a world of one."""
+def step_traffic(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bool) -> list[Traffic]:
+    """List the collectives of a training step; none for one rank."""
     if ranks == 1:
         return []
-    number = 8 if config.precision == "fp64" else 4
+    number = config.number_bytes
     local = config.global_batch_size // ranks
-    dim = embedding_size(config, found)
-    pieces = config.micro_batches
+    dim = footprint.embedding_size
     in_rank_order = not on_cuda or config.deterministic
-    gradient = found.parameters * number
-    buckets = [min(gradient, _FIRST_BUCKET_BYTES), *_parts(gradient - _FIRST_BUCKET_BYTES, _BUCKET_BYTES)]
+    gradient = footprint.parameters * number
+    buckets = [min(gradient, _FIRST_BUCKET_BYTES), *_parts(gradient - _FIRST_BUCKET_BYTES, BUCKET_BYTES)]
     calls = len(buckets)
     if in_rank_order:
         calls = 2 * (calls if on_cuda else sum(len(_parts(size, ranks * GLOO_MESSAGE_BYTES)) for size in buckets))
     return [
-        _norm_forward(config, found, ranks, pieces, on_cuda=on_cuda),
-        _norm_backward(found, ranks, pieces, on_cuda=on_cuda),
+        _norm_forward(config, footprint, ranks, on_cuda=on_cuda),
+        _norm_backward(config, footprint, ranks, on_cuda=on_cuda),
         Traffic("embeddings", 1, gathered(2 * local * dim * number, ranks)),
         Traffic("log-sum-exps", 1, gathered(4 * local * number, ranks)),
         *([] if on_cuda else [Traffic("shapes", 1, gathered(3 * 8, ranks))]),
@@ -63,33 +62,29 @@ def step_traffic(config: Config, found: Footprint, ranks: int, *, on_cuda: bool)
 
 
 def _parts(size: int, most: int) -> list[int]:
-    """`size` bytes, `most` at a time."""
+    """Split `size` bytes into parts of at most `most`."""
     return [min(most, size - begin) for begin in range(0, size, most)]
 
 
-def log_traffic(config: Config, found: Footprint, ranks: int) -> Traffic:
-    """What a step that is logged sends on top: the embedding statistics."""
-    local, dim = config.global_batch_size // ranks, embedding_size(config, found)
-    return Traffic("statistics, at log steps", 2, gathered(2 * local * dim * 4 + 4 * 8, ranks) if ranks > 1 else 0.0)
+def log_traffic(config: Config, footprint: Footprint, ranks: int) -> Traffic:
+    """Return the traffic of embedding statistics. A logged step sends it besides."""
+    z_bytes = 2 * config.global_batch_size // ranks * footprint.embedding_size * 4
+    return Traffic("statistics, at log steps", 2, gathered(z_bytes + 4 * 8, ranks) if ranks > 1 else 0.0)
 
 
-def embedding_size(config: Config, found: Footprint) -> int:
-    """Of z."""
-    return config.model.projector_dim if config.model.projector_depth else found.feature_size
-
-
-def _norm_forward(config: Config, found: Footprint, ranks: int, pieces: int, *, on_cuda: bool) -> Traffic:
-    """Mean, variance and count of each layer: in float64 with this package's BatchNorm, in float32 with SyncBatchNorm."""
-    number = 4 if on_cuda and config.precision != "fp64" else 8
+def _norm_forward(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bool) -> Traffic:
+    """Return the traffic of each layer's mean, variance and count. Float32 only in SyncBatchNorm."""
+    pieces, number = config.micro_batches, 4 if on_cuda and config.precision != "fp64" else 8
     passes = 1 if pieces == 1 else 2
-    rounds = {found.block_norms: passes + config.activation_checkpointing, found.other_norms: passes}
+    rounds = {footprint.block_norms: passes + config.activation_checkpointing, footprint.other_norms: passes}
     channels = sum(times * sum(2 * channels + 1 for channels in norms) for norms, times in rounds.items())
     calls = sum(times * len(norms) for norms, times in rounds.items())
     return Traffic("BatchNorm forward", pieces * calls, gathered(pieces * channels * number, ranks))
 
 
-def _norm_backward(found: Footprint, ranks: int, pieces: int, *, on_cuda: bool) -> Traffic:
-    """Two sums a channel: gathered and added in rank order on CPUs, an all-reduce of SyncBatchNorm."""
-    norms = [*found.block_norms, *found.other_norms]
-    channels, calls = 2 * sum(norms) * pieces, len(norms) * pieces
+def _norm_backward(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bool) -> Traffic:
+    """Return the traffic of two sums a channel. Gathered on CPUs; SyncBatchNorm's all-reduce on GPUs."""
+    norms = [*footprint.block_norms, *footprint.other_norms]
+    channels = 2 * sum(norms) * config.micro_batches
+    calls = len(norms) * config.micro_batches
     return Traffic("BatchNorm backward", calls, summed(channels * 4, ranks) if on_cuda else gathered(channels * 8, ranks))

@@ -1,4 +1,4 @@
-"""What a run shows of itself: `voice` (console, files), `board` (TensorBoard), `clock` (speed), `alarms` (what goes wrong)."""
+"""Show a run: `voice` (console, files), `board` (TensorBoard), `clock` (speed) and `alarms`."""
 
 from simclr_dist.train.monitor.clock import Clock, Stopwatch
 from simclr_dist.train.monitor.voice import Monitor

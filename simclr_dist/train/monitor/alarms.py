@@ -1,4 +1,4 @@
-"""What goes wrong with a run without ending it: seen in the numbers of its log, and said once."""
+"""Find troubles in a run's logged numbers. They do not end the run."""
 
 import math
 import statistics
@@ -13,17 +13,15 @@ UNIFORMITY = -0.3  # 0 when all embeddings are one; -3 and below in runs that le
 EFFECTIVE_RANK = 1.5  # 1 when all embeddings lie on one line
 GRADIENT_GROWTH = 10.0
 WAIT_PERCENT = 30.0
-OWN_WORK_RATIO = 1.5
-OWN_WORK_SHARE = (
-    0.02  # of a step, of which own work is a small part, that the slowest rank's own work takes longer than the others'
-)
+LOCAL_RATIO = 1.5  # of the slowest rank's local work to that of the others; local work waits for no other rank
+LOCAL_SHARE = 0.02  # least share of a step that this difference takes: local work is a small part of a step
 
 
 class Patience(NamedTuple):
-    """How often in a row, and over how many steps, a rule must hold before there is an alarm, and fail before it is over."""
+    """Time that a rule must hold to raise an alarm. It must fail as long to end one."""
 
-    readings: int
-    steps: int
+    readings: int  # in a row
+    steps: int  # from the first of them to the last
 
 
 PATIENCE = {
@@ -37,12 +35,12 @@ PATIENCE = {
 
 @dataclass(frozen=True)
 class Alarm:
-    """`kind` is a key of PATIENCE, `step` when it was raised, `why` what was seen, `cure` what likely helps."""
+    """A trouble, with its likely cure."""
 
-    kind: str
-    step: int
+    kind: str  # a key of PATIENCE
+    step: int  # at which it was raised
     why: str
-    cure: str
+    cure: str  # what likely helps
 
 
 class Change(NamedTuple):
@@ -54,41 +52,40 @@ class Change(NamedTuple):
 
     @property
     def line(self) -> str:
-        """For people."""
+        """Format the change as a line for people."""
         if self.over:
             return f"step {self.step}: over: {self.alarm.kind}, which began at step {self.alarm.step}"
         return f"ALARM step {self.step}: {self.alarm.kind}: {self.alarm.why}; likely cure: {self.alarm.cure}"
 
 
 class Alarms:
-    """Reads what a run logs, from this start's first line on.
+    """Alarms of a run, from this start's first line on.
 
     collapse: embedding/uniformity above -0.3 or embedding/effective_rank below 1.5, once the warm-up is over or 200 steps are
-    done. divergence: for three readings the gradient's norm ten times its median over the twenty before while the loss is a
-    tenth of its chance level above theirs, or more skipped steps at each. above_chance: the loss above chance after the
-    warm-up. starving_loader: some rank waits for data for more than 30 % of the time. slow_rank: what one rank does by itself
-    takes 1.5 times the median of the others, and a fiftieth of a step longer, and it is the same rank all the time: of many
-    ranks one is always late. Each as long as PATIENCE says; an alarm is raised once, and over when its rule has failed as long.
+    done. divergence: the gradient's norm is ten times its median over the twenty readings before while the loss is a tenth of
+    its chance level above theirs; or there are more skipped steps. above_chance: the loss above chance after the warm-up.
+    starving_loader: some rank waits for data for more than 30 % of the time. slow_rank: the local work of one rank takes 1.5
+    times the median of the others, and a fiftieth of a step longer, and it is the same rank all the time: of many ranks one
+    is always late. A rule must hold as long as PATIENCE says. Its alarm is raised once, and is over when the rule has failed
+    as long.
     """
 
     def __init__(self, *, warmup_steps: int = 0, hosts: Sequence[str] = ()) -> None:
-        self._warmup = warmup_steps
-        self._hosts = hosts
+        self._warmup, self._hosts = warmup_steps, hosts
         self._active: dict[str, Alarm] = {}
         self._turning: dict[str, list[int]] = {kind: [] for kind in PATIENCE}  # steps of readings that speak for a change
-        self._norms: deque[float] = deque(maxlen=20)
-        self._losses: deque[float] = deque(maxlen=20)
+        self._before: deque[tuple[float, float]] = deque(maxlen=20)  # gradient norm and loss of usual readings
         self._skipped: float | None = None
         self._slow = -1  # the rank that the rule of slow_rank has named last, or has an alarm for
 
     @property
     def active(self) -> list[Alarm]:
-        """Raised and not over, oldest first."""
+        """List the active alarms, oldest first."""
         return list(self._active.values())
 
     def see(self, step: int, metrics: Numbers, timing: Numbers) -> list[Change]:
-        """The log of `step`; returns what changed. A rule whose numbers are missing does not hold."""
-        found = {
+        """Take the log of `step`; returns the changes. A rule whose numbers are missing does not hold."""
+        rules = {
             "collapse": self._collapse(step, metrics),
             "divergence": self._divergence(metrics),
             "above_chance": self._above_chance(step, metrics),
@@ -96,7 +93,7 @@ class Alarms:
             "slow_rank": self._slow_rank(timing),
         }
         changes = []
-        for kind, seen in found.items():
+        for kind, seen in rules.items():
             if (seen is None) == (kind not in self._active):
                 self._turning[kind] = []
                 continue
@@ -131,15 +128,14 @@ class Alarms:
         cure = "a lower optim.base_lr, a longer warm-up, or a smaller optim.clip_norm, in another run_folder"
         if more_skipped:
             return f"steps are skipped, {skipped:.0f} so far, as loss or gradient is not finite", cure
-        if len(self._norms) >= 10:
-            usual, usual_loss = statistics.median(self._norms), statistics.median(self._losses)
+        if len(self._before) >= 10:
+            usual, usual_loss = map(statistics.median, zip(*self._before, strict=True))
             margin = 0.1 * metrics.get("loss/chance", math.inf)
             if not (norm <= GRADIENT_GROWTH * usual or loss <= usual_loss + margin):
                 grew = f"the gradient's norm grew from {usual:.3g} to {norm:.3g}, the loss from {usual_loss:.3f} to {loss:.3f}"
                 return grew, cure
         if math.isfinite(norm) and math.isfinite(loss):
-            self._norms.append(norm)
-            self._losses.append(loss)
+            self._before.append((norm, loss))
         return None
 
     def _above_chance(self, step: int, metrics: Numbers) -> tuple[str, str] | None:
@@ -163,8 +159,8 @@ class Alarms:
         )
 
     def _slow_rank(self, timing: Numbers) -> tuple[str, str] | None:
-        own, others = timing.get("ranks/own_ms", 0.0), timing.get("ranks/own_ms_others", 0.0)
-        if own <= OWN_WORK_RATIO * others or own - others <= OWN_WORK_SHARE * timing.get("speed/step_ms", math.inf):
+        local, others = timing.get("ranks/own_ms", 0.0), timing.get("ranks/own_ms_others", 0.0)
+        if local <= LOCAL_RATIO * others or local - others <= LOCAL_SHARE * timing.get("speed/step_ms", math.inf):
             return None
         rank = int(timing["ranks/slowest"])
         if rank != self._slow:
@@ -172,7 +168,7 @@ class Alarms:
                 return None
             self._slow, self._turning["slow_rank"] = rank, []
         return (
-            f"{self._name(rank)} needs {own:.1f} ms a step for its own work, the others {others:.1f}, and all wait for it",
+            f"{self._name(rank)} needs {local:.1f} ms a step for its own work, the others {others:.1f}, and all wait for it",
             "look there for another process, a throttled device or a slow disk; `simclr-dist train CONFIG --profile 3"
             f" --profile-rank {rank}` shows where its time goes",
         )

@@ -1,4 +1,4 @@
-"""TensorBoard as the run's dashboard: what stands where, and the file that holds it."""
+"""Write TensorBoard's dashboard of a run: layout, histograms, file."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from simclr_dist.system.files import append
 SAMPLE = 256  # images of rank 0 whose cosines the histograms show
 _BINS = 64
 
-# Tags are regular expressions that TensorBoard matches from a tag's beginning. Charts whose tags a run has none of stay empty.
+# Tags are regular expressions that TensorBoard matches from a tag's beginning. Charts without tags in a run stay empty.
 LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
     "learning": {
         "loss, and its level by chance: log(2N - 1)": ("Multiline", ["loss/(nt_xent|dcl)$", "loss/chance$"]),
@@ -55,19 +55,19 @@ LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
 
 
 def layout() -> Any:
-    """The dashboard of TensorBoard's tab "Custom scalars", as a summary."""
+    """Lay out TensorBoard's tab "Custom scalars", as a summary."""
     return custom_scalars({room: {title: list(chart) for title, chart in charts.items()} for room, charts in LAYOUT.items()})
 
 
 def cosines(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the first 256 images at most, [n, d] each: the [n] cosines of partners, and those [n * (n - 1)] of other images."""
+    """Compute the cosines of partners and of other images. [n] and [n * (n - 1)], from the first 256 rows of [n, d] views."""
     a, b = (F.normalize(z[:SAMPLE].float(), dim=1) for z in (z_a, z_b))
     matrix = a @ b.T
     return matrix.diagonal(), matrix[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
 
 
 def cosine_histogram(name: str, values: Tensor) -> Any:
-    """A summary of cosines, in bins of equal width from -1 to 1; what is not a number is left out."""
+    """Summarise cosines in bins of equal width from -1 to 1. Values that are not finite are left out."""
     values = values[values.isfinite()].double().cpu()
     counts = torch.histc(values, _BINS, -1 - 1e-6, 1 + 1e-6)
     limits = torch.linspace(-1, 1, _BINS + 1)[1:]
@@ -77,8 +77,11 @@ def cosine_histogram(name: str, values: Tensor) -> Any:
 
 
 class EventFile:
-    """TensorBoard's file of this start. Written at once and in this thread, unlike SummaryWriter's: that one ends for good,
-    with a traceback, when the disk is full for a moment, and a kill takes what waits in its queue."""
+    """TensorBoard's file of this start.
+
+    Written at once and in this thread. SummaryWriter ends for good, with a traceback, when the disk is full for a moment.
+    A kill takes what waits in its queue.
+    """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -88,7 +91,7 @@ class EventFile:
         ]
 
     def add(self, summaries: Iterable[Any], step: int) -> None:
-        """All of the summaries or none; OSError when the disk does not take them."""
+        """Write all of the summaries or none. Raises OSError when the disk does not take them."""
         records = io.BytesIO()
         for event in [*self._opening, *(Event(wall_time=time.time(), step=step, summary=summary) for summary in summaries)]:
             RecordWriter(records).write(event.SerializeToString())

@@ -1,11 +1,11 @@
-"""The voice of a run: console and train.log, metrics.jsonl, TensorBoard, and the alarms in status.json."""
+"""Write a run's console lines, train.log, metrics.jsonl, TensorBoard, and status.json's alarms."""
 
 import dataclasses
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import image, scalar, text
 from tqdm import tqdm
 
-from simclr_dist.run.folder import write_status
+from simclr_dist.run.status import write_status
 from simclr_dist.system.files import append
-from simclr_dist.train.monitor.alarms import Alarms
+from simclr_dist.train.monitor.alarms import Alarms, Numbers
 from simclr_dist.train.monitor.board import EventFile, cosine_histogram, cosines, layout
 
 
 class Monitor:
-    """Rank 0's voice; on the other ranks every method does nothing.
+    """Rank 0's output; on the other ranks every method does nothing.
 
     On a terminal a progress bar, else one plain line an interval; train.log gets the lines in both cases. What a full disk or
-    a closed console does not take is lost, which is said once for each file and counted; the run goes on. Alarms (`alarms`
-    has their rules, which need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json while they last.
+    a closed console does not take is lost: each file is warned of once, losses are counted, and the run goes on. Alarms (their
+    rules need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json while they last.
     """
 
     def __init__(
@@ -40,57 +40,43 @@ class Monitor:
         hosts: Sequence[str] = (),
     ) -> None:
         self._active = active
-        self._lost: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()  # lines and TensorBoard entries that could not be written, by file
         if not active:
             return
-        self._run = run
-        self._log = run / "train.log"
-        self._metrics = run / "metrics.jsonl"
+        self._run, self._log, self._metrics = run, run / "train.log", run / "metrics.jsonl"
+        self._total, self._first_step = total_steps, first_step
         self._alarms = Alarms(warmup_steps=warmup_steps, hosts=hosts)
         self._board: EventFile | None = None
         if tensorboard:
             # Events of a killed run from after its checkpoint are purged, so the curves stay monotone.
             self._board = EventFile(run / "tb", purge_step=first_step + 1)
-            self._first_step = first_step
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._total = total_steps
-
-    @property
-    def lost_lines(self) -> int:
-        """Lines and TensorBoard entries that could not be written so far."""
-        return self._lost.total()
 
     def say(self, line: str) -> None:
-        """A line for people."""
+        """Print and log a line for people."""
         if self._active:
             self._note(line)
             self._try("standard output", lambda: _print(line))
 
     def card(self, markdown: str) -> None:
-        """What the run is, beside the layout of the dashboard, for TensorBoard."""
+        """Write the run's card and the dashboard's layout to TensorBoard."""
         if self._active and self._board is not None:
             self._show(self._board, [layout(), text("run", markdown)], self._first_step)
 
     def images(self, name: str, grid: Tensor, step: int) -> None:
-        """A picture for TensorBoard, float [3, h, w] in 0..1."""
+        """Write a picture to TensorBoard, float [3, h, w] in 0..1."""
         if self._active and self._board is not None:
             self._show(self._board, [image(name, grid, dataformats="CHW")], step)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Move the progress bar by a step."""
         if self._active and self._bar is not None:
             self._bar.update()
 
-    def log(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        timing: Mapping[str, float],
-        z: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """The metrics after `step` steps; `timing` apart, since it alone differs when a run is repeated.
+    def log(self, step: int, metrics: Numbers, timing: Numbers, z: tuple[Tensor, Tensor] | None = None) -> None:
+        """Log the metrics after `step` steps. `timing` is apart: it alone differs when a run is repeated.
 
         `z`, the embeddings [n, d] of this rank's two views, are for the histograms of cosines.
         """
@@ -124,11 +110,11 @@ class Monitor:
             write_status(self._run, "running", None, alarms=[dataclasses.asdict(alarm) for alarm in self._alarms.active])
 
     def close(self) -> None:
-        """End the progress bar, and say how much was lost."""
+        """End the progress bar, and warn of what was lost."""
         if self._active and self._bar is not None:
             self._bar.close()
-        if self._lost:
-            _warn(", ".join(f"{name}: {count} times nothing could be written" for name, count in self._lost.items()))
+        if self.lost:
+            _warn(", ".join(f"{name}: {count} times nothing could be written" for name, count in self.lost.items()))
 
     def _note(self, line: str) -> None:
         self._try(str(self._log), lambda: append(self._log, f"{line}\n".encode()))
@@ -140,8 +126,8 @@ class Monitor:
         try:
             write()
         except OSError as error:
-            self._lost[name] += 1
-            if self._lost[name] == 1:
+            self.lost[name] += 1
+            if self.lost[name] == 1:
                 _warn(f"{name}: cannot be written: {error.strerror}; what it cannot take is lost, and training goes on")
 
 
@@ -151,7 +137,7 @@ def _print(line: str) -> None:
 
 
 def _warn(line: str) -> None:
-    with suppress(OSError):  # the disk that is full may be the one that has the console's file
+    with suppress(OSError):  # the console's file may be on the full disk
         tqdm.write(f"WARNING: {line}", file=sys.stderr)
         sys.stderr.flush()
 

@@ -52,7 +52,7 @@ def test_every_key_is_read_and_survives_json() -> None:
     assert profile.environment == {"NAME": "it's $HOME", "NUMBER": "1", "EMPTY": ""}
     assert profile.extra == {"exclusive": True, "gpu-bind": "single:1", "nice": "5"}
     assert (profile.tasks, profile.world_size, profile.minutes) == (2, 6, 2 * 1440 + 3 * 60 + 5)
-    assert profile_from_dict(json.loads(json.dumps(profile.to_dict())), "there", allow_setup=True) == profile
+    assert profile_from_dict(json.loads(json.dumps(dataclasses.asdict(profile))), "there", allow_setup=True) == profile
 
 
 def test_a_rank_a_gpu_unless_said_otherwise() -> None:
@@ -147,6 +147,14 @@ def test_unreadable_files(content: bytes | None, tmp_path: Path) -> None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"^{path}: "):
         load_profile(path)
+
+
+def test_a_mistyped_file_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the profile: No such file or directory; write one like those in"):
+        load_profile(tmp_path / "gpu.yaml")
+    (tmp_path / "gpu8.yaml").touch()
+    with pytest.raises(ConfigError, match=r"No such file or directory; did you mean '.*/gpu8.yaml'\?$"):
+        load_profile(tmp_path / "gpu.yaml")
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)

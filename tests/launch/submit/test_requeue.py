@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from simclr_dist.launch.slurm import requeue, scheduler
-from simclr_dist.launch.slurm.requeue import MAX_IDLE_STOPS, go_on, settle
-from simclr_dist.run import claim as ledger
-from simclr_dist.run.folder import write_status
+from simclr_dist.launch.slurm.requeue import go_on, settle
+from simclr_dist.run.restarts import MAX_IDLE_STOPS
+from simclr_dist.run.status import read_ledger, record_event, write_status
 from simclr_dist.system.errors import PREEMPTED
 
 
@@ -36,7 +36,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 
 def events(run: Path) -> list[str]:
-    return [entry["event"] for entry in ledger.entries(run)]
+    return [entry["event"] for entry in read_ledger(run)]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_cancelled_jobs_end(tmp_path: Path, slurm: Slurm) -> None:
 def test_what_brings_nothing_new_is_given_up(
     tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, code: int, limit: int
 ) -> None:
-    ledger.record(tmp_path, "submitted", job="7")
+    record_event(tmp_path, "submitted", job="7")
     for start in range(limit):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         verdict = settle(tmp_path, "train", "7", code, 3)
@@ -98,7 +98,7 @@ def test_what_brings_nothing_new_is_given_up(
     assert events(tmp_path)[-1] == "gave_up"
     assert settle(tmp_path, "train", "7", code, 3).final, "the batch script asks again, after the task"
     assert events(tmp_path).count("gave_up") == 1
-    ledger.record(tmp_path, "submitted", job="8")
+    record_event(tmp_path, "submitted", job="8")
     assert not settle(tmp_path, "train", "8", code, 3).final, "a new submission starts counting anew"
 
 
@@ -110,6 +110,21 @@ def test_progress_starts_the_count_anew(tmp_path: Path, slurm: Slurm, monkeypatc
         verdict = settle(tmp_path, "train", "7", 1, 2)
         assert not verdict.final, start
         go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+
+
+def test_a_launcher_that_gives_up_at_every_start_does_not_start_the_count_anew(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under launch/train.sbatch, which nobody has submitted in the ledger; another job counts for itself."""
+    for start in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        record_event(tmp_path, "gave_up", why="RuntimeError: x")
+        verdict = settle(tmp_path, "train", "7", 1, 3)
+        assert verdict.final == (start == 3), start
+        if not verdict.final:
+            go_on(tmp_path, "train", "7", verdict, one_of_many=False)
+    assert verdict.why.startswith("4 crashes in a row at step 0; the last: ")
+    assert not settle(tmp_path, "train", "8", 1, 3).final
 
 
 def test_of_many_tasks_one_asks_and_the_batch_script_asks_again(tmp_path: Path, slurm: Slurm) -> None:

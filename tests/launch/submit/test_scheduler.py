@@ -214,3 +214,21 @@ def test_a_signal_meanwhile_reaches_this_process(no_slurm: StandIns) -> None:
 def test_no_slurm_is_one_line(no_slurm: StandIns) -> None:
     with pytest.raises(ConfigError, match=r"^SLURM is not here: no squeue on PATH; do this on a login node of the cluster$"):
         scheduler.require("squeue")
+
+
+def test_ctrl_c_ends_what_was_asked(no_slurm: StandIns) -> None:
+    """The program has a session of its own, and does not hear the terminal: an sbatch left alone might still make a job."""
+    no_slurm.write(
+        "scancel", "#!/bin/sh\necho $$ > {folder}/pid.new; /bin/mv {folder}/pid.new {folder}/pid\nexec /bin/sleep 60\n"
+    )
+
+    def interrupt() -> None:
+        while not (no_slurm.folder / "pid").exists():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.cancel(["7"])
+    assert not Path(f"/proc/{(no_slurm.folder / 'pid').read_text().strip()}").exists()

@@ -27,7 +27,7 @@ def shown(slurm: StandIns, **changes: str) -> list[tuple[bool, str]]:
     path = slurm.bin / "scontrol"
     path.write_text(SCONTROL.format(**text))
     path.chmod(0o755)
-    return [(danger.fatal, danger.found) for danger in settings.dangers(20.0)[1]]
+    return [(danger.fatal, danger.problem) for danger in settings.dangers(20.0)[1]]
 
 
 def test_nothing_to_fear(no_slurm: StandIns) -> None:
@@ -70,4 +70,4 @@ def test_a_controller_that_is_away(no_slurm: StandIns) -> None:
     no_slurm.write("scontrol", "#!/bin/sh\necho 'slurm_load_ctl_conf error: Unable to contact slurm controller' >&2\nexit 1\n")
     [danger] = settings.dangers(20.0)[1]
     assert not danger.fatal
-    assert "Unable to contact slurm controller" in danger.found
+    assert "Unable to contact slurm controller" in danger.problem

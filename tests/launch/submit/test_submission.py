@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from submitit.core.utils import DelayedSubmission
+from submitit.helpers import DelayedSubmission
 
 from simclr_dist.config.load import load_config
 from simclr_dist.launch.slurm.batch import Evaluation, Submission, dry_run, script
 from simclr_dist.launch.slurm.job import Job
 from simclr_dist.launch.slurm.profile import Profile, load_profile
 from simclr_dist.launch.slurm.submission import check_device, prepare, read_record, store_config, submit
-from simclr_dist.run import claim as ledger
+from simclr_dist.run.status import read_ledger
 from simclr_dist.system.errors import ConfigError, DataError
 from stand_ins import StandIns
 
@@ -177,7 +177,7 @@ def test_the_record(here: Path, slurm: StandIns) -> None:
     assert record["profile"]["nodes"] == 2
     assert {key: record["evaluation"][key] for key in ("train", "test")} == {"train": "shards", "test": "shards"}
     assert record["evaluation"]["profile"]["nodes"] == 1
-    events = [(entry["event"], entry["kind"], entry["job"]) for entry in ledger.entries(here / "run")]
+    events = [(entry["event"], entry["kind"], entry["job"]) for entry in read_ledger(here / "run")]
     assert events == [("submitted", "train", "100"), ("submitted", "eval", "101")]
 
 
@@ -309,6 +309,20 @@ def test_a_refused_evaluation_says_what_stands(here: Path, slurm: StandIns) -> N
     record = read_record(here / "run")
     assert (record["job_id"], record["eval_job_id"]) == ("100", None)
     assert record["evaluation"]["train"] == "shards"  # `resume` asks for it again
+    names = {path.name for path in (here / "run/slurm").iterdir() if not path.is_symlink()}
+    assert names == {"config.yaml", "100_submission.sh", "100_submitted.pkl"}
+
+
+def test_launch_submit_does_the_same_from_python(here: Path, slurm: StandIns) -> None:
+    command = [sys.executable, Path(__file__).parents[3] / "launch/submit.py", "config.yaml", "run"]
+    options = ["--nodes", "2", "--gpus", "0", "--tasks", "2", "--cpus", "3", "--hours", "1.5"]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, f"job 100: {here / 'run'}\n"), ended.stderr
+    same = Profile(partition="main", nodes=2, gpus_per_node=0, tasks_per_node=2, cpus_per_task=3, time="90")
+    assert (slurm.folder / "100.sh").read_text() == script(prepare("config.yaml", [], same), "train")
+    ended = subprocess.run([*command, "--nodes", "3"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "is not divided by 24 processes" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from submitit.core.utils import DelayedSubmission
+from submitit.helpers import DelayedSubmission
 
+from simclr_dist.cli import submit as submit_command
 from simclr_dist.config.load import load_config
 from simclr_dist.config.strict_yaml import read_yaml
-from simclr_dist.launch.slurm import command as submit_command
-from simclr_dist.run import claim as ledger
-from simclr_dist.run.folder import read_status, write_status
+from simclr_dist.run.claim import claim_run, heartbeat
+from simclr_dist.run.status import read_ledger, read_status, record_event, record_start, write_status
 from stand_ins import Command, StandIns, refused
 
 EVAL = ("--eval", "--train", "shards", "--test", "shards")
@@ -33,7 +33,7 @@ def submitted(command: Command, *more: str) -> None:
 
 
 def events(run: Path) -> list[str]:
-    return [entry["event"] for entry in ledger.entries(run)]
+    return [entry["event"] for entry in read_ledger(run)]
 
 
 def test_what_needs_no_torch_is_quick(here: Path, no_slurm: StandIns) -> None:
@@ -195,11 +195,11 @@ def test_status(here: Path, slurm: StandIns, command: Command) -> None:
     assert lines[5].endswith(" submitted kind=train job=100")
 
     run = here / "run"
-    claim = ledger.claim(run)
+    claim = claim_run(run)
     for step, done in ((0, 20), (18, 24)):
-        claim.started(step, 4)
+        record_start(claim, step, 4)
         claim.beat(done)
-        ledger.record(run, "requeued", kind="train", job="100", why="SIGTERM", crash=False, saved=done)
+        record_event(run, "requeued", kind="train", job="100", why="SIGTERM", crash=False, saved=done)
     claim.release()
     write_status(run, "preempted", 75, reason="SIGTERM")
     (run / "metrics.jsonl").write_text('{"step": 23, "loss/nt_xent": 1.25}\n{"step": 24, "loss/nt')
@@ -227,7 +227,7 @@ def test_status_when_the_controller_is_away(here: Path, slurm: StandIns, command
 
 def test_an_epochs_run_needs_its_data_for_the_total(here: Path, slurm: StandIns, command: Command) -> None:
     submitted(command, "--steps", "null", "--epochs", "2")
-    claim = ledger.claim(here / "run")
+    claim = claim_run(here / "run")
     claim.beat(3)
     claim.release()
     write_status(here / "run", "running", None)
@@ -398,8 +398,8 @@ def nobody_left(session: int) -> bool:
 
 
 @pytest.mark.slow
-def test_local_runs_the_same_job_here(here: Path) -> None:
-    process = local(here, "--profile", "profile.yaml")
+def test_local_runs_the_same_job_here_and_profiles_its_steps(here: Path) -> None:
+    process = local(here, "--profile", "profile.yaml", "--profile-steps", "2:4", "--profile-rank", "1")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "1 micro-batch x 2 ranks x 4" in out
@@ -407,15 +407,6 @@ def test_local_runs_the_same_job_here(here: Path) -> None:
     assert "simclr-dist: --local leaves out nodes: 2\n" in err
     assert read_status(here / "run")["state"] == "done"
     assert not (here / "run/submission.json").exists()
-    assert nobody_left(process.pid)
-
-
-@pytest.mark.slow
-def test_steps_of_a_local_job_are_profiled(here: Path) -> None:
-    process = local(here, "--profile", "profile.yaml", "--profile-steps", "2:4", "--profile-rank", "1")
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    assert "done: 3 steps" in out
     found = sorted(path.name for path in (here / "run/profile").iterdir())
     assert found == ["step-00000002-rank-1.trace.json.gz", "step-00000002-rank-1.txt"]
     assert "steps 2 to 3: milliseconds a step" in (here / "run/profile" / found[1]).read_text()
@@ -441,7 +432,7 @@ def test_a_stop_of_a_local_job_saves_and_exits_75(here: Path, whom: str) -> None
     status = read_status(here / "run")
     assert status["state"] == "preempted"
     saved = [int(path.stem.removeprefix("step-")) for path in (here / "run/checkpoints").glob("step-*.pt")]
-    assert max(saved) == ledger.heartbeat(here / "run")["step"] >= 5
+    assert max(saved) == heartbeat(here / "run")["step"] >= 5
     assert nobody_left(process.pid)
 
 

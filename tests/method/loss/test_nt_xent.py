@@ -156,9 +156,9 @@ def test_bad_values_stay_visible() -> None:
     assert NTXentLoss(0.1)(z_a, z_b).isnan()
 
 
-def _on_ranks(here: World, n: int) -> dict[str, Any]:
-    z_a, z_b = _pair(n * here.size, 16, seed=n)
-    mine = slice(here.rank * n, (here.rank + 1) * n)
+def _on_ranks(world: World, n: int) -> dict[str, Any]:
+    z_a, z_b = _pair(n * world.size, 16, seed=n)
+    mine = slice(world.rank * n, (world.rank + 1) * n)
     a, b = (z[mine].detach().requires_grad_() for z in (z_a, z_b))
     loss = NTXentLoss(0.2)(a, b)
     gradient = torch.cat(torch.autograd.grad(loss, (a, b)))
@@ -289,13 +289,13 @@ def test_shapes_that_do_not_fit() -> None:
             NTXentLoss(0.1)(*map(torch.ones, shapes))
 
 
-def _uneven(here: World) -> list[str]:
+def _uneven(world: World) -> list[str]:
     said = []
     loss = NTXentLoss(0.1)
     loss(torch.ones(3, 4), torch.ones(3, 4))
-    last = here.rank == 2
+    last = world.rank == 2
     for a, b in (
-        (torch.ones(3 + here.rank, 4), torch.ones(3 + here.rank, 4)),
+        (torch.ones(3 + world.rank, 4), torch.ones(3 + world.rank, 4)),
         (torch.ones(3, 4 + last), torch.ones(3, 4 + last)),
         (torch.ones(3, 4), torch.ones(3 + last, 4)),
         (torch.ones(3, 4, dtype=torch.float64 if last else torch.float32),) * 2,
@@ -321,7 +321,7 @@ def test_ranks_that_pass_something_else_are_refused_on_every_rank() -> None:
         ]
 
 
-def _collectives(here: World) -> list[list[list[int]]]:
+def _collectives(world: World) -> list[list[list[int]]]:
     seen: list[list[int]] = []
     plain = torch.distributed.all_gather
 

@@ -73,9 +73,9 @@ def test_one_image_and_bad_values() -> None:
     assert bad["retrieval/top1"] == 0
 
 
-def _on_ranks(here: World) -> dict[str, float]:
+def _on_ranks(world: World) -> dict[str, float]:
     z_a, z_b = _pair(60)
-    mine = slice(here.rank * 20, here.rank * 20 + 20)
+    mine = slice(world.rank * 20, world.rank * 20 + 20)
     return embedding_statistics(z_a[mine], z_b[mine])
 
 

@@ -19,12 +19,12 @@ from simclr_dist.config.settings import Config, DataConfig, OptimConfig
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.method.distributed import World
 from simclr_dist.preflight.check import disks, machines
-from simclr_dist.preflight.check.command import run_checks
+from simclr_dist.preflight.check.checks import run_checks
 from simclr_dist.preflight.check.findings import Finding, failed, table
 
 
 def _rows(findings: Sequence[Finding]) -> list[list[str]]:
-    return [[f.check, f.level, f.found, f.cure] for f in findings]
+    return [[f.check, f.level, f.seen, f.cure] for f in findings]
 
 
 def _config(folder: Path) -> Config:
@@ -59,7 +59,7 @@ def test_two_sound_ranks(folder: Path) -> None:
 def test_a_file_in_the_way_of_the_run_folder(folder: Path) -> None:
     (folder / "runs").write_text("no folder")
     [[finding], _] = disks.folder(_config(folder), World(0, 1, 0, torch.device("cpu")), 1000.0)
-    assert (finding.level, finding.found) == ("failure", f"rank 0: {folder}/runs: Not a directory")
+    assert (finding.level, finding.seen) == ("failure", f"rank 0: {folder}/runs: Not a directory")
 
 
 def _another_version(here: World) -> list[list[str]]:

@@ -15,7 +15,8 @@ from simclr_dist.method.distributed import World
 from simclr_dist.method.loss import NTXentLoss
 from simclr_dist.preflight.plan.traffic import gathered, summed
 from simclr_dist.train.agreement import StopAgreement
-from simclr_dist.train.learner import Learner, build_learner, cut, step_metrics, training_step
+from simclr_dist.train.learner import Learner, build_learner, cut, step_metrics
+from simclr_dist.train.loop import training_step
 
 
 def config(**changes: Any) -> Config:

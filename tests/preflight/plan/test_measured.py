@@ -14,13 +14,14 @@ from simclr_dist.preflight.plan.memory import checkpoint_bytes, loss_bytes, rank
 from simclr_dist.preflight.plan.trace import footprint
 from simclr_dist.preflight.plan.traffic import log_traffic, step_traffic
 from simclr_dist.run import checkpoint
-from simclr_dist.train.learner import build_learner, cut, training_step
+from simclr_dist.train.learner import build_learner, cut
+from simclr_dist.train.loop import training_step
 
 
 def predicted_step(of: Config) -> float:
     """What `step_peak` measures, by the plan."""
     found = footprint(of, of.views.image_size or 0)
-    memory = rank_memory(of, found, of.views.image_size or 0, 1, on_cuda=False)
+    memory = rank_memory(of, found, 1, on_cuda=False)
     peak = max(size for phase, size in memory.phases.items() if phase != "views")
     return peak - memory.weights - (memory.optimizer or 0) - memory.views
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from simclr_dist.config.settings import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
-from simclr_dist.preflight.plan.hardware import bandwidth, gpu, seconds
+from simclr_dist.preflight.plan.hardware import Machines, bandwidth, gpu, seconds
 from simclr_dist.preflight.plan.memory import rank_memory
-from simclr_dist.preflight.plan.report import Plan, make_plan, plan, text
-from simclr_dist.preflight.plan.scaling import Machines
+from simclr_dist.preflight.plan.report import Plan, make_plan, text
+from simclr_dist.preflight.plan.scaling import NoStep, Step
 from simclr_dist.preflight.plan.trace import footprint
 from simclr_dist.system.errors import ConfigError, DataError
 
@@ -20,7 +20,7 @@ IMAGENET = 1_281_167
 
 
 def table(config: Config, **more: int) -> dict[str, str]:
-    lines = plan(config, **more).partition("\n\n")[0].splitlines()
+    lines = text(make_plan(config, **more)).partition("\n\n")[0].splitlines()
     return {line[:28].strip(): line[28:] for line in lines}
 
 
@@ -88,18 +88,18 @@ def test_nothing_is_allocated() -> None:
 
 def test_a_config_that_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.shards: 'none' is not here; give the number of images by --samples N"):
-        plan(paper())
+        make_plan(paper())
     with pytest.raises(ConfigError, match="4096 is larger than the 1000 images"):
-        plan(paper(), samples=1000)
+        make_plan(paper(), samples=1000)
     with pytest.raises(ConfigError, match="not divided by 3 processes"):
-        plan(paper(), samples=IMAGENET, world_size=3)
+        make_plan(paper(), samples=IMAGENET, world_size=3)
     with pytest.raises(ConfigError, match="not one step"):
-        plan(paper(epochs=0.001), samples=IMAGENET)
+        make_plan(paper(epochs=0.001), samples=IMAGENET)
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no manifest\.parquet"):
-        plan(paper(data=DataConfig(shards=str(tmp_path)), checkpoint=CheckpointConfig()))
+        make_plan(paper(data=DataConfig(shards=str(tmp_path)), checkpoint=CheckpointConfig()))
 
 
 H100 = Machines(gpu=gpu("h100"), bandwidth=bandwidth("25Gbit"))
@@ -137,31 +137,29 @@ def test_what_a_gpu_holds_decides_the_pieces() -> None:
     for changes in ({}, {"precision": "bf16"}, {"activation_checkpointing": True}):
         made = make_plan(paper(global_batch_size=1024, **changes), samples=IMAGENET, machines=Machines(gpu=gpu("a100-40")))
         fitting = made.fitting
-        assert fitting is not None
-        assert fitting.micro_batches is not None
+        assert isinstance(fitting, Step)
         smaller = dataclasses.replace(made.config, micro_batches=fitting.micro_batches // 2)
-        memory = rank_memory(smaller, made.found, made.side, 1, on_cuda=True)
-        assert fitting.memory is not None
+        memory = rank_memory(smaller, made.footprint, 1, on_cuda=True)
         assert made.machines.gpu is not None
         assert fitting.memory.peak <= made.machines.gpu.usable < memory.peak
         fewest.append(fitting.micro_batches)
     assert fewest[0] > fewest[1]
     assert fewest[0] > fewest[2]
-    too_small = make_plan(paper(global_batch_size=512), samples=IMAGENET, machines=Machines(gpu=gpu("1.6GiB"))).fitting
-    assert too_small is not None
-    assert too_small.why == "does not fit 1.6GiB in any number of pieces"
+    too_small = make_plan(paper(global_batch_size=512), samples=IMAGENET, machines=Machines(gpu=gpu("1.6GiB")))
+    assert too_small.fitting == NoStep(1, "does not fit 1.6GiB in any number of pieces")
+    assert "\nranks\n    1  does not fit 1.6GiB in any number of pieces\n" in text(too_small)
 
 
 def test_a_measured_speed_takes_the_place_of_a_share() -> None:
     made = make_plan(paper(), world_size=8, samples=IMAGENET, machines=Machines(images_per_second=400.0))
-    assert made.own.compute == pytest.approx(4096 / 8 / 400, rel=0.01)
+    assert made.step.compute == pytest.approx(4096 / 8 / 400, rel=0.01)
     assert "as measured: 400 images/s" in text(made)
     assert "--bandwidth" in made.values()["verdict"]
 
 
 def test_precision_that_a_gpu_does_not_have() -> None:
     made = make_plan(paper(precision="bf16"), samples=IMAGENET, machines=Machines(gpu=gpu("v100-16")))
-    assert made.own.compute is None
+    assert made.step.compute is None
     assert "v100-16 has no bf16; take fp16" in text(made)
 
 

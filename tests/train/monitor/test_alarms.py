@@ -14,9 +14,9 @@ from torch import Tensor
 
 import training_runs as runs
 from faults import hooks
+from simclr_dist.cli.train import main
 from simclr_dist.data.steps import StepDataset
 from simclr_dist.train import learner
-from simclr_dist.train.__main__ import main
 from simclr_dist.train.monitor.alarms import PATIENCE, Alarms, Change
 from simclr_dist.train.monitor.clock import spread
 
@@ -234,10 +234,10 @@ def test_a_slow_reader(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     read = StepDataset.portion
     returned = time.monotonic()
 
-    def slowly(dataset: StepDataset, step: int, number: int) -> Any:
+    def slowly(dataset: StepDataset, number: int) -> Any:
         nonlocal returned
         time.sleep(max(0.1, 4 * (time.monotonic() - returned)))
-        portion = read(dataset, step, number)
+        portion = read(dataset, number)
         returned = time.monotonic()
         return portion
 

@@ -17,8 +17,8 @@ import torch
 
 import training_runs as runs
 from host_sync import no_host_sync
+from simclr_dist.cli.train import main
 from simclr_dist.train import loop
-from simclr_dist.train.__main__ import main
 from simclr_dist.train.monitor.board import LAYOUT, SAMPLE, cosine_histogram, cosines
 
 

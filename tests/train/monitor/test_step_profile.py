@@ -127,7 +127,7 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
             events = json.load(file)["traceEvents"]
         count = {stage: sum(e.get("name") == stage and e.get("ph") == "X" for e in events) for stage in ("step", *STAGES)}
         assert count["step"] == count["data"] == count["optimizer"] == 2
-        assert count["forward"] == 8, "two pieces without a graph and two with one, a step"
+        assert count["forward"] == 8, "two micro-batches without a graph and two with one, a step"
 
 
 def test_nothing_to_profile_is_said(shards: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_rank_that_there_is_not(shards: Path, tmp_path: Path) -> None:
 def test_through_the_launcher(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launcher is asked to start, and that a typo is refused before."""
     started: list[list[str]] = []
-    monkeypatch.setattr("simclr_dist.cli.main.torchrun", lambda _, command, *__, **___: started.append(list(command)) or 0)
+    monkeypatch.setattr("simclr_dist.cli.train.torchrun", lambda _, command, *__, **___: started.append(list(command)) or 0)
     monkeypatch.chdir(tmp_path)
     config = str(runs.write_config(tmp_path, shards))
     assert cli(["train", config, "--processes", "2", "--profile", "3", "--profile-rank", "all", "--seed", "1"]) == 0

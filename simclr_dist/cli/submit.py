@@ -1,4 +1,4 @@
-"""The verb `submit`: a config becomes a SLURM job, and a run folder is asked for its job."""
+"""Run the verb `submit`: send a config to SLURM as a job. Or show, follow, cancel and resume the job of a run folder."""
 
 import argparse
 import dataclasses
@@ -15,25 +15,20 @@ from simclr_dist.config.strict_yaml import pairs
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict
-from simclr_dist.run import claim as ledger
+from simclr_dist.run.status import record_event
 from simclr_dist.system.errors import ConfigError
 from simclr_dist.system.files import write_atomically
-from simclr_dist.train.profiling import Profile as StepProfile
 from simclr_dist.train.profiling import parse_profile
 
 if TYPE_CHECKING:  # pyarrow and submitit, which --help need not wait for
     from simclr_dist.launch.slurm.batch import Evaluation, Submission
 
-_ACTIONS = ("status", "logs", "cancel", "resume")
-_EVALUATION = {"eval", "train", "test", "eval_profile"}
-_PROFILING = {"profile_steps", "profile_rank"}
-_OPTIONS = {  # what each form takes
-    "submit": {"profile", "dry_run", "local", "allow_setup", *_EVALUATION, *_PROFILING},
-    "resume": {"profile", "dry_run", "allow_setup", *_EVALUATION, *_PROFILING},
-    "logs": {"follow", "eval"},
-    "status": set[str](),
-    "cancel": set[str](),
-}
+HELP = "train on a SLURM cluster; submit status | logs | cancel | resume RUN"
+
+ACTIONS = ("status", "logs", "cancel", "resume")
+_OF_JOBS = {"profile", "dry_run", "allow_setup", "eval", "train", "test", "eval_profile", "profile_steps", "profile_rank"}
+# What each form takes.
+_OPTIONS = {"submit": {"local", *_OF_JOBS}, "resume": _OF_JOBS, "logs": {"follow", "eval"}, "status": set(), "cancel": set()}
 _FOLLOW_SECONDS = 5.0  # between two questions whether a job has ended
 
 USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eval --train SHARDS --test SHARDS]
@@ -42,7 +37,7 @@ USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eva
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `simclr-dist submit`; `run` takes what they leave, the run folder and settings."""
+    """Add the options of `simclr-dist submit`. `run` takes what they leave: the run folder and settings."""
     parser.usage = USAGE
     add = parser.add_argument
     add("config", metavar="CONFIG", nargs="?", help="YAML file; or status, logs, cancel, resume, with a run folder")
@@ -60,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Do what the command line says; returns the exit code. Raises UserError."""
+    """Do what the command line says; return the exit code. Raises UserError."""
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist submit CONFIG --profile FILE, or submit status RUN; --help says more")
-    action = arguments.config if arguments.config in _ACTIONS else "submit"
+    action = arguments.config if arguments.config in ACTIONS else "submit"
     for option in sorted(set.union(*_OPTIONS.values()) - _OPTIONS[action]):
         if getattr(arguments, option):
             raise ConfigError(f"--{option.replace('_', '-')}: has no effect on {action}; leave it out")
@@ -104,14 +99,14 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         raise ConfigError("--profile: is missing; it names a file like those in launch/profiles")
     if arguments.local:
-        profile = _here(profile)
-    submission = prepare(
-        arguments.config,
-        overrides,
-        profile,
-        evaluation=_evaluation(arguments, profile, None),
-        profiled=_profiled(arguments),
-    )
+        local = dataclasses.replace(profile, nodes=1, setup=(), container=None, container_runtime=None, container_mounts=())
+        for key in ("nodes", "setup", "container"):
+            if (value := getattr(profile, key)) != getattr(local, key):
+                print(f"simclr-dist: --local leaves out {key}: {value!r}", file=sys.stderr)
+        profile = local
+    evaluation = _evaluation(arguments, profile, None)
+    profiled = parse_profile(arguments.profile_steps, arguments.profile_rank, option="--profile-steps")
+    submission = prepare(arguments.config, overrides, profile, evaluation=evaluation, profiled=profiled)
     if arguments.local:
         from simclr_dist.launch.slurm.local import run_here
 
@@ -122,38 +117,34 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _resume(arguments: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> int:
     from simclr_dist.launch.slurm.submission import prepare, read_record
 
-    record = read_record(folder)
+    record, where = read_record(folder), folder / "submission.json"
     if arguments.profile is None:
-        where = f"{folder / 'submission.json'}: profile"
-        profile = profile_from_dict(record["profile"], where, allow_setup=arguments.allow_setup)
+        profile = profile_from_dict(record["profile"], f"{where}: profile", allow_setup=arguments.allow_setup)
     else:
         profile = load_profile(arguments.profile, allow_setup=arguments.allow_setup)
     if "run_folder" in dict(pairs(overrides)):
         raise ConfigError("command line: --run-folder: a run that is resumed stays where it is")
     if not Path(record["working_directory"]).is_dir():
-        raise ConfigError(f"{folder / 'submission.json'}: working_directory: {record['working_directory']!r} is no more")
+        raise ConfigError(f"{where}: working_directory: {record['working_directory']!r} is no more")
+    evaluation = _evaluation(arguments, profile, record["evaluation"], f"{where}: evaluation")
+    profiled = parse_profile(arguments.profile_steps, arguments.profile_rank, option="--profile-steps")
     submission = prepare(
-        str(folder / "slurm" / "config.yaml"),
-        overrides,
-        profile,
-        evaluation=_evaluation(arguments, profile, record["evaluation"], f"{folder / 'submission.json'}: evaluation"),
-        profiled=_profiled(arguments),
-        run=folder,
-        working_directory=Path(record["working_directory"]),
-    )
-    asked = {"source": record["config"], "overrides": (*record["overrides"], *overrides)}
-    return _send(dataclasses.replace(submission, **asked), dry_run=arguments.dry_run)
+        str(folder / "slurm" / "config.yaml"), overrides, profile, evaluation=evaluation, profiled=profiled,
+        run=folder, working_directory=Path(record["working_directory"]),
+    )  # fmt: skip
+    overrides = (*record["overrides"], *overrides)
+    submission = dataclasses.replace(submission, source=record["config"], overrides=overrides)
+    return _send(submission, dry_run=arguments.dry_run)
 
 
 def _evaluation(
     arguments: argparse.Namespace, profile: Profile, before: Mapping[str, Any] | None, where: str = ""
 ) -> "Evaluation | None":
-    """What the command line asks for, or else what was asked for `before`."""
+    """Return the evaluation that the command line names, or else `before`."""
     from simclr_dist.launch.slurm.batch import Evaluation
 
-    given = {
-        name: getattr(arguments, name) for name in ("train", "test", "eval_profile") if getattr(arguments, name) is not None
-    }
+    options = {name: getattr(arguments, name) for name in ("train", "test", "eval_profile")}
+    given = {name: value for name, value in options.items() if value is not None}
     if not arguments.eval and before is None:
         for name in given:
             raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --eval")
@@ -163,34 +154,16 @@ def _evaluation(
         if name not in shards:
             raise ConfigError(f"--eval: --{name} is missing; it names a folder of labelled shards")
     if "eval_profile" in given:
-        own = load_profile(given["eval_profile"], allow_setup=arguments.allow_setup)
+        profile = load_profile(given["eval_profile"], allow_setup=arguments.allow_setup)
     elif before is not None and arguments.profile is None:
-        own = profile_from_dict(before["profile"], f"{where}.profile", allow_setup=arguments.allow_setup)
+        profile = profile_from_dict(before["profile"], f"{where}.profile", allow_setup=arguments.allow_setup)
     else:
-        own = dataclasses.replace(profile, nodes=1, gpus_per_node=min(profile.gpus_per_node, 1), tasks_per_node=1)
-    return Evaluation(shards["train"], shards["test"], own)
-
-
-def _profiled(arguments: argparse.Namespace) -> StepProfile | None:
-    """The steps that are to be profiled: `--profile` itself names what is asked of SLURM."""
-    if arguments.profile_steps is None:
-        if arguments.profile_rank is not None:
-            raise ConfigError("--profile-rank goes with --profile-steps STEPS: say how many steps")
-        return None
-    rank = "0" if arguments.profile_rank is None else arguments.profile_rank
-    return parse_profile(arguments.profile_steps, rank, option="--profile-steps")
-
-
-def _here(profile: Profile) -> Profile:
-    """What of a profile counts on this machine; says what does not."""
-    here = dataclasses.replace(profile, nodes=1, setup=(), container=None, container_runtime=None, container_mounts=())
-    for key in ("nodes", "setup", "container"):
-        if (value := getattr(profile, key)) != getattr(here, key):
-            print(f"simclr-dist: --local leaves out {key}: {value!r}", file=sys.stderr)
-    return here
+        profile = dataclasses.replace(profile, nodes=1, gpus_per_node=min(profile.gpus_per_node, 1), tasks_per_node=1)
+    return Evaluation(shards["train"], shards["test"], profile)
 
 
 def _send(submission: "Submission", *, dry_run: bool) -> int:
+    """Submit the jobs and print their numbers. With `dry_run` only print the batch scripts."""
     from simclr_dist.launch.slurm import batch
     from simclr_dist.launch.slurm.submission import check_device, submit
 
@@ -199,8 +172,7 @@ def _send(submission: "Submission", *, dry_run: bool) -> int:
         print(batch.dry_run(submission), end="")
         return 0
     jobs = submit(submission)
-    profile = submission.profile
-    print(f"job {jobs[0]}: {submission.run}, {profile.nodes} x {profile.tasks} ranks")
+    print(f"job {jobs[0]}: {submission.run}, {submission.profile.nodes} x {submission.profile.tasks} ranks")
     for job in jobs[1:]:
         print(f"job {job}: its evaluation, once job {jobs[0]} is done")
     print(f"next: simclr-dist submit status {shlex.quote(str(submission.run))}")
@@ -208,42 +180,41 @@ def _send(submission: "Submission", *, dry_run: bool) -> int:
 
 
 def _cancel(run: Path, record: Mapping[str, Any]) -> int:
-    jobs = [job for job in (record["job_id"], record["eval_job_id"]) if job is not None]
-    found = dict(zip(jobs, scheduler.states(jobs), strict=True))
-    for job, state in found.items():
+    """Cancel the jobs of a run that have not ended. Raises ConfigError where SLURM refuses."""
+    jobs = list(filter(None, (record["job_id"], record["eval_job_id"])))
+    states = dict(zip(jobs, scheduler.states(jobs), strict=True))
+    for job, state in states.items():
         if state.over:
             print(f"job {job} has ended already: {state}")
-    alive = [job for job, state in found.items() if not state.over]
-    if not alive:
+    if not (alive := [job for job, state in states.items() if not state.over]):
         return 0
-    marker = run / "cancelled"
     # First: a job that is being stopped right now must not start itself again.
-    write_atomically(marker, " ".join(alive).encode() + b"\n")
+    write_atomically(run / "cancelled", " ".join(alive).encode() + b"\n")
     if refused := scheduler.cancel(alive):
-        marker.unlink()
+        (run / "cancelled").unlink()
         raise ConfigError(f"{run}: not cancelled: {refused}")
-    ledger.record(run, "cancelled", jobs=alive)
-    print(
-        f"cancelled: job {' and '.join(alive)}; `simclr-dist submit resume {shlex.quote(str(run))}` goes on from the last save"
-    )
+    record_event(run, "cancelled", jobs=alive)
+    resume = f"`simclr-dist submit resume {shlex.quote(str(run))}`"
+    print(f"cancelled: job {' and '.join(alive)}; {resume} goes on from the last save")
     return 0
 
 
 def _logs(run: Path, record: Mapping[str, Any], *, evaluation: bool, follow: bool) -> int:
+    """Print the log of a run's job. With `follow`, go on until the job has ended."""
     job = record["eval_job_id" if evaluation else "job_id"]
     if job is None:
         raise ConfigError(f"{run}: no evaluation was submitted; simclr-dist submit ... --eval does that")
     if follow:
         scheduler.require("squeue")
-    logs = tails(run / "slurm", job, sys.stdout, sys.stderr)
-    written = [log.copy() for log in logs]
-    asked, state = -math.inf, None
+    files = tails(run / "slurm", job)
+    written = [log.copy() for log in files]
+    last_question, state = -math.inf, None
     while follow and (state is None or not state.over):
-        if time.monotonic() - asked >= _FOLLOW_SECONDS:
-            asked, state = time.monotonic(), scheduler.state(job)
+        if time.monotonic() - last_question >= _FOLLOW_SECONDS:
+            last_question, state = time.monotonic(), scheduler.state(job)
         else:
             time.sleep(0.2)
-        written += [log.copy() for log in logs]  # after the question: a job that has ended has written all
+        written += [log.copy() for log in files]  # after the question: a job that has ended has written all
     if not any(written):
         print(f"job {job} has written nothing: {state or scheduler.state(job)}", file=sys.stderr)
     return 0

@@ -1,0 +1,66 @@
+"""Run the verb `check`. It tries what training needs on these machines, on new ranks or on those of torchrun and srun."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from simclr_dist.cli.exits import say, under_torchrun
+from simclr_dist.cli.options import at_least
+from simclr_dist.cli.train import one_a_gpu, tell_start
+from simclr_dist.config.load import load_config
+from simclr_dist.config.settings import Config
+from simclr_dist.launch.torchrun import torchrun
+from simclr_dist.preflight.check.findings import NAMES, OF_A_CONFIG
+from simclr_dist.system import signals
+from simclr_dist.system.errors import ConfigError, reason_of
+
+HELP = "try what training needs on these machines (also under torchrun or srun)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `simclr-dist check`, beside the config's keys."""
+    add = parser.add_argument
+    add("config", nargs="?", help="YAML file whose model, shards and folder are checked (default: a small model)")
+    add("--only", choices=NAMES, help="one check instead of all")
+    add("--processes", type=at_least(1), help="ranks on this machine (default: one a GPU, or 2)")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Check these machines; return the exit code. Start ranks for it unless this process is one. Raises UserError."""
+    if under_torchrun():
+        signals.die_with(os.getppid())  # there is nothing to save: Ctrl-C kills torchrun, and with it all ranks
+    if overrides and arguments.config is None:
+        raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
+    if arguments.only in OF_A_CONFIG and arguments.config is None:
+        raise ConfigError(f"--only {arguments.only}: has nothing to look at without a CONFIG, which names it")
+    config = load_config(arguments.config, overrides) if arguments.config else None
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        import submitit
+
+        from simclr_dist.launch.slurm.job import rank_variables
+
+        os.environ["SUBMITIT_EXECUTOR"] = "slurm"  # as in submitit's own jobs: by this submitit knows where it is
+        os.environ |= rank_variables(submitit.JobEnvironment())
+    if "WORLD_SIZE" in os.environ:
+        return _as_rank(config, [arguments.only] if arguments.only else NAMES)
+    only = ["--only", arguments.only] if arguments.only else []
+    command = ["-m", "simclr_dist", "check", *([arguments.config] if arguments.config else []), *only, *overrides]
+    processes = arguments.processes or max(2, one_a_gpu(config or Config()))
+    tell_start(processes)
+    return torchrun(processes, command)
+
+
+def _as_rank(config: Config | None, only: Sequence[str]) -> int:
+    import torch.distributed as dist
+
+    from simclr_dist.preflight.check.checks import check_ranks
+
+    try:
+        good, report = check_ranks(config, only)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        say(f"rank {os.environ.get('RANK')}: the ranks do not meet at {where}: {reason_of(error)}")
+        return 1
+    if report:
+        print(report, flush=True)
+    return 0 if good else 1

@@ -1,0 +1,81 @@
+"""Turn an error into one line and an exit code (`manual.EXIT_CODES`). This ends the program, and each rank of a run."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from simclr_dist.run.status import End, end_of, leave_note
+from simclr_dist.system import signals
+from simclr_dist.system.errors import LAST_WORD, PREEMPTED, DivergedError, RankError, SaveError, StoppedError, UserError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def exit_code(work: Callable[[], int], *, quiet: bool = False) -> int:
+    """Run `work` and return its exit code. After an error, return the code of that error.
+
+    The user gets one line about an error: from the rank that alone has seen it, else from rank 0. The launcher, if there is
+    one, gets a note. With `quiet` torchrun gets 0 beside the note: it reports any other code at length, as a crash.
+    """
+    try:
+        code = work()
+        if quiet:
+            leave_note(End("failed" if code else "done", code))
+    except StoppedError as stopped:
+        _say_on_rank_0(f"stopped by {stopped}: everything is saved, and the same command goes on")
+        # Any other code makes torchrun start the ranks again, or report a failure; status.json has the truth.
+        return 0 if under_torchrun() else PREEMPTED
+    except UserError as error:
+        code = refused(error)
+    except (DivergedError, SaveError) as error:
+        cure = "the checkpoints before are whole, and once it can be written the same command goes on"
+        _say_on_rank_0(f"{error}; {cure}" if isinstance(error, SaveError) else f"diverged: {error}")
+        return leave_note(end_of(error))
+    except Exception as error:
+        code = leave_note(end_of(error))
+        if not isinstance(error, OSError) or error.errno not in _DISK or error.filename is None:
+            raise
+        say(f"{error.filename}: {error.strerror}")
+        return code
+    return 0 if quiet and LAST_WORD in os.environ else code
+
+
+def refused(error: UserError) -> int:
+    """Print the user's mistake and leave a note; return the exit code. Rank 0 prints, and a rank with a RankError."""
+    if _speaks() or isinstance(error, RankError):
+        say(str(error))
+    else:
+        time.sleep(1)  # torchrun ends the other ranks once one has exited: let rank 0 speak first
+    return leave_note(end_of(error))
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, with the program's name."""
+    print(f"simclr-dist: {line}", file=sys.stderr, flush=True)
+
+
+def under_torchrun() -> bool:
+    """Tell whether torchrun has started this process as a rank."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def leave_with(code: int) -> int:
+    """Return the exit code on the way out. A late stop signal, or lines that a full disk refused (120), do not change it."""
+    signals.ignore()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_on_rank_0(line: str) -> None:
+    if _speaks():
+        say(line)

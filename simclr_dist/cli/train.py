@@ -1,0 +1,137 @@
+"""Run the verb `train`: start the ranks of a run. Also train as one of these ranks."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simclr_dist.cli.exits import exit_code, under_torchrun
+from simclr_dist.cli.options import add_keys, at_least
+from simclr_dist.config.load import load_config
+from simclr_dist.config.settings import Config
+from simclr_dist.config.together import check_fits
+from simclr_dist.launch.rendezvous import Nodes
+from simclr_dist.launch.torchrun import torchrun
+from simclr_dist.system import signals
+from simclr_dist.system.errors import PREEMPTED, ConfigError
+from simclr_dist.train.profiling import parse_profile, take_profile
+
+HELP = "pre-train an encoder (resumes by itself)"
+_STOPPED = "simclr-dist: stopped by {signal} before the first step; the same command goes on"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `simclr-dist train`, beside the config's keys."""
+    add = parser.add_argument
+    add("config", nargs="?", help="YAML file")
+    add("-h", "--help", action="store_true", help="every setting, with its value in CONFIG")
+    add("--processes", type=at_least(1), help="ranks on this machine (default: one a GPU, or 1)")
+    add("--nnodes", type=_nodes, help="machines, N or MIN:MAX; the same command runs on each of them")
+    add("--rdzv-endpoint", metavar="HOST:PORT", help="with --nnodes: of the machine where they meet")
+    add("--max-restarts", type=at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)")
+    add("--profile", metavar="STEPS", help="trace 3 steps (or 10:13: 10 to 12) into RUN/profile, with a table")
+    add("--profile-rank", default=None, metavar="R", help="with --profile: the rank, or all (default: 0)")
+    parser.set_defaults(parser=parser)
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Start the ranks on this machine; return the exit code. They start as often as the run needs. Raises UserError."""
+    parser: argparse.ArgumentParser = arguments.parser
+    if arguments.help:
+        return _help(arguments.config, parser)
+    if arguments.config is None:
+        raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
+    profile = parse_profile(arguments.profile, arguments.profile_rank)
+    signals.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
+    options = [name.removeprefix("--").replace("-", "_") for name in parser._option_string_actions if len(name) > 2]
+    config = load_config(arguments.config, overrides, options=options)
+    nodes = _meeting(arguments, config)
+    from simclr_dist.data.collection import count_images, find_tars
+    from simclr_dist.run.folder import check_run_folder
+
+    check_run_folder(config, held=nodes is not None)  # the machines that this one joins may have begun
+    if config.data.samples is not None:
+        find_tars(config.data.shards, allow_pipe=config.data.allow_pipe)
+    samples = count_images(config.data.shards, config.data.samples)
+    machines = range(nodes.least, nodes.most + 1) if nodes else range(1, 2)
+    check_fits(config, samples, machines[0] * (arguments.processes or 1))  # before torch is imported to count GPUs
+    processes = arguments.processes or one_a_gpu(config)
+    for number in machines:
+        check_fits(config, samples, number * processes)
+    tell_start(processes)
+    command = ["-m", "simclr_dist.train", arguments.config, *(profile.options if profile else []), *overrides]
+    return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as one rank; return the exit code. `argv`: `CONFIG [--profile STEPS [--profile-rank R]] [--key value]`."""
+    return exit_code(lambda: _train(argv))
+
+
+def _train(argv: Sequence[str]) -> int:
+    signals.listen()
+    if under_torchrun():
+        signals.die_with(os.getppid())  # an agent that was killed leaves its ranks, with their GPUs, behind
+    if not argv or argv[0].startswith("-"):
+        raise ConfigError("usage: python -m simclr_dist.train CONFIG [--key value ...]")
+    profile, overrides = take_profile(argv[1:])
+    config = load_config(argv[0], overrides)
+    # Under torchrun other ranks would wait for this one.
+    with contextlib.nullcontext() if under_torchrun() else signals.importing(PREEMPTED, _STOPPED):
+        from simclr_dist.method.distributed import lost_ranks_named, process_group
+        from simclr_dist.train.loop import train
+
+    signals.listen()
+    with lost_ranks_named(), process_group(config.device, config.first_step_timeout_minutes) as world:
+        train(config, world, profile)
+    return 0
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    most = most if colon else least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of machines nor MIN:MAX")
+    return int(least), int(most)
+
+
+def _meeting(arguments: argparse.Namespace, config: Config) -> Nodes | None:
+    """Return where the machines of a run meet; None for one machine."""
+    if arguments.nnodes is None:
+        if arguments.rdzv_endpoint is not None:
+            raise ConfigError("--rdzv-endpoint goes with --nnodes: say how many machines there are")
+        return None
+    if arguments.rdzv_endpoint is None:
+        raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT: one of the machines, and a free port there")
+    least, most = arguments.nnodes
+    return Nodes(least, most, arguments.rdzv_endpoint, config.first_step_timeout_minutes)
+
+
+def one_a_gpu(config: Config) -> int:
+    """Return the default number of ranks on this machine. It is one for each GPU, or one on the CPU."""
+    if config.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def tell_start(processes: int) -> None:
+    """Print on a terminal that ranks are starting. Nothing else comes for as long as torch takes to load."""
+    if sys.stderr.isatty():
+        print(f"starting {processes} process{'es' * (processes > 1)}; loading torch takes a while", file=sys.stderr)
+
+
+def _help(path: str | None, parser: argparse.ArgumentParser) -> int:
+    """Print the options, then every setting. A setting has its values, its value in the config of `path`, and its meaning."""
+    settings = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS, formatter_class=parser.formatter_class)
+    add_keys(settings, load_config(path) if path else Config(), spelled=lambda key: key.replace("_", "-"))
+    parser.usage = "simclr-dist train CONFIG [options] [--key value ...]"
+    examples, parser.epilog = parser.epilog, None
+    print(parser.format_help())
+    print("Settings, as YAML keys or --key value, the value as in YAML (true, null, '[0.2, 1.0]').")
+    print(f"The defaults shown are {f'what {path} says' if path else 'those of an empty config'}.\n")
+    print(settings.format_help().strip("\n"), examples, sep="\n\n")
+    return 0

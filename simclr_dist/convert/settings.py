@@ -1,0 +1,35 @@
+"""Define the settings of a conversion, with their ranges. Quick to import."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from simclr_dist.config.ranges import Count, Range, check_ranges
+from simclr_dist.system.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """The settings that, beside the source, decide a conversion's bytes. Raises ConfigError for the first one out of range."""
+
+    shard_size: Count = 1000
+    """Images a shard."""
+    seed: Annotated[int, Range(least=0, below=2**64)] = 0
+    """Decides the shuffle and the split."""
+    short_side: Annotated[int | None, Range(least=8)] = None
+    """Shrink images to this short side, in pixels."""
+    quality: Annotated[int, Range(least=1, most=100)] = 95
+    """JPEG quality of re-encoded images."""
+    split: tuple[float, float] | None = None
+    """Two shares like 0.8/0.2: write DST/train and DST/test, stratified by label."""
+    image_column: str | None = None
+    """Column of a table: image bytes (default: image, img, or the only one); of a list: path."""
+    label_column: str | None = None
+    """Column of a table or list (default: label); 'none': take no labels."""
+
+    def __post_init__(self) -> None:
+        if self.split is not None:
+            sums_up = len(self.split) == 2 and abs(sum(self.split) - 1) <= 1e-6  # typed shares are rounded
+            if not sums_up or min(self.split) <= 0:
+                shares = "/".join(f"{share:.9g}" for share in self.split)
+                raise ConfigError(f"split: {shares} must be two shares above 0, train and test, that add up to 1, like 0.8/0.2")
+        check_ranges(self)

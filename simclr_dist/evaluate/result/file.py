@@ -1,0 +1,136 @@
+"""Keep a result in a JSON file. No number of an older one of its name is lost, unless it was measured anew."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from simclr_dist.evaluate.result.report import FORMAT, UNTRAINED, Result, UnwrittenError
+from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.system.files import write_atomically
+
+_FILES = (("encoder", "sha256"), ("train", "digest"), ("test", "digest"))
+
+
+def claim(path: Path, *, named: bool = False) -> None:
+    """Make the result's folder before the work begins. Raises DataError where the result could not be written.
+
+    A path that the user has `named` may be that of an encoder, or of its card: nothing but a result is overwritten there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot make the result's folder: {error.strerror}") from None
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; --out names the result's file")
+    if named and path.suffix != ".json":
+        raise DataError(f"{path}: a result is a .json file; name one with --out")
+    if named and path.exists() and not _is_result(path):
+        raise DataError(f"{path}: is there and is no result of an evaluation; name another file with --out")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path}: its folder cannot be written to")
+
+
+def write_result(path: Path, result: Result) -> str:
+    """Write JSON atomically. The older result is kept, with its page, unless each of its numbers is in `result`.
+
+    An older result of other images, another encoder or other settings becomes NAME.kept-XXXXXXXX.json. The eight digits are of
+    what it measured, so the newest of each measurement is there. Returns the line that says so, or ''. Raises UnwrittenError
+    when the disk does not take the result; the older one is then where it was.
+    """
+    kept: Path | None = None
+
+    def keep() -> None:
+        nonlocal kept
+        if (before := _read(path)) is not None and not _supersedes(result, before):
+            digest = hashlib.sha256(json.dumps(_measured(before), sort_keys=True).encode()).hexdigest()[:8]
+            kept = path.with_name(f"{path.stem}.kept-{digest}.json")
+            path.replace(kept)
+            if (page := path.with_suffix(".html")).exists():
+                page.replace(kept.with_suffix(".html"))
+
+    try:
+        write_atomically(path, as_json(result).encode() + b"\n", allowed=keep)
+    except OSError as error:
+        why = f"{path}: cannot write the result: {reason_of(error)}"
+        raise UnwrittenError(why, result, stored=False) from None
+    return f"{path}: there was a result of other images, weights or settings: kept as {kept.name}" if kept else ""
+
+
+def read_result(path: Path) -> Result:
+    """Read the result at `path`. Returns {} when there is none of this format."""
+    try:
+        content = path.read_bytes()
+        if FORMAT.encode() not in content[:200]:  # its first key: others need no reading
+            return {}
+        result: Result = json.loads(content)
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) and result.get("format") == FORMAT and "seconds" in result else {}
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """Format JSON with a line for each key. A row of a table (a list of plain values, or a dict in a list) takes one line.
+
+    Raises ValueError for a number that JSON has not.
+    """
+    deeper = indent + "  "
+    if isinstance(value, dict) and value:
+        parts = (f"{deeper}{json.dumps(str(key))}: {as_json(part, deeper)}" for key, part in value.items())
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(part, dict | list | tuple) for part in value):
+        rows = (deeper + (json.dumps(part, allow_nan=False) if _is_flat(part) else as_json(part, deeper)) for part in value)
+        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def _is_result(path: Path) -> bool:
+    """Tell by its first key whether a file is a result. So a large file need not be read. True also for an empty one."""
+    try:
+        with path.open("rb") as file:
+            return bool(re.match(r'\Z|\s*{\s*"format": "simclr_dist (evaluation|finetuning)', file.read(200).decode()))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_flat(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return not any(isinstance(part, dict | list | tuple) for part in parts)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Read a result of any format. Returns None for what is not JSON and so has no number."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _supersedes(result: Result, before: dict[str, Any]) -> bool:
+    """Tell whether `result` has each number of `before`, measured as it was."""
+    now, then = _measured(result), _measured(before)
+    pairs = [(part, now["protocols"].get(name)) for name, part in then["protocols"].items()]
+    again = all(new and new["settings"] == old["settings"] and set(old["rows"]) <= set(new["rows"]) for old, new in pairs)
+    return again and now["of"] == then["of"] and then["settings"].items() <= now["settings"].items()
+
+
+def _measured(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result's numbers depend on. Some of it may be missing: the result may be of an older format."""
+    parts = _dict(result, "protocols").items()
+    protocols = {name: {"settings": part.get("settings"), "rows": sorted(_dict(part, "results"))} for name, part in parts}
+    changes_nothing = set[str]() if "runs" in result else {"batch_size", "workers"}  # a finetuning learns from its batches
+    if "runs" not in result and not any(UNTRAINED in part["rows"] for part in protocols.values()):
+        changes_nothing.add("seed")  # of its weights
+    return {
+        "of": [result.get("format"), *(_dict(result, name).get(key) for name, key in _FILES)],
+        "settings": {name: str(value) for name, value in _dict(result, "settings").items() if name not in changes_nothing},
+        "protocols": protocols,
+    }
+
+
+def _dict(result: dict[str, Any], name: str) -> dict[str, Any]:
+    part = result.get(name)
+    return part if isinstance(part, dict) else {}

@@ -1,0 +1,129 @@
+"""Define settings of evaluation, finetuning and embedding, with their ranges. The import is quick."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from simclr_dist.config.ranges import Count, Natural, NonNegative, Positive, Range, Share, check_ranges
+from simclr_dist.system.errors import ConfigError
+
+POLL = 30.0  # seconds
+_LAYER = re.compile(r"projector\.[1-9][0-9]*")
+
+Precision = Literal["fp32", "bf16"]
+Protocol = Literal["knn", "linear", "sgd", "mlp"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How features are made and classified. Raises ConfigError for the first value out of its range."""
+
+    k: Count = 200
+    """Neighbours that vote, at most the training images."""
+    temperature: Positive = 0.1
+    """A neighbour's weight is exp(cosine / temperature)."""
+    l2: NonNegative | None = None
+    """Weight penalty of the linear probe (default: chosen on a part of the training images)."""
+    max_iter: Count = 1000
+    """Limit of the linear probe's iterations."""
+    batch_size: Count = 256
+    """Images that an encoder sees at a time."""
+    workers: Natural = 2
+    """Reading processes beside each rank."""
+    seed: Annotated[int, Range(least=0, below=2**63)] = 0
+    """Decides the untrained encoder's weights, and the crops of the protocol sgd."""
+    baselines: bool = True
+    """Measure raw pixels and an untrained encoder of the same shape, too."""
+    protocols: tuple[Protocol, ...] = ("knn", "linear")
+    """Some of knn, linear (L-BFGS), sgd (linear, as in the paper) and mlp, with commas between."""
+    layer: str = "h"
+    """What the features are: h, or of an encoder with its projector: projector.N, z."""
+    sgd_epochs: Count = 90
+    """Epochs of the protocol sgd; the default is the paper's."""
+    mlp_epochs: Count = 50
+    """Epochs of the protocol mlp."""
+    precision: Precision = "fp32"
+    """Arithmetic of the encoder."""
+    features: str | None = None
+    """Folder of feature files: those that fit are used, others added (default: RUN/eval/features)."""
+    keep_features: bool = True
+    """Use the feature files that fit, and write the others."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
+            raise ConfigError(f"protocols: {','.join(self.protocols)!r} must name one protocol or more, each once")
+        if self.features is not None and not self.keep_features:
+            raise ConfigError(f"features: {self.features!r}: has no effect with --no-features")
+        if self.features is not None and (not self.features or Path(self.features).is_file()):
+            raise ConfigError(f"features: {self.features!r}: is not a folder; name one, it is made if it is not there")
+        for name in ("sgd", "mlp"):
+            if getattr(self, f"{name}_epochs") != getattr(Settings, f"{name}_epochs") and name not in self.protocols:
+                raise ConfigError(f"{name}_epochs: has no effect without the protocol {name}")
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """How features are made. Raises ConfigError for the first value out of its range."""
+
+    batch_size: Count = 256
+    """Images that the encoder sees at a time, on each rank."""
+    workers: Natural = 2
+    """Reading processes beside each rank."""
+    precision: Precision = "fp32"
+    """Arithmetic of the encoder; features are stored as fp32."""
+    skip_bad: bool = False
+    """Leave out and count images that cannot be read, instead of refusing."""
+    layer: str = "h"
+    """What the features are: h, projector.N or z; the last two need the projector beside the encoder."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How an encoder is trained further. Raises ConfigError for the first value out of its range."""
+
+    labels: Share
+    """Share of the training labels: 0.01, 0.1 (as many of each class), 1 (all)."""
+    start: str = "encoder"
+    """Weights to start from: encoder, a projector's layer (projector.1), random."""
+    seeds: Count = 3
+    """Runs, seeds 0 to seeds - 1: each has its own subset, head and order."""
+    epochs: Count | None = None
+    """Epochs of each run (default: the paper's, 60 below 0.1 of the labels, else 30)."""
+    batch_size: Annotated[int, Range(least=2)] = 256
+    """Images a step; fewer where the subset is smaller."""
+    base_lr: Positive = 0.05
+    """Learning rate for 256 images a step."""
+    workers: Natural = 2
+    """Reading processes."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.start not in ("encoder", "random") and not _LAYER.fullmatch(self.start):
+            raise ConfigError(f"start: {self.start!r} must be encoder, random, or a layer of the projector like projector.1")
+
+    @property
+    def epochs_used(self) -> int:
+        """Return `epochs`, else the paper's (appendix B.5). Those are 60 for 1 % of the labels; 30 for 10 % and more."""
+        return self.epochs if self.epochs is not None else 30 if self.labels >= 0.1 else 60
+
+
+def check_watch(run: str | Path, poll: float) -> None:
+    """Raise ConfigError for a folder that is no run's. Also for seconds that nobody can wait."""
+    if not (Path(run) / "config.yaml").is_file():
+        raise ConfigError(f"--watch: {str(run)!r} is not a run folder (it has no config.yaml); start the training first")
+    if not 0 < poll < math.inf:
+        raise ConfigError(f"--poll: {poll:g}: must be above 0, and finite")
+
+
+def check_alone() -> None:
+    """Raise ConfigError under torchrun: finetuning runs in one process."""
+    if "WORLD_SIZE" in os.environ:
+        started = f"this one is of {os.environ['WORLD_SIZE']} that torchrun started"
+        raise ConfigError(f"finetune: runs in one process, and {started}; start it without torchrun")

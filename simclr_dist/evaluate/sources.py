@@ -1,0 +1,74 @@
+"""Find images to embed, and check the file for their features. What cannot be used is refused without torch."""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simclr_dist.system.errors import DataError
+
+if TYPE_CHECKING:
+    from simclr_dist.convert.sources.originals import Source
+
+
+def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
+    """Make the folder of `out` and try to write there. Raises DataError where the features could not, or must not, go."""
+    from simclr_dist.data.manifest import MANIFEST_NAME  # pyarrow: every verb's --help waits for what stands at the top
+    from simclr_dist.evaluate.features.file import is_feature_file
+
+    out = Path(out)
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder; name the file of features, like {out / 'features.parquet'}")
+    # Also a guard: when OUT is forgotten, the last image stands in its place.
+    if out.suffix != ".parquet":
+        raise DataError(f"{out}: the file of features comes last, and must end in .parquet")
+    if out.exists() and not is_feature_file(out):
+        raise DataError(f"{out}: is there, and is no file of features; it is not overwritten: name another one")
+    for source in map(Path, sources):
+        # A folder that holds Parquet files is read as one of images inside Parquet files.
+        if source.is_dir() and not (source / MANIFEST_NAME).is_file() and out.resolve().is_relative_to(source.resolve()):
+            raise DataError(f"{out}: is inside {source}, whose images it would be taken for; name a file outside of it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise DataError(f"{out}: its folder cannot be written to: {error.strerror}") from None
+
+
+def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
+    """Find images to embed, not read yet. Shards (a folder's path; as text a URL, or tars by braces), or image files.
+
+    Image files are one folder (`convert.sources.find_source`: labels by class folder), or one or more files in the order of
+    their paths, without labels. Raises DataError where there is nothing, or not one of these.
+    """
+    from simclr_dist.convert.sources.find import find_source
+    from simclr_dist.convert.sources.folders import FileChunk
+    from simclr_dist.convert.sources.originals import Source
+    from simclr_dist.data.manifest import MANIFEST_NAME
+    from simclr_dist.data.remote.fetch import is_url
+    from simclr_dist.system.errors import printable
+
+    if len(sources) == 1 and (is_url(sources[0]) or "{" in str(sources[0])) and not Path(sources[0]).exists():
+        return str(sources[0])  # shards elsewhere, or tars by braces: `data.collection`
+    paths = [Path(source) for source in sources]
+    if len(paths) == 1 and (folder := paths[0]).is_dir():
+        if any(folder.glob(MANIFEST_NAME)) or any(folder.glob(f"*/{MANIFEST_NAME}")):
+            return folder  # of shards; or of folders of shards, of which the reader will ask for one
+        source = find_source(folder)
+        if all(isinstance(chunk, FileChunk) for chunk in source.chunks):
+            return source
+        raise DataError(f"{folder}: holds images inside tables or archives; make shards of it with `simclr-dist shard` first")
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder, and {len(paths) - 1} more are named; embed one folder, or image files only")
+        if not path.is_file():
+            raise DataError(f"{printable(str(path))}: no such file or folder of images")
+        if path.suffix in (".parquet", ".tar"):
+            raise DataError(f"{path}: is no image; name the folder of shards, or make one with `simclr-dist shard`")
+    names = sorted(map(os.fspath, paths))
+    if double := next((a for a, b in itertools.pairwise(names) if a == b), None):
+        raise DataError(f"{printable(double)}: is named twice; name each image once")
+    return Source((), [FileChunk.of("", 0, [(name, -1) for name in names])])

@@ -1,0 +1,216 @@
+"""Record what became of a run. ledger.jsonl: a line for every start and end; status.json: the newest; and the ranks' notes."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from simclr_dist.run.claim import Claim, heartbeat, is_dead, newest_start
+from simclr_dist.system import errors, files, signals
+
+_LOCK_SECONDS = 5.0  # whoever has locked the ledger for longer is cut off, and must not hold us up
+
+
+@dataclass(frozen=True)
+class End:
+    """The way a start ended. `lost`: by the loss of another rank. The true reason is what ended that rank."""
+
+    state: str
+    code: int
+    why: str | None = None
+    lost: bool = False
+
+
+_BY_ERROR = (
+    (errors.StoppedError, "preempted", errors.PREEMPTED),
+    (errors.UserError, "failed", 2),
+    (errors.DivergedError, "diverged", 3),
+)
+
+
+def end_of(error: BaseException | None) -> End:
+    """Return how this error ends a start; None for a good end."""
+    if error is None:
+        return End("done", 0)
+    for kind, state, code in _BY_ERROR:
+        if isinstance(error, kind):
+            return End(state, code, str(error))
+    return End("crashed", 1, errors.crash_summary(error), lost=isinstance(error, errors.LostRankError))
+
+
+def leave_note(end: End) -> int:
+    """Leave a note for this machine's launcher; return the exit code. Without a launcher there is no note."""
+    if path := os.environ.get(errors.LAST_WORD):
+        with suppress(OSError):  # of a full disk, say, which is then the error itself
+            Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(asdict(end)))
+    return end.code
+
+
+def read_notes(path: Path) -> dict[int, End]:
+    """Return a start's notes by rank. torchrun does not pass them on; `path` is what its ranks had in LAST_WORD."""
+    notes = {}
+    for file in path.parent.glob(f"{path.name}.*"):
+        with suppress(ValueError):  # cut short by a full disk
+            notes[int(file.suffix[1:])] = End(**json.loads(file.read_text()))
+    return notes
+
+
+def record_event(run: Path, event: str, **fields: Any) -> dict[str, Any]:
+    """Append a line to ledger.jsonl and return it. A disk that does not take it costs the line, with a warning, not the run."""
+    entry = {"time": time.time(), "event": event, **fields}
+    line = json.dumps(entry) + "\n"
+    try:
+        with (run / "ledger.jsonl").open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in (b"", b"\n")  # a kill, or a full disk, has cut the last line short
+            file.write(b"\n" * torn + line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        print(f"WARNING: {run / 'ledger.jsonl'}: {error.strerror}: lost: {line}", end="", file=sys.stderr, flush=True)
+    return entry
+
+
+def read_ledger(run: Path) -> list[dict[str, Any]]:
+    """Return the ledger's lines, oldest first. Lines that a kill cut short are left out."""
+    entries = []
+    for line in _text(run / "ledger.jsonl").splitlines():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def given_up(run: Path) -> str | None:
+    """Return why nothing will start the run again by itself. Return None while something may."""
+    for entry in reversed(read_ledger(run)):
+        if entry["event"] in ("start", "submitted", "requeued"):
+            return None
+        if entry["event"] == "cancelled":
+            return "cancelled"
+        if entry["event"] == "gave_up" and entry.get("kind") != "eval":
+            return f"given up: {entry['why']}"
+    return None
+
+
+def cancelled_jobs(run: Path) -> list[str]:
+    """Return the run's SLURM jobs that somebody has cancelled. They must not requeue themselves."""
+    return _text(run / "cancelled").split()
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Return status.json, or {} when there is none."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        status: dict[str, Any] = json.loads((run / "status.json").read_text())
+        return status
+    return {}
+
+
+def write_status(run: Path, state: str, exit_code: int | None, **more: Any) -> None:
+    """Show in status.json how the run's last start stands. It has the true exit code: torchrun makes every exit code 1.
+
+    `alarms` that a start had when it ended stay. A disk that does not take the file costs a warning.
+    """
+    if state != "running" and (alarms := read_status(run).get("alarms")):
+        more = {"alarms": alarms, **more}
+    status = {"state": state, "exit_code": exit_code, "start": newest_start(run), "time": time.time(), **more}
+    try:
+        files.write_atomically(run / "status.json", json.dumps(status, indent=2).encode() + b"\n")
+    except OSError as error:
+        print(f"WARNING: {run / 'status.json'}: {error.strerror}: lost: {json.dumps(status)}", file=sys.stderr, flush=True)
+
+
+def record_start(claim: Claim, step: int, world_size: int) -> None:
+    """Record that a start goes on from `step`. Also record what was lost since the last sign of life before."""
+    before = heartbeat(claim.run)
+    record_event(
+        claim.run, "start", generation=claim.generation, host=socket.gethostname(), pid=os.getpid(),
+        job=os.environ.get("SLURM_JOB_ID"), world_size=world_size, step=step,
+        steps_lost=max(0, before.get("step", 0) - step), seconds_down=time.time() - before["time"] if before else 0.0,
+    )  # fmt: skip
+    claim.beat(step)
+
+
+def record_end(run: Path, generation: int, end: End, **more: Any) -> None:
+    """Record how a start ended, once, and show it in status.json."""
+    # The first word stands: a rank that says why it ends breaks the others' connections, and two parents may see one death.
+    with _ledger_locked(run):
+        stop = next((line for line in _stops(run) if line.get("generation") == generation), None)
+        if stop is None:
+            lost = {"lost": True} if end.lost else {}
+            more = {"step": heartbeat(run).get("step", 0), "generation": generation, **more, **lost}
+            stop = record_event(run, "stop", state=end.state, exit_code=end.code, why=end.why, **more)
+        if newest_start(run) <= generation:
+            reason = {} if stop["why"] is None else {"reason": stop["why"]}
+            write_status(run, stop["state"], stop["exit_code"], start=generation, **reason)
+
+
+@contextmanager
+def recorded(run: Path, claim: Claim | None) -> Iterator[None]:
+    """Record how the block ends: done, preempted, failed, diverged or crashed. Until then status.json says running.
+
+    `claim` is rank 0's. The other ranks record only what no other rank has seen.
+    """
+    began, error = time.monotonic(), None
+    if claim is not None:
+        write_status(run, "running", None)
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        # torch raises out of its handler when a reading process has died: not in the middle of this.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if isinstance(error, errors.TakenOverError):
+            pass  # the folder, with its status, belongs to the other start
+        elif claim is not None:
+            claim.check()  # one that was left behind ends somehow, and must not say so in the other start's folder
+            notice = {} if (at := signals.requested_at()) is None else {"asked": at}
+            seconds = time.monotonic() - began
+            record_end(run, claim.generation, end_of(error), step=claim.step, seconds=seconds, **notice)
+            claim.beat(claim.step, ended=True)
+            claim.release()
+        elif isinstance(error, errors.RankError):
+            # A network disk may show an old list of starts.
+            record_end(run, max(newest_start(run), heartbeat(run).get("generation", 0)), end_of(error))
+
+
+def note_death(run: Path) -> None:
+    """Record the end of a start that was killed before it could. For a parent that outlives it."""
+    generation = newest_start(run)  # before the status is read: a start that comes later has not died
+    if read_status(run).get("state") == "running" and is_dead(run):
+        record_end(run, generation, End("crashed", 1, "ended without a word: killed, or cut off", lost=True))
+
+
+def name_cause(run: Path, earlier: int, why: str) -> None:
+    """Show `why` in status.json. Do so if the last start is later than number `earlier` and only knows it lost a rank."""
+    for stop in _stops(run)[-1:]:
+        if earlier < stop.get("generation", 0) == newest_start(run) and stop.get("lost"):
+            write_status(run, "crashed", 1, reason=why)
+
+
+def _stops(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_ledger(run) if line["event"] == "stop"]
+
+
+@contextmanager
+def _ledger_locked(run: Path) -> Iterator[None]:
+    """Keep other processes out of the ledger, where its disk has locks."""
+    with ExitStack() as held:
+        with suppress(OSError):  # no locks there, or a full disk
+            file = held.enter_context((run / "ledger.jsonl").open("ab"))
+            until = time.monotonic() + _LOCK_SECONDS
+            while not files.lock(file.fileno()) and time.monotonic() < until:
+                time.sleep(0.05)
+        yield
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
