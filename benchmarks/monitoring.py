@@ -75,7 +75,8 @@ def _watching(learner: Learner, views: torch.Tensor, config: Config, device: tor
     def block(watched: bool) -> tuple[float, float, float]:
         """CPU seconds, wall seconds, and those within the monitoring at the end."""
         nonlocal number
-        learner.local_timer = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]  # without: no clock at all
+        # Without: no clock at all, which the type of a timer does not foresee.
+        learner.local_timer = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]
         steps: Any = range(config.log.every)
         _wait(device)
         cpu, wall = time.process_time(), time.perf_counter()

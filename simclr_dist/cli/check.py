@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from simclr_dist.cli.exits import say, under_torchrun
+from simclr_dist.cli.exits import under_torchrun
 from simclr_dist.cli.options import at_least
 from simclr_dist.cli.train import one_a_gpu, tell_start
 from simclr_dist.config.load import load_config
@@ -12,7 +12,7 @@ from simclr_dist.config.settings import Config
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.check.findings import NAMES, OF_A_CONFIG
 from simclr_dist.system import signals
-from simclr_dist.system.errors import ConfigError, reason_of
+from simclr_dist.system.errors import ConfigError, reason_of, say
 
 HELP = "try what training needs on these machines (also under torchrun or srun)"
 

@@ -32,7 +32,7 @@ def complete(parser: argparse.ArgumentParser, verbs: Mapping[str, argparse.Argum
             add_keys(verb, Config())
         for action in verb._actions:
             if action.dest == "config" and not action.option_strings:
-                action.completer = completers.get(name, configs)  # type: ignore[attr-defined]
+                complete_with(action, completers.get(name, configs))
             elif action.dest in _VALUES:
                 complete_with(action, _VALUES[action.dest])
     argcomplete.autocomplete(parser, always_complete_options=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from simclr_dist.cli.options import add_device, add_settings, settings_from
-from simclr_dist.encoder.names import PATTERN, Foreign, result_path
+from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN, Foreign, result_path
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED, ConfigError
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, Settings, features="FOLDER", layer="LAYER", protocols="NAMES")
     add_settings(parser, Foreign, all_optional=True, weights="FILE", prefix="PREFIX")
     add_device(parser)
-    out = "the result's file (default: RUN/eval/step-XXXXXXXX.json); an older one of other settings is kept"
+    out = f"the result's file (default: {RESULT_PATTERN}); an older one of other settings is kept"
     add("--out", metavar="JSON", help=out)
 
 
@@ -94,6 +94,6 @@ def _check_what(arguments: argparse.Namespace, foreign: Foreign | None) -> None:
     elif encoder is not None:
         raise ConfigError(f"eval: {encoder!r} and --watch {watch!r}: name one encoder, or one run")
     elif arguments.out is not None:
-        raise ConfigError(f"--out: {arguments.out!r}: not with --watch, which writes RUN/eval/step-XXXXXXXX.json")
+        raise ConfigError(f"--out: {arguments.out!r}: not with --watch, which writes {RESULT_PATTERN}")
     else:
         check_watch(watch, POLL if arguments.poll is None else arguments.poll)

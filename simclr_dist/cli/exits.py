@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from simclr_dist.run.status import End, end_of, leave_note
 from simclr_dist.system import signals
-from simclr_dist.system.errors import LAST_WORD, PREEMPTED, DivergedError, RankError, SaveError, StoppedError, UserError
+from simclr_dist.system.errors import LAST_WORD, PREEMPTED, DivergedError, RankError, SaveError, StoppedError, UserError, say
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -33,7 +33,7 @@ def exit_code(work: Callable[[], int], *, quiet: bool = False) -> int:
         cure = "the checkpoints before are whole, and once it can be written the same command goes on"
         _say_on_rank_0(f"{error}; {cure}" if isinstance(error, SaveError) else f"diverged: {error}")
         return leave_note(end_of(error))
-    except Exception as error:
+    except Exception as error:  # a crash leaves its note, and its traceback unless a disk is at fault
         code = leave_note(end_of(error))
         if not isinstance(error, OSError) or error.errno not in _DISK or error.filename is None:
             raise
@@ -49,11 +49,6 @@ def refused(error: UserError) -> int:
     else:
         time.sleep(1)  # torchrun ends the other ranks once one has exited: let rank 0 speak first
     return leave_note(end_of(error))
-
-
-def say(line: str) -> None:
-    """Print a line on standard error, with the program's name."""
-    print(f"simclr-dist: {line}", file=sys.stderr, flush=True)
 
 
 def under_torchrun() -> bool:

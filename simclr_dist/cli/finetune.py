@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from simclr_dist.cli.options import add_device, add_settings, settings_from
-from simclr_dist.encoder.names import PATTERN
+from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN
 from simclr_dist.evaluate.settings import FinetuneSettings, check_alone
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--test", required=True, metavar="SHARDS", help="folder of labelled shards, seen once, after the last epoch")
     add_settings(parser, FinetuneSettings, start="WEIGHTS")
     add_device(parser)
-    add("--out", metavar="JSON", help="the result's file (default: RUN/eval/step-XXXXXXXX.finetune-START-LABELS.json)")
+    add(
+        "--out",
+        metavar="JSON",
+        help=f"the result's file (default: {RESULT_PATTERN.removesuffix('.json')}.finetune-START-LABELS.json)",
+    )
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:

@@ -68,7 +68,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def settings_from(cls: type[T], arguments: argparse.Namespace) -> T:
     """Make the settings from what was typed. Raises ConfigError for the first value out of its range."""
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = setting_types(typing.cast(type, cls))
     return cls(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
@@ -121,10 +121,10 @@ def reader(hint: Any) -> Callable[[str], Any]:
     return read
 
 
-def complete_with(action: argparse.Action, words: Sequence[str]) -> None:
-    """Have argcomplete offer these words for an option's value."""
-    if words:
-        action.completer = lambda **_: words  # type: ignore[attr-defined]
+def complete_with(action: argparse.Action, words: Sequence[str] | Callable[..., Sequence[str]]) -> None:
+    """Have argcomplete offer these words for an option's value. A function makes them when a shell asks."""
+    if words:  # argcomplete looks for an attribute that argparse does not know
+        action.completer = words if callable(words) else lambda **_: words  # type: ignore[attr-defined]
 
 
 def _help_of(cls: type, key: str) -> str:

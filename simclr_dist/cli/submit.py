@@ -16,7 +16,7 @@ from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict
 from simclr_dist.run.status import record_event
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.system.errors import ConfigError, say
 from simclr_dist.system.files import write_atomically
 from simclr_dist.train.profiling import parse_profile
 
@@ -102,7 +102,7 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         local = dataclasses.replace(profile, nodes=1, setup=(), container=None, container_runtime=None, container_mounts=())
         for key in ("nodes", "setup", "container"):
             if (value := getattr(profile, key)) != getattr(local, key):
-                print(f"simclr-dist: --local leaves out {key}: {value!r}", file=sys.stderr)
+                say(f"--local leaves out {key}: {value!r}")
         profile = local
     evaluation = _evaluation(arguments, profile, None)
     profiled = parse_profile(arguments.profile_steps, arguments.profile_rank, option="--profile-steps")

@@ -9,7 +9,9 @@ from simclr_dist.config.settings import Encoder, Stem
 from simclr_dist.run.steps import step_name
 from simclr_dist.system.errors import DataError
 
-PATTERN = "RUN/encoders/step-XXXXXXXX.safetensors"  # for people
+# For people.
+PATTERN = "RUN/encoders/step-XXXXXXXX.safetensors"
+RESULT_PATTERN = "RUN/eval/step-XXXXXXXX.json"
 _ENCODERS = "encoders"
 
 

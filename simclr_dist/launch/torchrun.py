@@ -24,7 +24,7 @@ from simclr_dist.run.folder import newest_step
 from simclr_dist.run.restarts import Ended, decide, pause_seconds
 from simclr_dist.run.status import End, name_cause, note_death, read_notes, read_status, record_event
 from simclr_dist.system import signals
-from simclr_dist.system.errors import LAST_WORD, PREEMPTED
+from simclr_dist.system.errors import LAST_WORD, PREEMPTED, say
 
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk
 _Start = Callable[[Callable[[int], bool]], tuple[int, dict[int, End]]]  # `_run_ranks` of these ranks
@@ -64,16 +64,16 @@ def torchrun(
             if not decision.again:
                 if run.is_dir():
                     record_event(run, "gave_up", why=why)
-                _say(f"{why}; given up (--max-restarts {max_restarts})")
+                say(f"{why}; given up (--max-restarts {max_restarts})")
                 return 1
             since, attempts = time.monotonic(), decision.fruitless
             record_event(run, "restart", why=why, host=socket.gethostname(), fruitless=decision.fruitless)
-            _say(f"{why}; starting again from step {newest_step(run)}")
+            say(f"{why}; starting again from step {newest_step(run)}")
         else:
             attempts += 1
             if nodes is not None and time.monotonic() > since + 60 * nodes.wait_minutes:
                 limit = f"at {nodes.endpoint} within {nodes.wait_minutes:g} minutes (first_step_timeout_minutes)"
-                _say(f"--nnodes {nodes}: the machines did not come together {limit}; the same line on each of them goes on")
+                say(f"--nnodes {nodes}: the machines did not come together {limit}; the same line on each of them goes on")
                 return 1
         if _within(pause_seconds(attempts), signals.requested):
             return PREEMPTED
@@ -214,7 +214,3 @@ def _rank(process: int) -> int | None:
         if rank := re.search(rb"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{process}/environ").read_bytes()):
             return int(rank[1])
     return None
-
-
-def _say(line: str) -> None:
-    print(f"simclr-dist: {line}", file=sys.stderr, flush=True)

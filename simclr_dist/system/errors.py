@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on req
 """
 
 import re
+import sys
 
 PREEMPTED = 75
 # Variable with the path, less `.RANK`, of the note that a rank leaves for its launcher: torchrun loses exit codes.
@@ -67,6 +68,11 @@ def reason_of(error: object) -> str:
 def crash_summary(error: BaseException) -> str:
     """Return an error's type and text in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, with the program's name."""
+    print(f"simclr-dist: {line}", file=sys.stderr, flush=True)
 
 
 def printable(name: str) -> str:

@@ -49,7 +49,7 @@ class _Header(StrictHeader):
         at = tar.fileobj.tell()
         _check_pax_records(tar.fileobj.read(self.size), at)
         tar.fileobj.seek(at)
-        return super()._proc_pax(tar)  # type: ignore[misc]  # typeshed lacks it
+        return super()._proc_pax(tar)  # type: ignore[misc]  # tarfile calls it; typeshed lacks it
 
     def _proc_sparse(self, tar: Any) -> Any:
         more = self.__dict__.pop("_sparse_structs")[1]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from simclr_dist.launch.slurm.requeue import go_on, settle
-from simclr_dist.system.errors import PREEMPTED
+from simclr_dist.system.errors import PREEMPTED, say
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
         return 0
     job = os.environ["SLURM_JOB_ID"]
     verdict = settle(arguments.run, arguments.kind, job, arguments.code, arguments.max_restarts)
-    print(f"simclr-dist: job {job}: {'ends' if verdict.final else 'starts again'}: {verdict.why}", file=sys.stderr, flush=True)
+    say(f"job {job}: {'ends' if verdict.final else 'starts again'}: {verdict.why}")
     if verdict.final:
         return verdict.code
     go_on(arguments.run, arguments.kind, job, verdict, one_of_many=False)
