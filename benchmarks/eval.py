@@ -187,7 +187,7 @@ def main() -> int:
     for l2 in arguments.l2:
         measured = measure(
             {
-                "ours": lambda l2=l2: linear_probe(train_h, train_y, test_h, classes=classes, l2=l2)[0].argmax(dim=1),
+                "ours": lambda l2=l2: linear_probe(train_h, train_y, classes=classes, l2=l2)[0](test_h).argmax(dim=1),
                 "theirs": lambda l2=l2: scikit_learn(train_h, train_y, test_h, l2),
             },
             arguments.repetitions,
@@ -196,8 +196,8 @@ def main() -> int:
         exact = scikit_learn(train_h.double(), train_y, test_h.double(), l2, tol=1e-7)
         print(row(title, measured, exact, test_y), flush=True)
     start = time.process_time()
-    logits, info = linear_probe(train_h, train_y, test_h, classes=classes)
-    accuracy = 100 * float((logits.argmax(dim=1) == test_y).double().mean())
+    predict, info = linear_probe(train_h, train_y, classes=classes)
+    accuracy = 100 * float((predict(test_h).argmax(dim=1) == test_y).double().mean())
     print(f"| L-BFGS probe with choice (l2 {info['l2']:.3g}) | {time.process_time() - start:.2f} | | | {accuracy:.2f} | | |")
     return 0
 

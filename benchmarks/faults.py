@@ -164,6 +164,7 @@ def _wait_for(command: Command, run: Path, generation: int, *, newer_by: int) ->
 
 
 CRASHES, STOPS, DISK = "faults/test_crashes.py::test_", "faults/test_stops.py::test_", "faults/test_full_disk_training.py"
+SHARED = "faults/test_shared_memory.py::test_"
 
 ROWS = {
     "saves": Row("kill -9 at random moments of a save loop", "0 unloadable, 0 finished saves lost", saves, 200),
@@ -191,7 +192,7 @@ ROWS = {
     "numbers": Row(
         "a changed number in one rank's memory",
         "the run ends before it is saved",
-        tests(CRASHES + "a_rank_with_other_numbers_ends_the_run_before_they_are_saved", "distributed/test_agreement.py"),
+        tests(CRASHES + "a_rank_with_other_numbers_ends_the_run_before_they_are_saved", "train/test_agreement.py"),
         5,
     ),
     "writers": Row(
@@ -206,10 +207,47 @@ ROWS = {
     "damage": Row(
         "truncated, bit-flipped, missing file in the newest checkpoint",
         "the older one is used, and said",
-        tests("test_checkpoint.py"),
+        tests("run/test_checkpoint.py"),
         1,
     ),
+    "state": Row(
+        "damaged state files: each file, each kind of damage, each reader",
+        "mended, or one line and exit code 2; no traceback",
+        tests("faults/test_damaged_state.py", "faults/test_damaged_shards.py", "train/test_misfit.py"),
+        1,
+    ),
+    "leftovers": Row(
+        "kill -9 in the middle of a write of each kind",
+        "no temporary file after the next start",
+        tests("faults/test_leftovers.py"),
+        3,
+    ),
+    "hangup": Row(
+        "SIGHUP: the terminal goes, of 1 and 2 ranks, `submit --local` and `shard`; under nohup",
+        "0 steps lost, exit code 75; under nohup done",
+        tests("cli/test_lost_terminal.py"),
+        3,
+    ),
     "disk": Row("disk full, folder read-only during a save", "goes on or stops cleanly; the old one intact", tests(DISK), 5),
+    "shared": Row(
+        "/dev/shm full: 64 MB, 64 KB",
+        "one line with the cure, exit code 2, no hang, no second start",
+        tests(
+            SHARED + "that_fills_while_a_run_trains_ends_it_in_one_line",
+            SHARED + "that_cannot_hold_a_step_is_refused_before_ranks_start",
+        ),
+        5,
+    ),
+    "workers": Row(
+        "a reading process that stands still (time-out 2 s; and a stop then), or is killed",
+        "one line, ends in time; after a stop 0 lost, the same bits",
+        tests(
+            SHARED + "a_stop_while_a_worker_stands_still_saves_every_step",
+            SHARED + "a_worker_that_stands_still_ends_the_run_in_time",
+            SHARED + "a_worker_that_is_killed_ends_the_run_in_one_line",
+        ),
+        5,
+    ),
     "sizes": Row("2, 1, 3, 2 ranks", "the same negatives", tests(STOPS + "a_run_goes_on_with_another_number_of_ranks"), 3),
 }
 

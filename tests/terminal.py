@@ -43,6 +43,11 @@ class Terminal:
             assert self._read(end), f"no {pattern!r} in: {self.shown}"
         return self.shown
 
+    def hang_up(self) -> None:
+        """The terminal goes: SIGHUP to the head of its session and, when that ends, to all in the foreground."""
+        os.close(self._master)
+        self._master = os.open(os.devnull, os.O_RDWR)
+
     def close(self, seconds: float = 200.0) -> int:
         """Read to the end; returns the exit code. AssertionError when the process has not ended in this time."""
         end = time.monotonic() + seconds
@@ -69,7 +74,8 @@ class Terminal:
 def _sit_down() -> None:
     """The first terminal that the head of a session opens becomes the one whose keys it gets."""
     os.close(os.open(os.ttyname(0), os.O_RDWR))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by all that a script has started in the background
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored by all that a script has started in the background, or under nohup
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
@@ -89,10 +95,11 @@ def terminal(command: Sequence[str | Path], cwd: Path, environment: Mapping[str,
         preexec_fn=_sit_down,
     )
     os.close(slave)
+    shell = Terminal(process, master)
     try:
-        yield Terminal(process, master)
+        yield shell
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        os.close(master)
+        shell.hang_up()

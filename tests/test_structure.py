@@ -33,7 +33,8 @@ WITHOUT_TORCH = [
     "preflight.demo.images", "preflight.plan.hardware", "preflight.plan.settings", "preflight.check.findings",
     "evaluate.__main__", "evaluate.settings", "evaluate.sources",
     "evaluate.features.file", "evaluate.features.store",
-    "data.manifest", "data.collection", "data.remote", "data.views.draws", "data.order", "data.pixels.images",
+    "data.manifest", "data.collection", "data.remote", "data.views.draws", "data.order", "data.portions",
+    "data.pixels.images", "preflight.shared_memory",
     "convert.sources.find", "convert.settings", "convert.shards", "convert.index", "convert.verify",
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from simclr_dist.config.settings import Config
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.check.findings import NAMES, OF_A_CONFIG
 from simclr_dist.system import signals
-from simclr_dist.system.errors import ConfigError, reason_of, say
+from simclr_dist.system.errors import ConfigError, LostRankError, reason_of, say
 
 HELP = "try what training needs on these machines (also under torchrun or srun)"
 
@@ -51,13 +51,14 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _as_rank(config: Config | None, only: Sequence[str]) -> int:
-    import torch.distributed as dist
+    with signals.uncollected():
+        import torch.distributed as dist
 
-    from simclr_dist.preflight.check.checks import check_ranks
+        from simclr_dist.preflight.check.checks import check_ranks
 
     try:
         good, report = check_ranks(config, only)
-    except dist.DistError as error:
+    except (dist.DistError, LostRankError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         say(f"rank {os.environ.get('RANK')}: the ranks do not meet at {where}: {reason_of(error)}")
         return 1

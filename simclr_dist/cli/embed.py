@@ -12,6 +12,7 @@ from simclr_dist.evaluate.settings import EmbedSettings
 from simclr_dist.evaluate.sources import check_out, find_images
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
+from simclr_dist.system.ranks import read_place
 
 if TYPE_CHECKING:
     from simclr_dist.convert.sources.originals import Source
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 HELP = "write an encoder's features of your own images to a Parquet file"
 _STOPPED = "simclr-dist: stopped by {signal}, nothing is written; the same command starts again"
-_SHOWN = 10  # links that are left out are named up to here, then counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Embed images; return the exit code. Raises UserError, and SystemExit(75) when a stop signal comes: nothing is written."""
+    read_place()
     settings = settings_from(EmbedSettings, arguments)
     check_is_file(arguments.encoder)
     images, out = find_images(arguments.source), Path(arguments.out)
@@ -51,11 +52,11 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 def _report(source: "str | Path | Source", embedded: "Embedded", out: Path, seconds: float) -> None:
     if not isinstance(source, str | Path):
-        if source.skipped:
-            print(f"files that are no images by their name: {len(source.skipped)}, like {source.skipped[0].name}")
-        for problem in source.rejected[:_SHOWN]:
-            print(f"left out: {problem.name}: {problem.reason}")
-        if len(source.rejected) > _SHOWN:
+        from simclr_dist.convert.sources.originals import lines_of
+
+        for line in lines_of(source.rejected, source.skipped):
+            print(line)
+        if source.rejected:
             print(f"links that are left out: {len(source.rejected)} in all")
     for reason in embedded.reasons:
         print(f"left out: {reason}")

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +9,8 @@ from simclr_dist.cli.options import add_device, add_settings, settings_from
 from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN, Foreign, result_path
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
 from simclr_dist.system import signals
-from simclr_dist.system.errors import PREEMPTED, ConfigError
+from simclr_dist.system.errors import PREEMPTED, ConfigError, say
+from simclr_dist.system.ranks import read_place
 
 HELP = "measure an encoder: kNN and linear probe beside baselines"
 _STOPPED = "simclr-dist: stopped by {signal}; the same command starts the evaluation again"
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Evaluate encoders; return the exit code. Raises UserError, and SystemExit(75) at a stop signal: nothing to save."""
+    read_place()
     foreign = _foreign(arguments)
     _check_what(arguments, foreign)
     settings = settings_from(Settings, arguments)
@@ -56,7 +57,7 @@ def _evaluate(arguments: argparse.Namespace, foreign: Foreign | None, settings: 
     try:
         result = evaluate(
             foreign or arguments.encoder, arguments.train, arguments.test, out=arguments.out, device=arguments.device,
-            say=partial(print, file=sys.stderr, flush=True), **vars(settings),
+            say=partial(say, before=""), **vars(settings),
         )  # fmt: skip
     except UnwrittenError as error:
         print(table(error.result))

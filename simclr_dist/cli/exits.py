@@ -8,16 +8,27 @@ from collections.abc import Callable
 
 from simclr_dist.run.status import End, end_of, leave_note
 from simclr_dist.system import signals
-from simclr_dist.system.errors import LAST_WORD, PREEMPTED, DivergedError, RankError, SaveError, StoppedError, UserError, say
+from simclr_dist.system.errors import (
+    LAST_WORD,
+    PREEMPTED,
+    DivergedError,
+    RankError,
+    SaveError,
+    StoppedError,
+    UserError,
+    WorkerError,
+    say,
+)
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def exit_code(work: Callable[[], int], *, quiet: bool = False) -> int:
+def exit_code(work: Callable[[], int], *, quiet: bool = False, is_rank: bool = True) -> int:
     """Run `work` and return its exit code. After an error, return the code of that error.
 
-    The user gets one line about an error: from the rank that alone has seen it, else from rank 0. The launcher, if there is
-    one, gets a note. With `quiet` torchrun gets 0 beside the note: it reports any other code at length, as a crash.
+    The user gets one line about an error: from the rank that alone has seen it, else from rank 0. What is no rank speaks
+    whatever RANK says. The launcher, if there is one, gets a note. With `quiet` torchrun gets 0 beside the note: it reports any
+    other code at length, as a crash.
     """
     try:
         code = work()
@@ -28,10 +39,13 @@ def exit_code(work: Callable[[], int], *, quiet: bool = False) -> int:
         # Any other code makes torchrun start the ranks again, or report a failure; status.json has the truth.
         return 0 if under_torchrun() else PREEMPTED
     except UserError as error:
-        code = refused(error)
+        code = refused(error, is_rank=is_rank)
     except (DivergedError, SaveError) as error:
         cure = "the checkpoints before are whole, and once it can be written the same command goes on"
         _say_on_rank_0(f"{error}; {cure}" if isinstance(error, SaveError) else f"diverged: {error}")
+        return leave_note(end_of(error))
+    except WorkerError as error:
+        say(str(error))
         return leave_note(end_of(error))
     except Exception as error:  # a crash leaves its note, and its traceback unless a disk is at fault
         code = leave_note(end_of(error))
@@ -42,9 +56,9 @@ def exit_code(work: Callable[[], int], *, quiet: bool = False) -> int:
     return 0 if quiet and LAST_WORD in os.environ else code
 
 
-def refused(error: UserError) -> int:
+def refused(error: UserError, *, is_rank: bool = True) -> int:
     """Print the user's mistake and leave a note; return the exit code. Rank 0 prints, and a rank with a RankError."""
-    if _speaks() or isinstance(error, RankError):
+    if not is_rank or _speaks() or isinstance(error, RankError):
         say(str(error))
     else:
         time.sleep(1)  # torchrun ends the other ranks once one has exited: let rank 0 speak first

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Export an encoder; return the exit code. Print how far ONNX Runtime is from torch. Raises UserError."""
-    with signals.blocked():  # torch's import passes over what a signal raises
+    with signals.blocked(), signals.uncollected():  # torch's import passes over what a signal raises
         from simclr_dist.encoder.onnx import export_onnx
 
     difference = export_onnx(arguments.encoder, arguments.out, arguments.layer)

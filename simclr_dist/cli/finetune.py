@@ -1,7 +1,6 @@
 """Run the verb `finetune`: train an encoder further with labels."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,7 +8,7 @@ from simclr_dist.cli.options import add_device, add_settings, settings_from
 from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN
 from simclr_dist.evaluate.settings import FinetuneSettings, check_alone
 from simclr_dist.system import signals
-from simclr_dist.system.errors import PREEMPTED
+from simclr_dist.system.errors import PREEMPTED, say
 
 HELP = "train an encoder further with labels, all or a part of them"
 _STOPPED = "simclr-dist: stopped by {signal}; the same command starts the finetuning again"
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     try:
         result = finetune(
             arguments.encoder, arguments.train, arguments.test, settings, out=arguments.out, device=arguments.device,
-            say=partial(print, file=sys.stderr, flush=True),
+            say=partial(say, before=""),
         )  # fmt: skip
     except UnwrittenError as error:  # the table is worth hours
         print(table(error.result))

@@ -18,6 +18,8 @@ from simclr_dist.system.version import describe
 
 _INTERRUPTED, _READER_GONE = 130, 141  # as a shell has it: 128 and SIGINT, 128 and SIGPIPE
 
+_RUN_AS_RANKS = ("eval", "finetune", "embed", "check")
+
 # Each module has `HELP`, `add_arguments(parser)`, and `run(arguments, rest)`, which returns the exit code. `rest` is what the
 # options leave: settings of a config.
 VERBS = {
@@ -27,6 +29,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code. A process that torchrun has started does the work of one rank."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # else what we start would take a torch.py of the folder that we are in for torch
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"] and under_torchrun():
         return train.main(arguments[1:])
@@ -51,7 +54,8 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     try:
-        return exit_code(lambda: VERBS[parsed.verb].run(parsed, rest), quiet=parsed.verb == "check")
+        how = {"quiet": parsed.verb == "check", "is_rank": parsed.verb in _RUN_AS_RANKS}
+        return exit_code(lambda: VERBS[parsed.verb].run(parsed, rest), **how)
     except KeyboardInterrupt:
         say(manual.interrupted(parsed.verb))
         return _INTERRUPTED

@@ -8,7 +8,7 @@ EXIT_CODES = """exit codes:
   1    crash, or a check that failed
   2    usage, config or data error, or no room for what is written: one line says what to change
   3    training diverged: its numbers stopped being finite
-  75   stopped by Ctrl-C or a scheduler's signal with all saved: the same command goes on
+  75   stopped by Ctrl-C, a scheduler's signal or a lost terminal, with all saved: the same command goes on
   130  interrupted by Ctrl-C in a verb other than train, eval, finetune, embed, submit, or by a second Ctrl-C
   141  whoever read the output has gone (`simclr-dist ... | head`)"""
 
@@ -38,7 +38,7 @@ encoder's file stays as it is.""",
 `pip install onnx onnxruntime onnxscript`.""",
     "plan": """What a config will need, before it runs: negatives, learning rate, memory, and the images that are left over.""",
     "check": """Try on these machines what training needs: versions, network, clocks, the gradient of all ranks against that of
-one process (in float64), shards, run folder, SLURM's settings. Leaves nothing behind.""",
+one process (in float64), shards, shared memory, run folder, SLURM's settings. Leaves nothing behind.""",
     "submit": """Train on a SLURM cluster, with an evaluation behind it if you like. Preempted, requeued and timed-out jobs go
 on by themselves. The later forms ask a run folder for its job.""",
     "train": """Pre-train an encoder on all GPUs of this machine, or with one process on its CPUs. A run that was stopped or

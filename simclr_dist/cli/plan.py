@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from simclr_dist.cli.options import add_settings, settings_from
 from simclr_dist.config.load import load_config
 from simclr_dist.preflight.plan.settings import PlanSettings
+from simclr_dist.system.signals import uncollected
 
 HELP = "what a config will need, before it runs"
 
@@ -23,7 +24,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     settings = settings_from(PlanSettings, arguments)
     config = load_config(arguments.config, overrides)
     machines = settings.machines(config)
-    from simclr_dist.preflight.plan.report import make_plan, text
+    with uncollected():
+        from simclr_dist.preflight.plan.report import make_plan, text
 
     plan = make_plan(config, world_size=settings.processes, samples=settings.samples, machines=machines)
     print(json.dumps(plan.values(), indent=2) if arguments.json else text(plan))

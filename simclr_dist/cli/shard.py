@@ -81,16 +81,17 @@ def _report(summary: "ShardSummary", destination: Path) -> None:
     classes = ", ".join(summary.classes[:_SHOWN]) + (", ..." if len(summary.classes) > _SHOWN else "")
     classes = f"{len(summary.classes)} classes" + (f": {classes}" if classes else "")
     print(f"{summary.written} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, {classes}")
-    print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept")
-    if summary.skipped:
-        print(f"passed over by their names: {len(summary.skipped)} files, like {summary.skipped[0].name}")
-    _report_left_out(summary.rejected, destination)
+    links = f", {summary.links} links followed" * bool(summary.links)
+    print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept{links}")
+    _report_left_out(summary.rejected, summary.skipped, destination)
     print(f"written to {', '.join(map(str, summary.destinations))}")
 
 
-def _report_left_out(rejected: "tuple[Problem, ...]", folder: Path) -> None:
-    for problem in rejected[:_SHOWN]:
-        print(f"left out: {problem.name}: {problem.reason}")
+def _report_left_out(rejected: "tuple[Problem, ...]", skipped: "tuple[Problem, ...]", folder: Path) -> None:
+    from simclr_dist.convert.sources.originals import lines_of
+
+    for line in lines_of(rejected, skipped):
+        print(line)
     if rejected:
         print(f"left out: {len(rejected)} in all, listed in {folder / 'rejected.jsonl'}")
 
@@ -116,7 +117,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
     summary = index_shards(arguments.index, processes=arguments.processes, strict=arguments.strict, progress=True)
     print(f"{summary.images} images in {summary.shards} shards, {summary.labelled} with a label")
-    _report_left_out(summary.rejected, Path(arguments.index))
+    _report_left_out(summary.rejected, summary.skipped, Path(arguments.index))
     print(f"written to {summary.manifest}")
     return 0
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simclr_dist.config.strict_yaml import pairs
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.logs import tails
-from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict
+from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict, refuse_programs
 from simclr_dist.run.status import record_event
 from simclr_dist.system.errors import ConfigError, say
 from simclr_dist.system.files import write_atomically
@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train", metavar="SHARDS", help="with --eval: labelled shards that kNN and the probe learn from")
     add("--test", metavar="SHARDS", help="with --eval: labelled shards that the accuracy is measured on")
     add("--eval-profile", metavar="FILE", help="with --eval: its own profile (default: one rank of the training's)")
-    add("--allow-setup", action="store_true", help="accept a profile's set-up lines: shell commands that the job runs")
+    add(
+        "--allow-setup",
+        action="store_true",
+        help="trust a profile whose set-up lines, container, variables or options may run programs",
+    )
     add("--profile-steps", metavar="STEPS", help="train's --profile: trace 3 steps of each start (or 10:13) into RUN/profile")
     add("--profile-rank", metavar="R", help="with --profile-steps: the rank, or all (default: 0)")
     add("-f", "--follow", action="store_true", help="with logs: go on until the job has ended")
@@ -99,11 +103,13 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         raise ConfigError("--profile: is missing; it names a file like those in launch/profiles")
     if arguments.local:
-        local = dataclasses.replace(profile, nodes=1, setup=(), container=None, container_runtime=None, container_mounts=())
-        for key in ("nodes", "setup", "container"):
-            if (value := getattr(profile, key)) != getattr(local, key):
-                say(f"--local leaves out {key}: {value!r}")
-        profile = local
+        unused: dict[str, Any] = {"nodes": 1, "setup": (), "container": None, "extra": {}}
+        for key, value in unused.items():
+            if getattr(profile, key) != value:
+                say(f"--local leaves out {key}: {getattr(profile, key)!r}")
+        profile = dataclasses.replace(profile, **unused, container_runtime=None, container_mounts=())
+        if not arguments.allow_setup:
+            refuse_programs(profile, str(arguments.profile))
     evaluation = _evaluation(arguments, profile, None)
     profiled = parse_profile(arguments.profile_steps, arguments.profile_rank, option="--profile-steps")
     submission = prepare(arguments.config, overrides, profile, evaluation=evaluation, profiled=profiled)
@@ -156,7 +162,7 @@ def _evaluation(
     if "eval_profile" in given:
         profile = load_profile(given["eval_profile"], allow_setup=arguments.allow_setup)
     elif before is not None and arguments.profile is None:
-        profile = profile_from_dict(before["profile"], f"{where}.profile", allow_setup=arguments.allow_setup)
+        profile = profile_from_dict(before.get("profile", {}), f"{where}.profile", allow_setup=arguments.allow_setup)
     else:
         profile = dataclasses.replace(profile, nodes=1, gpus_per_node=min(profile.gpus_per_node, 1), tasks_per_node=1)
     return Evaluation(shards["train"], shards["test"], profile)
@@ -180,8 +186,16 @@ def _send(submission: "Submission", *, dry_run: bool) -> int:
 
 
 def _cancel(run: Path, record: Mapping[str, Any]) -> int:
-    """Cancel the jobs of a run that have not ended. Raises ConfigError where SLURM refuses."""
+    """Cancel the jobs of a run that have not ended. Raises ConfigError for a copy's, and where SLURM refuses."""
+    from simclr_dist.launch.slurm.submission import original_of
+
     jobs = list(filter(None, (record["job_id"], record["eval_job_id"])))
+    if origin := original_of(run, record):
+        original, there = origin
+        cure = f"cancel it there: `simclr-dist submit cancel {shlex.quote(str(original))}`"
+        if not there:
+            cure = f"which is not here; if this is that folder, moved, `scancel {' '.join(jobs)}` does it"
+        raise ConfigError(f"{run}: not cancelled: job {' and '.join(jobs)} was submitted for {str(original)!r}; {cure}")
     states = dict(zip(jobs, scheduler.states(jobs), strict=True))
     for job, state in states.items():
         if state.over:

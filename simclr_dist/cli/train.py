@@ -1,7 +1,6 @@
 """Run the verb `train`: start the ranks of a run. Also train as one of these ranks."""
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from simclr_dist.cli.exits import exit_code, under_torchrun
 from simclr_dist.cli.options import add_keys, at_least
 from simclr_dist.config.load import load_config
 from simclr_dist.config.settings import Config
-from simclr_dist.config.together import check_fits
+from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.system import signals
-from simclr_dist.system.errors import PREEMPTED, ConfigError
+from simclr_dist.system.errors import PREEMPTED, ConfigError, say
+from simclr_dist.system.ranks import read_place
 from simclr_dist.train.profiling import parse_profile, take_profile
 
 HELP = "pre-train an encoder (resumes by itself)"
@@ -44,11 +44,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
     profile = parse_profile(arguments.profile, arguments.profile_rank)
+    read_place()  # one rank takes its place from the environment
     signals.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
     options = [name.removeprefix("--").replace("-", "_") for name in parser._option_string_actions if len(name) > 2]
     config = load_config(arguments.config, overrides, options=options)
     nodes = _meeting(arguments, config)
     from simclr_dist.data.collection import count_images, find_tars
+    from simclr_dist.data.views.draws import PRESETS
     from simclr_dist.run.folder import check_run_folder
 
     check_run_folder(config, held=nodes is not None)  # the machines that this one joins may have begun
@@ -60,6 +62,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     processes = arguments.processes or one_a_gpu(config)
     for number in machines:
         check_fits(config, samples, number * processes)
+        check_machine(config, config.views.image_size or PRESETS[config.views.preset].image_size, processes, number * processes)
+    _check_shared_memory(config, machines[-1] * processes, processes, pinned=config.device != "cpu")
     tell_start(processes)
     command = ["-m", "simclr_dist.train", arguments.config, *(profile.options if profile else []), *overrides]
     return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
@@ -76,17 +80,30 @@ def _train(argv: Sequence[str]) -> int:
         signals.die_with(os.getppid())  # an agent that was killed leaves its ranks, with their GPUs, behind
     if not argv or argv[0].startswith("-"):
         raise ConfigError("usage: python -m simclr_dist.train CONFIG [--key value ...]")
+    read_place()
     profile, overrides = take_profile(argv[1:])
     config = load_config(argv[0], overrides)
     # Under torchrun other ranks would wait for this one.
-    with contextlib.nullcontext() if under_torchrun() else signals.importing(PREEMPTED, _STOPPED):
-        from simclr_dist.method.distributed import lost_ranks_named, process_group
+    with signals.uncollected() if under_torchrun() else signals.importing(PREEMPTED, _STOPPED):
+        from simclr_dist.method.distributed import local_ranks, lost_ranks_named, process_group
         from simclr_dist.train.loop import train
 
     signals.listen()
     with lost_ranks_named(), process_group(config.device, config.first_step_timeout_minutes) as world:
+        _check_shared_memory(config, world.size, local_ranks(), pinned=world.device.type == "cuda", warn=world.local_rank == 0)
         train(config, world, profile)
     return 0
+
+
+def _check_shared_memory(config: Config, ranks: int, local_ranks: int, *, pinned: bool, warn: bool = False) -> None:
+    """Refuse a machine whose shared memory is too small for a step."""
+    from simclr_dist.preflight.shared_memory import compare
+
+    finding = compare(config, ranks, local_ranks, pinned=pinned)
+    if finding.level == "failure":
+        raise ConfigError(f"{finding.seen}; {finding.cure}")
+    if finding.level == "warning" and warn:
+        say(f"WARNING: {finding.seen}; {finding.cure}")
 
 
 def _nodes(text: str) -> tuple[int, int]:
@@ -113,7 +130,8 @@ def one_a_gpu(config: Config) -> int:
     """Return the default number of ranks on this machine. It is one for each GPU, or one on the CPU."""
     if config.device == "cpu":
         return 1
-    import torch
+    with signals.uncollected():
+        import torch
 
     return max(1, torch.cuda.device_count())
 

@@ -8,19 +8,27 @@ from simclr_dist.config.ranges import may_change
 from simclr_dist.config.settings import Config
 from simclr_dist.config.strict_yaml import leaves, merge, pairs, read_settings, read_yaml
 from simclr_dist.config.together import check
+from simclr_dist.system.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Config:
-    """Read a config file and `--key value` pairs. Raises ConfigError, which may suggest one of `options`."""
+    """Read a config file and `--key value` pairs. Raises ConfigError, which may suggest one of `options`.
+
+    A file may come from anywhere: only a pair may set `data.allow_pipe`.
+    """
     values = read_settings(Path(path), "config", "write one: `simclr-dist train --help` lists its keys")
     config: Config = merge(Config(), values, str(path))
     defaults = dict(leaves(Config().to_dict()))
-    for key, value in pairs(overrides):
+    typed = list(pairs(overrides))
+    for key, value in typed:
         # Text stands for itself: a folder may be called 2024, or hold a # or a colon.
         nested: Any = value if isinstance(defaults.get(key), str) else read_yaml(value, f"command line: --{key}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = merge(config, nested, "command line", options=options)
+    if config.data.allow_pipe and "data.allow_pipe" not in dict(typed):
+        why = "lets data.shards run shell commands, which no file may allow itself"
+        raise ConfigError(f"{path}: data.allow_pipe: true {why}; if you trust them, add --data.allow_pipe true")
     check(config, f"{path} with the command line" if overrides else str(path))
     return config
 

@@ -14,20 +14,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.system.errors import ConfigError, shown
 
+# Beyond these float64 has gaps between whole numbers, and float32, in which views and losses are computed, is at its end soon.
+LARGEST, SMALLEST = 2**53, 2.0**-53
+_LARGEST_FLOAT = 1e30
 MAY_CHANGE = "may change on resume"  # a setting without this mark decides the result of a run
 
 
 @dataclass(frozen=True)
 class Range:
-    """Limits of a number. `least` and `most` are inside, `above` and `below` outside."""
+    """Limits of a number. `least` and `most` are inside, `above` and `below` outside.
+
+    `largest` and `smallest` (of numbers above 0) are what machines and arithmetic can do, not what makes sense.
+    """
 
     least: float | None = None
     above: float | None = None
     most: float | None = None
     below: float | None = None
     meaning: str = ""
+    largest: float = LARGEST
+    smallest: float = SMALLEST
 
     def refusal(self, value: Any) -> str | None:
         """Say why a value outside is wrong; None for one inside."""
@@ -35,7 +43,10 @@ class Range:
         limits = {word: limit for word, limit in every.items() if limit is not None}
         holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
         if all(holds[word](value, limit) for word, limit in limits.items()):
-            return None
+            if value > max(self.largest, self.below or 0):
+                return f"is too large; the most is {self.largest}"
+            is_tiny = 0 < value < self.smallest and self.above is not None
+            return f"is too small; above 0 the least is {self.smallest:.2g}" if is_tiny else None
         if list(limits) == ["at least"]:
             return f"is too small; the least is {self.least}"
         return self.meaning or "must be " + " and ".join(f"{word} {limit}" for word, limit in limits.items())
@@ -43,22 +54,24 @@ class Range:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Two numbers above 0 in order, the larger at most `most`."""
+    """Two numbers above 0 in order, the larger at most `most`. Both within what arithmetic can do."""
 
-    most: float = math.inf
+    most: float = LARGEST
 
     def refusal(self, value: Any) -> str | None:
         """Say why other values are wrong; None for two that fit."""
-        if 0 < value[0] <= value[1] <= self.most:
+        if SMALLEST <= value[0] <= value[1] <= self.most:
             return None
-        return "must be two numbers with 0 < smallest <= largest" + (f" <= {self.most}" if self.most < math.inf else "")
+        order = "must be two numbers with 0 < smallest <= largest" + (f" <= {self.most}" if self.most < LARGEST else "")
+        return order if not 0 < value[0] <= value[1] or self.most < LARGEST else f"{order}, from {SMALLEST:.2g} to {LARGEST}"
 
 
 Natural = Annotated[int, Range(least=0)]
 Count = Annotated[int, Range(least=1)]
-NonNegative = Annotated[float, Range(least=0)]
-Positive = Annotated[float, Range(above=0)]
-Minutes = Annotated[float, Range(above=0, most=100_000)]
+NonNegative = Annotated[float, Range(least=0, largest=_LARGEST_FLOAT)]
+Positive = Annotated[float, Range(above=0, largest=_LARGEST_FLOAT)]
+Minutes = Annotated[float, Range(above=0, most=100_000, smallest=0.001)]
+Workers = Annotated[int, Range(least=0, largest=4096)]
 Share = Annotated[float, Range(above=0, most=1)]
 Probability = Annotated[float, Range(least=0, most=1, meaning="is not a probability from 0 to 1")]
 
@@ -92,7 +105,7 @@ def out_of_range(settings: Any) -> Iterator[tuple[str, Any, str]]:
 def check_ranges(settings: Any) -> None:
     """Raise ConfigError for the first setting out of range. For `__post_init__`."""
     for key, value, why in out_of_range(settings):
-        raise ConfigError(f"{key}: {value!r} {why}")
+        raise ConfigError(f"{key}: {shown(value)} {why}")
 
 
 def _refusal(value: Any, hint: Any) -> str | None:

@@ -9,10 +9,23 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from simclr_dist.config.ranges import MAY_CHANGE, Bounds, Count, Minutes, Natural, NonNegative, Positive, Probability, Range
+from simclr_dist.config.ranges import (
+    MAY_CHANGE,
+    Bounds,
+    Count,
+    Minutes,
+    Natural,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    Workers,
+)
 
 Encoder = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Stem = Literal["imagenet", "small", "small_stride2"]
+Width = Annotated[int, Range(least=1, largest=2**20)]
+Centre = Annotated[float, Range(least=-1000, most=1000)]
 ENCODERS: tuple[str, ...] = get_args(Encoder)
 STEMS: tuple[str, ...] = get_args(Stem)
 
@@ -25,7 +38,7 @@ class DataConfig:
     """Training shards: a folder with its manifest, the URL of one, or tars like shards/train-{000000..000099}.tar."""
     reader: Literal["manifest", "stream"] = "manifest"
     """`stream` reads tars without a manifest: no exact epochs, and no resume in the middle of one."""
-    workers: Annotated[Natural, MAY_CHANGE] = 2
+    workers: Annotated[Workers, MAY_CHANGE] = 2
     """Reading processes beside each rank; 0 reads in the rank itself."""
     window: Count = 16
     """Shards that are mixed with each other by the shuffle, and kept open by a reader."""
@@ -46,7 +59,7 @@ class DataConfig:
     shuffle_buffer: Count = 1000
     """With `reader: stream`: encoded images that each worker holds and mixes."""
     allow_pipe: Annotated[bool, MAY_CHANGE] = False
-    """With `reader: stream`: let shards be `pipe:` commands, which a shell runs."""
+    """With `reader: stream`: let shards be `pipe:` commands, which a shell runs; on the command line alone."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class ViewsConfig:
 
     preset: Literal["imagenet", "small", "blog"] = "imagenet"
     """Named strengths: the paper's for ImageNet, the paper's for small images, the introductory blog's."""
-    image_size: Annotated[int | None, Range(least=8)] = None
+    image_size: Annotated[int | None, Range(least=8, largest=2**15)] = None
     """Side of a view in pixels."""
     crop_scale: Annotated[tuple[float, float] | None, Bounds(most=1)] = None
     """Smallest and largest part of the image's area that a crop takes."""
@@ -81,7 +94,7 @@ class ViewsConfig:
     """Probability of Gaussian blur."""
     blur_sigma: Annotated[tuple[float, float] | None, Bounds()] = None
     """Smallest and largest standard deviation of the blur, in pixels."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[Centre, Centre, Centre] | None = None
     """Mean of red, green and blue on the scale 0-1."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Standard deviation of red, green and blue on the scale 0-1."""
@@ -101,11 +114,11 @@ class ModelConfig:
     """Start weights; `imagenet` are torchvision's supervised ones (downloaded)."""
     init_file: str = ""
     """With `init: file`: an encoder of ours (.safetensors)."""
-    projector_depth: Natural = 2
+    projector_depth: Annotated[int, Range(least=0, largest=1000)] = 2
     """Linear layers of the projector; 0 is none."""
-    projector_hidden: Count = 2048
+    projector_hidden: Width = 2048
     """Width of the projector's inner layers."""
-    projector_dim: Count = 128
+    projector_dim: Width = 128
     """Size of the embedding z."""
     projector_batch_norm: bool = True
     """BatchNorm after each layer of the projector."""
@@ -223,7 +236,7 @@ class Config:
     check_ranks_every: Annotated[Natural, MAY_CHANGE] = 100
     """Steps between checks that all ranks hold the same bits; 0: only before each checkpoint."""
     timeout_minutes: Annotated[Minutes, MAY_CHANGE] = 5.0
-    """How long a rank waits for other ranks in a collective; a lost machine is noticed after this time."""
+    """How long a rank waits for the others in a collective, or for a worker: then a machine, or a worker, is lost."""
     first_step_timeout_minutes: Annotated[Minutes, MAY_CHANGE] = 30.0
     """The same until the first step is done: start-up, data and compilation take longer on some ranks."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,19 +14,27 @@ from typing import Any, Literal
 import yaml
 
 from simclr_dist.config.ranges import setting_types
-from simclr_dist.system.errors import ConfigError, reason_of
+from simclr_dist.system.errors import ConfigError, reason_of, shown
+
+_MOST = 1 << 18  # characters of a file; PyYAML takes some seconds for them
 
 
 class _Loader(yaml.SafeLoader):
-    """Reader of YAML 1.2's booleans and numbers that refuses double keys.
+    """Reader of YAML 1.2's values that refuses double keys and aliases.
 
-    PyYAML alone reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90.
+    PyYAML alone reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90; and a few lines of aliases to aliases fill any memory.
     """
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "an alias; write the value itself", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
@@ -66,7 +74,8 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 def read_settings(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read a YAML file. ConfigError names its `kind`; `cure` follows where no file has a similar name."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = reason_of(error)
         if isinstance(error, FileNotFoundError):
@@ -81,6 +90,8 @@ def read_settings(path: Path, kind: str, cure: str) -> dict[str, Any]:
 
 def read_yaml(text: str, source: str) -> Any:
     """Parse YAML strictly; `source` (a file or "command line") begins the ConfigError."""
+    if len(text) > _MOST:
+        raise ConfigError(f"{source}: is larger than {_MOST >> 10} KiB, the most that is read of settings; is it another file?")
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -88,7 +99,9 @@ def read_yaml(text: str, source: str) -> Any:
         place, why = _place(text, mark.index if mark else 0), str(error.problem or error.context)
     except yaml.reader.ReaderError as error:
         place, why = _place(text, error.position), f"character #x{ord(text[error.position]):04x} is not allowed"
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # the last three: `!!int x`, deep nesting
+    except RecursionError:
+        place, why = "", "it is nested too deeply"
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two: `!!int x`
         place, why = "", str(error)
     raise ConfigError(f"{source}: {place}not valid YAML: {' '.join(why.split())}")
 
@@ -112,7 +125,7 @@ def merge(settings: Any, values: Any, source: str, *, options: Sequence[str] = (
 
 def _merge(settings: Any, values: Any, source: str, suggestions: Sequence[str], prefix: str = "") -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: {prefix[:-1]}: expected settings below it, found {values!r}")
+        raise ConfigError(f"{source}: {prefix[:-1]}: expected settings below it, found {shown(values)}")
     hints = typing.get_type_hints(type(settings))
     changes = {}
     for key, value in values.items():
@@ -131,21 +144,21 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{suggest(str(value), args)}")
+            raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(str, args))}{suggest(str(value), args)}")
         return value
     if origin in (types.UnionType, typing.Union):  # the latter of `Literal[...] | None`
         return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), where)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ConfigError(f"{where}: {value!r} is not a list of {len(args)} numbers")
+            raise ConfigError(f"{where}: {shown(value)} is not a list of {len(args)} numbers")
         return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-        raise ConfigError(f"{where}: {value!r} is not {kind}")
+        raise ConfigError(f"{where}: {shown(value)} is not {kind}")
     if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: {value!r} is not a finite number")
+        raise ConfigError(f"{where}: {shown(value)} is not a finite number")
     return value
 
 

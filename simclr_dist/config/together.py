@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from simclr_dist.config.ranges import out_of_range
+from simclr_dist.config.ranges import LARGEST, out_of_range
 from simclr_dist.config.settings import Config, DataConfig, OptimConfig, ProbeConfig
 from simclr_dist.config.strict_yaml import suggest
-from simclr_dist.system.errors import ConfigError, redact
+from simclr_dist.system.errors import ConfigError, redact, shown
+from simclr_dist.system.machine import memory_bytes, most_processes
 
+BLURRING_PRESETS = ("imagenet",)
 TORCH_OPTIMIZERS = ("sgd", "adamw")
 CONTIGUOUS_OPTIMIZERS = ("adamp", "sgdp", "swats")  # these fail on weights in channels_last order
 REFUSED_OPTIMIZERS = {
@@ -31,7 +33,7 @@ def check(config: Config, source: str) -> None:
     """Refuse values out of range and contradictions; `source` begins the ConfigError."""
 
     def refuse(key: str, why: str) -> NoReturn:
-        raise ConfigError(f"{source}: {key}: {operator.attrgetter(key)(config)!r} {why}")
+        raise ConfigError(f"{source}: {key}: {shown(operator.attrgetter(key)(config))} {why}")
 
     for key, _, why in out_of_range(config):
         refuse(key, why)
@@ -54,6 +56,30 @@ def check(config: Config, source: str) -> None:
     _check_data(config, source, refuse)
     _check_probe(config, refuse)
     _check_optimizer(config, refuse)
+    if not Path(config.run_folder, "config.yaml").is_file():  # a run that has begun goes on with what it was begun with
+        _check_effects(config, refuse)
+
+
+def _check_effects(config: Config, refuse: _Refuse) -> None:
+    """Refuse what is set beside a setting that leaves it without effect."""
+    views, depth, plain = config.views, config.model.projector_depth, Config()
+    colours = ("views.brightness", "views.contrast", "views.saturation", "views.hue")
+    no_blur = "views.blur: 0" if views.blur == 0 else ""
+    if views.blur is None and views.preset not in BLURRING_PRESETS:
+        no_blur = f"views.preset: {views.preset}"
+    elif views.blur != 0 and views.image_size is not None and views.image_size < 20:
+        no_blur = f"views.image_size: {views.image_size}, where a tenth of the view is one pixel"
+    idle: list[tuple[tuple[str, ...], str]] = [
+        (("data.max_bad_samples",), "data.on_bad_sample: error" if config.data.on_bad_sample == "error" else ""),
+        (colours, "views.jitter: 0" if views.jitter == 0 else ""),
+        (("views.blur_sigma",) if views.blur == 0 else ("views.blur", "views.blur_sigma"), no_blur),
+        (("model.projector_hidden",), f"model.projector_depth: {depth}" if depth < 2 else ""),
+        (("model.projector_dim", "model.projector_batch_norm"), "model.projector_depth: 0" if depth < 1 else ""),
+        (("log.views_every_epochs",), "" if config.log.tensorboard else "log.tensorboard: false"),
+    ]
+    for key, other in ((key, other) for keys, other in idle for key in keys if other):
+        if operator.attrgetter(key)(config) != operator.attrgetter(key)(plain):
+            refuse(key, f"has no effect with {other}; leave it out, or change that")
 
 
 def _check_data(config: Config, source: str, refuse: _Refuse) -> None:
@@ -79,7 +105,7 @@ def _check_data(config: Config, source: str, refuse: _Refuse) -> None:
         if data.in_memory == "always":
             refuse("data.in_memory", "does not go with data.reader: stream, which knows no image before it comes; leave it out")
         if pipe and not data.allow_pipe:
-            refuse("data.shards", "runs a shell command; set data.allow_pipe: true if you mean it")
+            refuse("data.shards", "runs a shell command; if you trust it, add --data.allow_pipe true")
     if not remote:
         for name in ("cache", "cache_gib", "retry_minutes"):
             if getattr(data, name) != getattr(plain, name):
@@ -144,9 +170,37 @@ def check_fits(config: Config, samples: int, world_size: int) -> None:
             f" {max(batch // pieces, 1) * pieces} would be"
         )
     total, warmup = config.total_steps(samples), config.warmup_steps(samples)
+    if total > LARGEST:
+        an_epoch = config.steps_per_epoch(samples)
+        raise ConfigError(f"epochs: {config.epochs} of {an_epoch} steps are more than {LARGEST} steps, the most; lower it")
     if total < 1:
         raise ConfigError(f"epochs: {config.epochs} of {samples} images at global_batch_size {batch} is not one step")
     if warmup > total:
         key = "warmup_epochs" if config.optim.warmup_steps is None else "warmup_steps"
         value = getattr(config.optim, key)
         raise ConfigError(f"optim.{key}: {value}: a warm-up of {warmup} steps is longer than the run of {total}; lower it")
+
+
+def check_machine(config: Config, side: int, ranks: int, world_size: int) -> None:
+    """Refuse what `ranks` of the run cannot have on this machine. `side`: of a view, in pixels.
+
+    Each sum is a part of what they need, so a run that fits is never refused; `plan` has the whole.
+    """
+    workers, model, memory = config.data.workers, config.model, memory_bytes()
+    has = f"this machine has {memory / 2**30:.1f} GiB"
+    if (processes := ranks * (workers + 1)) > most_processes():
+        of_each = f"{workers} for each of {ranks} ranks are {processes} processes"
+        raise ConfigError(f"data.workers: {of_each}; this machine allows {most_processes()}; lower it")
+    on_cpu = config.device == "cpu"
+    images, number = 2 * ranks * config.global_batch_size // world_size, 4 if on_cpu else 1  # before a GPU they are bytes
+    if (views := images * 3 * side**2 * number) > memory:
+        product = f"{images} views of 3 x {side} x {side} x {number} bytes a step are {views / 2**30:.1f} GiB"
+        raise ConfigError(f"views.image_size: {side}: {product}; {has}; lower it, or global_batch_size")
+    hidden, dim, depth = model.projector_hidden, model.projector_dim, model.projector_depth
+    weights = (hidden**2 * (depth - 2) + hidden * dim) * config.number_bytes if depth > 1 else 0
+    if weights * (ranks if on_cpu else 1) > memory:
+        layers = f"the layers between {hidden} and {dim} numbers are {weights / 2**30:.1f} GiB of weights a rank"
+        raise ConfigError(f"model.projector_hidden: {hidden}: {layers}; {has}; lower it, projector_dim or projector_depth")
+    if depth and (gram := dim**2 * 8) > memory:
+        rank = f"the products of {dim} numbers with each other, for the effective rank, are {gram / 2**30:.1f} GiB"
+        raise ConfigError(f"model.projector_dim: {dim}: {rank}; {has}; lower it")

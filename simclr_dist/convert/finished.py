@@ -1,17 +1,20 @@
 """Record a finished conversion in conversion.json. By it the same command finds the work done."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from simclr_dist.convert.sources.originals import Problem, Source
+from simclr_dist.convert.sources.originals import Problem, Source, count_reasons
 from simclr_dist.data.manifest import load_manifest
+from simclr_dist.system.errors import DamagedError, DataError, reason_of
+from simclr_dist.system.files import fitting, json_lines, read_object
 
 RECORD_NAME = "conversion.json"
-_REJECTED = "rejected.jsonl"
+REJECTED_NAME = "rejected.jsonl"
+_CURE = "name a new folder for the shards, or remove this one"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class ShardSummary:
 
     `written` images in `shards` tars of `bytes` together; `destinations` are the folders that hold a manifest. `rejected`
     images are left out for the reason given; `skipped` files were never taken for images. `converted` images are stored
-    re-encoded, `duplicates` have the same bytes as another one and are kept. `already`: all was there from an earlier run.
+    re-encoded, `duplicates` have the same bytes as another one and are kept. `links` of a folder were followed. `already`: all
+    was there from an earlier run.
     """
 
     destinations: tuple[Path, ...]
@@ -32,44 +36,68 @@ class ShardSummary:
     skipped: tuple[Problem, ...]
     converted: int
     duplicates: int
+    links: int
     already: bool = False
 
 
-def write_record(folder: Path, about: dict[str, object], converted: int, rejected: Iterable[Problem]) -> list[Path]:
+def write_record(
+    folder: Path, about: dict[str, object], converted: int, rejected: Sequence[Problem], skipped: Sequence[Problem]
+) -> list[Path]:
     """Write both files of a conversion. `about` is what a second run must agree on. Returns their paths."""
     record = folder / RECORD_NAME
-    record.write_text(json.dumps(about | {"converted": converted}, indent=1) + "\n", encoding="ascii")
+    counts = {"converted": converted, "rejected": len(rejected), "skipped": count_reasons(skipped)}
+    record.write_text(json.dumps(about | counts, indent=1) + "\n", encoding="ascii")
     return [record, *write_rejected(folder, rejected)]
 
 
 def write_rejected(folder: Path, rejected: Iterable[Problem]) -> list[Path]:
     """List what is left out in `folder`/rejected.jsonl. Returns [its path], or [] where nothing is left out."""
     lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in rejected]
-    path = folder / _REJECTED
+    path = folder / REJECTED_NAME
     if lines:
         path.write_text("".join(lines), encoding="ascii")
+    else:
+        path.unlink(missing_ok=True)
     return [path] * bool(lines)
+
+
+def check_rejected(folder: Path) -> None:
+    """Refuse a rejected.jsonl that is none. `write_rejected` would replace it. Raises DataError."""
+    try:
+        list(_read_rejected(folder))
+    except DamagedError:
+        raise DataError(f"{folder / REJECTED_NAME}: was not written by simclr-dist; move it elsewhere") from None
 
 
 def read_record(folder: Path, about: dict[str, object], source: Source, sides: Sequence[str]) -> ShardSummary | None:
     """Read the record of `source`'s conversion. Returns None where `folder` holds none, or one of another `about`.
 
-    Raises DataError when a manifest or a shard of it is missing or damaged.
+    Raises DataError when the record, a manifest or a shard of it is missing or damaged.
     """
-    try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="ascii"))
-        converted = int(record.pop("converted"))
-        lines = (folder / _REJECTED).read_text(encoding="ascii").splitlines() if (folder / _REJECTED).exists() else []
-        rejected = tuple(Problem(each["source"], each["reason"]) for each in map(json.loads, lines))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+    record = read_object(folder / RECORD_NAME, {"converted": int}, _CURE)
+    converted, _, _ = record.pop("converted", 0), record.pop("rejected", 0), record.pop("skipped", {})
     if record != json.loads(json.dumps(about)):
         return None
+    rejected = tuple(_read_rejected(folder))
     manifests = [load_manifest(folder / side) for side in sides]
     hashes = np.concatenate([manifest.sha256 for manifest in manifests])
     return ShardSummary(
         tuple(folder / side for side in sides), written=len(hashes), shards=sum(len(manifest.shards) for manifest in manifests),
         bytes=sum(int(manifest.shard_bytes.sum()) for manifest in manifests), classes=source.classes,
         rejected=rejected, skipped=source.skipped, converted=converted,
-        duplicates=len(hashes) - len(np.unique(hashes.view("S32"))), already=True,
+        duplicates=len(hashes) - len(np.unique(hashes.view("S32"))), links=source.links, already=True,
     )  # fmt: skip
+
+
+def _read_rejected(folder: Path) -> Iterator[Problem]:
+    path = folder / REJECTED_NAME
+    try:
+        lines = json_lines(path.read_bytes(), lambda line: fitting(line, {"source": str, "reason": str}))
+        for _, line in lines:
+            if line is None:
+                raise DamagedError(f"{path}: is damaged; {_CURE}")
+            yield Problem(line["source"], line["reason"])
+    except FileNotFoundError:
+        return  # nothing was left out
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {reason_of(error)}; {_CURE}") from None

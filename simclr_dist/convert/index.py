@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.convert.finished import write_rejected
+from simclr_dist.convert.finished import REJECTED_NAME, check_rejected, write_rejected
 from simclr_dist.convert.partial import disk_errors
 from simclr_dist.convert.sources.archives import is_label, parse_label, read_label, webdataset_key, why_unsafe
-from simclr_dist.convert.sources.folders import is_hidden, why_not_followed
-from simclr_dist.convert.sources.originals import MAX_IMAGE_BYTES, Problem, is_image_name
+from simclr_dist.convert.sources.folders import is_hidden
+from simclr_dist.convert.sources.originals import Problem, is_image_name, why_no_bytes
 from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
@@ -27,13 +27,17 @@ _UNREADABLE = "a name that is no printable text"
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """The result of `index_shards`: `images`, some `labelled`, in `shards` tars. Those in `rejected` are left out."""
+    """The result of `index_shards`: `images`, some `labelled`, in `shards` tars.
+
+    Those in `rejected` are left out; `skipped` is no tar, or hidden.
+    """
 
     manifest: Path
     images: int
     labelled: int
     shards: int
     rejected: tuple[Problem, ...]
+    skipped: tuple[Problem, ...]
 
 
 def index_shards(
@@ -49,16 +53,17 @@ def index_shards(
     manifest already, when no image can be used, and, if `strict`, when any sample is left out.
     """
     folder = Path(folder)
-    tars, rejected = _usable_tars(folder)
+    tars, rejected, skipped = _usable_tars(folder)
     bar = tqdm(total=len(tars), desc="reading", unit="tar", disable=not (progress and sys.stderr.isatty()))
     with disk_errors(folder):
         with tempfile.TemporaryFile(dir=folder):  # fails now, and not after hours of work
             pass
         tables: list[pa.Table] = []
         with bar, workers(min(processes or os.cpu_count() or 1, len(tars)), (__name__,), folder) as run:
-            for table, problems in run(_read_tar, tars):
+            for table, problems, hidden in run(_read_tar, tars):
                 tables.append(table)
                 rejected += problems
+                skipped += hidden
                 bar.update()
         rows = pa.concat_tables(tables)
         if strict and rejected:
@@ -73,24 +78,37 @@ def index_shards(
         names = [path.name for path, table in zip(tars, tables, strict=True) if len(table)]
         manifest = write_manifest(folder, names, rows, ())
     labelled = pc.sum(pc.greater_equal(rows.column("label"), 0)).as_py()
-    return IndexSummary(manifest, len(rows), labelled, len(names), tuple(rejected))
+    return IndexSummary(manifest, len(rows), labelled, len(names), tuple(rejected), tuple(skipped))
 
 
-def _usable_tars(folder: Path) -> tuple[list[Path], list[Problem]]:
-    """List the tars to read, and those left out. Raises DataError where there is nothing to do."""
+def _usable_tars(folder: Path) -> tuple[list[Path], list[Problem], list[Problem]]:
+    """List tars to read, those left out, and other files. Raises DataError where there is nothing to do."""
     if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
         raise DataError(f"{folder}: no such folder of tars")
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder / MANIFEST_NAME}: is there already; compare it with --verify {folder}, or remove it first")
-    paths = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not is_hidden(path.name))
-    links = [(path, why_not_followed(folder.resolve(), path)) for path in paths if path.is_symlink()]
-    rejected = [Problem(printable(path.name), reason) for path, reason in links if reason]
-    rejected += [Problem(printable(path.name), _UNREADABLE) for path in paths if not path.name.isprintable()]
-    refused = {problem.name for problem in rejected}
-    tars = [path for path in paths if path.is_file() and printable(path.name) not in refused]
+    check_rejected(folder)
+    tars: list[Path] = []
+    rejected: list[Problem] = []
+    skipped: list[Problem] = []
+    for path in sorted(folder.iterdir()):
+        name = printable(path.name)
+        if path.name == REJECTED_NAME:
+            continue
+        if is_hidden(path.name):
+            skipped.append(Problem(name, "hidden"))
+        elif path.suffix != ".tar":
+            skipped.append(Problem(name, "a folder" if path.is_dir() else "no .tar file"))
+        elif not path.is_file():
+            rejected.append(Problem(name, "a broken link" if path.is_symlink() else "not a regular file"))
+        elif not path.name.isprintable():
+            rejected.append(Problem(name, _UNREADABLE))
+        else:
+            tars.append(path)
     if not tars:
-        raise DataError(f"{folder}: holds no .tar file" + (f" that can be used: {rejected[0]}" if rejected else ""))
-    return tars, rejected
+        others = rejected + skipped
+        raise DataError(f"{folder}: holds no .tar file" + (f" that can be used: {others[0]}" if others else ""))
+    return tars, rejected, skipped
 
 
 @dataclass
@@ -108,8 +126,8 @@ def _row(tar: str, descriptor: int, sample: _Sample) -> ManifestRow:
         names = ", ".join(printable(image.name) for image in images)
         raise DataError(f"{len(images)} images of one key: {names}" if images else "no image among its files")
     (image,) = images
-    if not 0 < image.size <= MAX_IMAGE_BYTES:
-        raise DataError("larger than 1 GiB" if image.size else "an empty file")
+    if reason := why_no_bytes(image.size):
+        raise DataError(reason)
     label = -1 if sample.label is None else parse_label(read_label(descriptor, sample.label), "cls")
     content = os.pread(descriptor, image.size, image.offset)
     prepared = prepare_image(content)
@@ -134,15 +152,17 @@ def _joined(samples: list[_Sample]) -> list[_Sample]:
     return whole
 
 
-def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
-    """Read the rows and problems of one tar. Each image is decoded."""
+def _read_tar(path: Path) -> tuple[pa.Table, list[Problem], list[Problem]]:
+    """Read the rows, problems and hidden files of one tar. Each image is decoded."""
     rows: dict[str, ManifestRow | None] = {}
     rejected: list[Problem] = []
+    skipped: list[Problem] = []
     samples: list[_Sample] = []
     with path.open("rb") as file:
         for member in tar_members(path):
             name = member.name.removeprefix("./")
             if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
+                skipped.append(Problem(printable(f"{path.name}/{name}"), "hidden"))
                 continue
             reason = member.problem or why_unsafe(name) or (None if name.isprintable() else _UNREADABLE)
             if reason:
@@ -163,4 +183,4 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem]]:
                 rows[sample.key] = _row(path.name, file.fileno(), sample)
             except DataError as error:
                 rejected.append(Problem(printable(f"{path.name}/{sample.key}"), str(error)))
-    return row_table(list(filter(None, rows.values()))), rejected
+    return row_table(list(filter(None, rows.values()))), rejected, skipped

@@ -13,11 +13,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from simclr_dist.system.errors import DataError, reason_of
-from simclr_dist.system.files import lock, sync
+from simclr_dist.system.errors import DamagedError, DataError, reason_of
+from simclr_dist.system.files import lock, read_object, sync
+
+_FOLDERS = ("units", "out", "rows", "temporary")
 
 
 class StaleError(DataError):
@@ -30,7 +32,7 @@ class Partial:
     def __init__(self, destination: Path) -> None:
         self.folder = destination.with_name(f"{destination.name}.partial")
         self.units, self.out, self.rows = (self.folder / name for name in ("units", "out", "rows"))
-        self.records, self.settings = self.folder / "records.arrow", self.folder / "settings.json"
+        self.records, self.settings, self.lock = (self.folder / name for name in ("records.arrow", "settings.json", "lock"))
 
     def unit(self, number: int, kind: str = "arrow") -> Path:
         """Return the path of a unit's records. They are there when it is done. `kind` "bytes" is what it keeps beside them."""
@@ -40,8 +42,30 @@ class Partial:
         """Name a new file that is not whole yet. It has the process id: a killed run's last worker may still be writing."""
         return self.folder / "temporary" / f"{os.getpid()}-{secrets.token_hex(4)}"
 
+    def foreign(self) -> Path | None:
+        """Return the first thing in the way that no conversion wrote. Returns None where there is none."""
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return self.folder
+        # The lock comes first, then the settings, then all else; and another part may be making them right now.
+        if self._is_begun() or (first := next(self._no_beginning(), None)) is None or self._is_begun():
+            return None
+        return first
+
+    def _is_begun(self) -> bool:
+        return self.lock.exists() and self.settings.exists()
+
+    def _no_beginning(self) -> Iterator[Path]:
+        usual = ("lock", "part-*.lock", "temporary/[0-9]*-*")
+        return (path for path in self.folder.rglob("*") if not path.is_dir() and not any(map(path.match, usual)))
+
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what a conversion wrote. What shows that comes last: a kill leaves no half that nobody dares to remove."""
+        for name in _FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        with suppress(OSError):
+            for path in (self.records, *self.folder.glob("part-*.lock"), self.settings, self.lock):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 @contextmanager
@@ -67,20 +91,19 @@ def hold(destination: Path, about: dict[str, object], part: int | None = None) -
     folder is not ours.
     """
     partial = Partial(destination)
-    partial.folder.mkdir(parents=True, exist_ok=True)
-    path = partial.folder / "lock"
-    # In this order, since another part may be making it right now: the lock comes first.
-    if any(partial.folder.iterdir()) and not path.exists():
-        raise DataError(f"{partial.folder}: is in the way and was not made by simclr-dist; move it elsewhere")
+    if not os.path.lexists(partial.folder):
+        partial.folder.mkdir(parents=True, exist_ok=True)
+    if (foreign := partial.foreign()) is not None:
+        raise DataError(f"{foreign}: is in the way and was not made by simclr-dist; move it elsewhere")
     with ExitStack() as locks:
-        if not lock(locks.enter_context(path.open("a")).fileno(), shared=part is not None):
+        if not lock(locks.enter_context(partial.lock.open("a")).fileno(), shared=part is not None):
             raise DataError(f"{destination}: another run is writing it; wait for that one or stop it")
         if part is not None:
             path = partial.folder / f"part-{part}.lock"
             if not lock(locks.enter_context(path.open("a")).fileno()):
                 raise DataError(f"{destination}: another run works on part {part}; wait for that one or stop it")
-        for folder in (partial.units, partial.out, partial.rows, partial.folder / "temporary"):
-            folder.mkdir(exist_ok=True)
+        for name in _FOLDERS:
+            (partial.folder / name).mkdir(exist_ok=True)
         if not partial.settings.exists():
             temporary = partial.temporary()
             temporary.write_text(json.dumps(about, indent=1), encoding="ascii")
@@ -92,10 +115,11 @@ def hold(destination: Path, about: dict[str, object], part: int | None = None) -
 
 def check(partial: Partial, about: dict[str, object]) -> None:
     """Refuse another conversion's `partial`. Raises StaleError, which names the first setting that differs from `about`."""
-    try:
-        before: dict[str, object] = json.loads(partial.settings.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        raise StaleError(f"{partial.settings}: cannot be read; remove {partial.folder} and start anew") from None
+    before: dict[str, object] = {}
+    with suppress(DamagedError):
+        before = read_object(partial.settings, {"source": str, "parts": int})
+    if not before:
+        raise StaleError(f"{partial.settings}: cannot be read; remove {partial.folder} and start anew")
     now = json.loads(json.dumps(about))
     for name in now | before:
         if before.get(name) != now.get(name):

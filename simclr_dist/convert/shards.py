@@ -29,8 +29,8 @@ from simclr_dist.convert.sources.find import find_source
 from simclr_dist.convert.sources.originals import Problem, ReadError, Source
 from simclr_dist.convert.workers import Map, processes_for, workers
 from simclr_dist.convert.writing import Writer, cut, write_manifests
-from simclr_dist.system.errors import ConfigError, DataError
-from simclr_dist.system.files import sync
+from simclr_dist.system.errors import ConfigError, DamagedError, DataError
+from simclr_dist.system.files import read_object, sync
 
 _FORMAT = 1
 
@@ -61,8 +61,8 @@ def write_shards(
     "__main__"`). `split`, like (0.8, 0.2), writes `destination`/train and /test, images with equal bytes on one side. Nothing
     is at `destination` before all of it is. The work is done in `destination`.partial, which for tables, zips and converted
     images takes as much disk again. There the same call goes on after a kill, an interruption or a full disk.
-    `destination`/rejected.jsonl lists what was rejected; conversion.json holds the settings. Where they, and the source's
-    files, are the same, nothing is done.
+    `destination`/rejected.jsonl lists what was rejected; conversion.json holds the settings, and counts of what was left out.
+    Where settings and the source's files are the same, nothing is done.
 
     Raises ConfigError for a setting out of range; DataError when no image can be used, when `destination` holds something
     else or cannot be written, when an unfinished conversion beside it had other settings or images, and, if `strict`, when any
@@ -111,8 +111,8 @@ def finish_shards(
     """
     beside = Partial(Path(destination).resolve())
     parts = 0
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        parts = int(json.loads(beside.settings.read_text(encoding="ascii"))["parts"])
+    with suppress(DamagedError):
+        parts = read_object(beside.settings, {"parts": int}).get("parts", 0)
     conversion = _Conversion(source, destination, settings, parts=parts, processes=processes, progress=progress)
     if (done := conversion.finished(strict=strict)) is not None:
         return done
@@ -164,7 +164,9 @@ class _Conversion:
             self.check_unused()
             return None
         _check_images(self.name, done.written, done.rejected, strict)
-        Partial(self.destination).remove()  # left by a run that was killed when all was in place
+        if Partial(self.destination).folder.exists():  # left by a run that was killed when all was in place
+            with suppress(DataError, OSError), hold(self.destination, self.about) as partial:
+                partial.remove()
         return done
 
     def _lasting(self, stamps: Iterable[str]) -> dict[str, object]:
@@ -210,7 +212,7 @@ class _Conversion:
                 for written in run(Writer(partial, self.source.classes), shards):
                     shown.update(written)
         total_bytes = write_manifests(partial, shards, self.source.classes)
-        for path in write_record(partial.out, self._lasting(records.stamps), records.converted, rejected):
+        for path in write_record(partial.out, self._lasting(records.stamps), records.converted, rejected, self.source.skipped):
             sync(path)
         sync(partial.out)
         partial.out.rename(self.destination)
@@ -219,7 +221,7 @@ class _Conversion:
         return ShardSummary(
             tuple(self.destination / side for side in sides), written=len(records.index), shards=len(shards), bytes=total_bytes,
             classes=self.source.classes, rejected=rejected, skipped=self.source.skipped, converted=records.converted,
-            duplicates=len(records.sha256) - len(np.unique(records.sha256)),
+            duplicates=len(records.sha256) - len(np.unique(records.sha256)), links=self.source.links,
         )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Writer:
     def __call__(self, shard: Shard) -> int:
         """Write a tar and its manifest rows, unless they are there. Returns the number of images."""
         path = self.partial.out / shard.side / shard.name
-        with suppress(OSError, pa.ArrowException):
+        with suppress(OSError, pa.ArrowException, KeyError, TypeError):
             if _read_rows(self.partial, shard).schema.metadata[_BYTES] == str(path.stat().st_size).encode():
                 return len(shard.rows)
         with pa.memory_map(str(self.partial.records)) as file:

@@ -87,11 +87,12 @@ def expand(pattern: str) -> list[str]:
 
 def find_tars(where: str, *, allow_pipe: bool) -> list[str]:
     """List the tars that `where` stands for. Raises ConfigError and DataError for what cannot or must not be opened."""
-    if where.startswith(PIPE):
-        if not allow_pipe:
-            raise ConfigError(f"data.shards: {where!r} runs a shell command; set data.allow_pipe: true if you mean it")
-        return expand(where)
     tars = expand(where)
+    pipe = next((tar for tar in tars if tar.startswith(PIPE)), None)  # in braces also one among files
+    if pipe is not None and not allow_pipe:
+        raise ConfigError(f"data.shards: {pipe!r} runs a shell command; if you trust it, add --data.allow_pipe true")
+    if where.startswith(PIPE):
+        return tars
     if is_url(where):
         check_url(where)
         return tars

@@ -142,6 +142,7 @@ def parse_manifest(content: bytes, folder: Path | str) -> Manifest:
         # whatever it is told.
         with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
             table = file.read(use_threads=False).combine_chunks()
+        table.validate(full=True)  # texts that are no UTF-8, for one
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({reason_of(error)}); shard the images again") from None
     names, counts, classes = _read_about(folder, path, table)
@@ -196,8 +197,9 @@ def _read_about(folder: Path | str, path: str, table: pa.Table) -> tuple[tuple[s
         about: Any = json.loads(table.schema.metadata[_METADATA_KEY])
         version = about["version"]
         entries = [(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in about["shards"]]
+        counts = np.array([sizes for _, *sizes in entries], dtype=np.int64).reshape(-1, 2)
         classes = tuple(str(name) for name in about["classes"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise foreign from None
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: manifest version {version}, this simclr-dist reads {FORMAT_VERSION}; shard the images again")
@@ -208,7 +210,7 @@ def _read_about(folder: Path | str, path: str, table: pa.Table) -> tuple[tuple[s
         raise DataError(f"{path}: lists no image; shard the images again")
     names = tuple(name for name, _, _ in entries)
     # A name with a folder in it would make the reader open files outside the folder of shards.
-    strange = any(Path(name).name != name or name == ".." or samples < 1 for name, _, samples in entries)
+    strange = any(Path(name).name != name or name == ".." or "\0" in name or samples < 1 for name, _, samples in entries)
     if strange or len(set(names)) != len(names):
         raise foreign
-    return names, np.array([counts for _, *counts in entries], dtype=np.int64).reshape(-1, 2), classes
+    return names, counts, classes

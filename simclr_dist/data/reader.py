@@ -48,6 +48,8 @@ class ShardDataset(Dataset[Sample]):
     _cache: ShardCache | None = None
 
     def __init__(self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None) -> None:
+        if open_shards < 1:
+            raise ValueError(f"ShardDataset: open_shards: {open_shards} must be at least 1")
         self.manifest: Manifest = load_collection(where, patience=cache.patience if cache else None)
         self._open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()

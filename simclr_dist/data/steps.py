@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 
 from simclr_dist.data.memory import DecodedImages
 from simclr_dist.data.order import Plan
+from simclr_dist.data.portions import Cut
 from simclr_dist.data.reader import Images, Sample
 from simclr_dist.data.views.colour import colour_views
 from simclr_dist.data.views.crops import crop_view
 from simclr_dist.data.views.draws import ViewDraws, ViewSettings, draw_views
-from simclr_dist.data.workers import Loader
-from simclr_dist.system.errors import DataError, RankError, UnreachableError
+from simclr_dist.data.workers import SILENT_MINUTES, Loader
+from simclr_dist.system import signals
+from simclr_dist.system.errors import DataError, RankError, UnreachableError, WorkerError
 
-# A worker makes such a portion at a time, crops of both views. It bounds the memory of a worker and of what waits.
-_PORTION_BYTES = 2**24
 # Coloured views of a step up to this size are kept for the gradient cache's second pass, instead of coloured again.
 _KEPT_BYTES = 2**28
 
@@ -65,15 +65,9 @@ class StepDataset(Dataset[Views]):
 
     def __init__(self, images: Images, plan: Plan, settings: ViewSettings, *, replace_bad: bool = False) -> None:
         self.images, self.plan, self.settings, self.replace_bad = images, plan, settings, replace_bad
-        count = plan.global_batch_size // plan.micro_batches // plan.world_size
-        most = max(1, _PORTION_BYTES // (2 * 3 * settings.image_size**2))
-        # No larger than it must be, so that a micro-batch's portions are alike.
-        size = -(-count // -(-count // most))
-        self._places = [
-            slice(number * count + start, number * count + min(start + size, count))
-            for number in range(plan.micro_batches)
-            for start in range(0, count, size)
-        ]
+        micro_batch = plan.global_batch_size // plan.micro_batches // plan.world_size
+        self.cut = Cut(plan.micro_batches, micro_batch, settings.image_size)
+        self._places = self.cut.places
 
     @property
     def portions(self) -> int:
@@ -131,24 +125,48 @@ class StepDataset(Dataset[Views]):
         raise RankError(bad[-1][1])
 
 
-def load_steps(dataset: StepDataset, steps: range, *, workers: int, pin_memory: bool = False) -> Iterator[Views]:
+def load_steps(
+    dataset: StepDataset,
+    steps: range,
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    minutes: tuple[float, float] = (SILENT_MINUTES,) * 2,
+) -> Iterator[Views]:
     """Load the views of each step of `steps`. `workers` processes make them ahead.
 
-    Raises RankError when a step cannot be made, RuntimeError when a worker died. Beside the step in hand and the one being
-    gathered, at most one more step's portions, or two for each worker, are made and wait.
+    Raises RankError when a step cannot be made, WorkerError when a worker has died or sends nothing for `minutes` (of the first
+    step, of a later one). Beside the step in hand and the one being gathered, at most one more step's portions, or two for
+    each worker, are made and wait. After a stop signal this process makes what a worker owes.
     """
     each = dataset.portions
+    numbers = range(steps.start * each, steps.stop * each)
     loader: Loader[Portion] = Loader(
         dataset.portion,
-        range(steps.start * each, steps.stop * each),
+        numbers,
         workers=workers,
         stop_between=False,  # a training only notes a stop, and a second Ctrl-C must not wait for a server
-        prefetch_factor=max(2, -(-each // workers)) if workers else None,
+        minutes=minutes[0],
+        prefetch_factor=dataset.cut.prefetch(workers) if workers else None,
         pin_memory=pin_memory,
     )
-    portions = iter(loader)
+    portions = _portions(dataset, loader, numbers)
     for _ in steps:
         yield dataset.together([next(portions) for _ in range(each)])
+        loader.minutes = minutes[1]
+
+
+def _portions(dataset: StepDataset, loader: Loader[Portion], numbers: range) -> Iterator[Portion]:
+    """Yield the loader's portions. When a worker fails at a stop, this process makes the rest."""
+    done = 0
+    try:
+        for portion in loader:
+            done += 1
+            yield portion
+    except WorkerError:
+        if not signals.requested():
+            raise
+    yield from map(dataset.portion, numbers[done:])
 
 
 class _MicroBatches(Sequence[tuple[Tensor, Tensor]]):

@@ -163,7 +163,8 @@ class StreamImages(Dataset[Sample]):
         if shard.startswith(PIPE):
             from webdataset.gopen import gopen
 
-            with closing(gopen(shard, "rb")) as pipe:
+            # That variable is for our own processes (cli/main): a command may be a script with modules beside it.
+            with closing(gopen(shard.replace(PIPE, f"{PIPE}unset PYTHONSAFEPATH; ", 1), "rb")) as pipe:
                 yield pipe
         elif is_url(shard):
             settings = self._cache or cache_settings()

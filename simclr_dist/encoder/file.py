@@ -4,13 +4,14 @@ NAME.safetensors is the encoder alone, with its card in the metadata. NAME.json 
 (safetensors too) is the projector that it was trained with, for those who want a later layer than h.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors
 import torch
@@ -19,18 +20,48 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from simclr_dist.config.ranges import Count, Natural, Positive, Range, check_ranges
+from simclr_dist.config.settings import Encoder, Stem
+from simclr_dist.config.strict_yaml import merge
 from simclr_dist.encoder.names import check_is_file
 from simclr_dist.method.model import ResNet, build_projector
-from simclr_dist.system.errors import ConfigError, DataError, SaveError, reason_of
-from simclr_dist.system.files import write_atomically
+from simclr_dist.system.errors import ConfigError, DamagedError, DataError, SaveError, reason_of
+from simclr_dist.system.files import fitting, write_atomically
 
 Card = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncoderCard:
+    """What every encoder's card has."""
+
+    encoder: Encoder = "resnet18"
+    width: Literal[1, 2, 4] = 1
+    stem: Stem = "imagenet"
+    feature_size: Count = 512
+    image_size: Annotated[int, Range(least=8, most=16_384)] = 224
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[Positive, Positive, Positive] = (1.0, 1.0, 1.0)
+    step: Natural = 0
+    init: str = ""
+    data_digest: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProjectorCard:
+    """What every projector's card has."""
+
+    depth: Annotated[int, Range(least=0, most=1000)] = 2
+    hidden: Annotated[int, Range(least=1, most=1_000_000)] = 2048
+    dim: Annotated[int, Range(least=1, most=1_000_000)] = 128
+    batch_norm: bool = True
+    encoder_sha256: str = ""
 
 
 def export_encoder(path: Path, encoder: nn.Module, card: Card, projector: nn.Module | None = None) -> None:
     """Write `path` (.safetensors), its card, and the projector, if any, to `projector_path(path)`.
 
-    The card must have `encoder`, `width` and `stem`; `shape_card` is added. The projector names its encoder by the digest of
+    The card must have what `_EncoderCard` has; `shape_card` is added. The projector names its encoder by the digest of
     the encoder's file. The encoder is written last: where it is, the others are. Raises SaveError when the disk does not take
     one of them.
     """
@@ -62,16 +93,17 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: st
     comes out: "h", the representation; "projector.N", the projector after its Nth linear layer with BatchNorm and ReLU
     (h is the 0th, as SimCLR v2, section 2, counts); "z", the projector's last layer. card["layer"] is h or projector.N.
 
-    Raises ConfigError for a layer of another name; DataError for a file that is not an encoder of ours, and for a projector
-    that is missing, belongs to another encoder, or has fewer layers.
+    Raises ConfigError for a layer of another name; DataError for a file that is not an encoder of ours or is damaged, and for
+    a projector that is missing, belongs to another encoder, or has fewer layers.
     """
     if not re.fullmatch(r"h|z|projector\.[1-9][0-9]*", layer):
         raise ConfigError(f"layer: {layer!r} is not h, z, or projector.N with N from 1")
     path = Path(path)
     check_is_file(path)
     with _reading(path, "an encoder"):
-        card, weights = _read(path)
+        card, weights = _read(path, _EncoderCard())
         encoder = ResNet(card["encoder"], width=card["width"], stem=card["stem"])
+        _check_card(card, encoder)
     _fill(encoder, weights, f"{path}: its weights do not fit its card ({card['encoder']}, width {card['width']})")
     if layer == "h":
         return with_card(encoder, {**card, "layer": "h"}, device)
@@ -160,26 +192,58 @@ def with_card(encoder: nn.Module, card: Card, device: str | torch.device) -> nn.
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turn what the block raises into a DataError. The block reads the file at `path`."""
+    """Turn what the block raises into a DamagedError. The block reads the file at `path`."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot read the {what.split()[1]}: {reason_of(error)}") from None
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: not {what} that this program exported ({type(error).__name__})") from None
+        raise DamagedError(f"{path}: cannot read the {what.split()[1]}: {reason_of(error)}") from None
+    except (safetensors.SafetensorError, ConfigError, ValueError, OverflowError, RecursionError) as error:
+        why = f"not {what} that this program exported, or damaged ({reason_of(error)})"
+        raise DamagedError(f"{path}: {why}; take a whole copy of it") from None
 
 
-def _read(path: Path) -> tuple[Card, dict[str, torch.Tensor]]:
+def _read(path: Path, expected: _EncoderCard | _ProjectorCard) -> tuple[Card, dict[str, torch.Tensor]]:
+    """Read a file's card and its tensors. The card has the keys of `expected`, in their ranges."""
     with safetensors.safe_open(path, "pt") as file:
-        card: Card = json.loads((file.metadata() or {})["card"])
+        text = (file.metadata() or {}).get("card", "null")
+    names = [field.name for field in dataclasses.fields(expected)]
+    card: Card = fitting(json.loads(text), dict.fromkeys(names, object))
+    check_ranges(merge(expected, {name: card[name] for name in names}, "its card"))
     return card, load_file(path)
 
 
+def _check_card(card: Card, encoder: ResNet) -> None:
+    """Raise ValueError where a card contradicts its encoder. Checks its optional parts, too."""
+    fitting(card, {"config?": dict | None, "weights?": dict | None})
+    fitting(card.get("config") or {}, {"global_batch_size?": int, "views?": dict})
+    fitting(card.get("weights") or {"prefix": ""}, {"prefix": str})
+    network = f"a {card['encoder']} of width {card['width']} and stem {card['stem']}"
+    if card["feature_size"] != encoder.feature_size:
+        raise ValueError(f"feature_size: {card['feature_size']}, and {network} has {encoder.feature_size}")
+    if card.get("shape") not in (None, shape_card(encoder, card)["shape"]):  # the weights fit two stems alike
+        raise ValueError(f"shape: is not that of {network}")
+
+
 def _fill(module: nn.Module, weights: Mapping[str, torch.Tensor], misfit: str) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError:
-        raise DataError(misfit) from None
+    _check(module, weights, misfit)
+    module.load_state_dict(weights)
+
+
+def _check(module: nn.Module, weights: Mapping[str, torch.Tensor], misfit: str) -> None:
+    """Raise DamagedError for the first tensor that does not fit. It begins with `misfit`."""
+    wanted = module.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        expected, tensor = wanted.get(name), weights.get(name)
+        if expected is None or tensor is None:
+            why = "is not part of such a network" if expected is None else "is missing"
+        elif (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
+            kinds = (f"{one.dtype} {list(one.shape)}" for one in (tensor, expected))
+            why = " where there should be ".join(kinds)
+        elif not tensor.isfinite().all():
+            why = "has numbers that are not finite"
+        else:
+            continue
+        raise DamagedError(f"{misfit}: {name}: {why}")
 
 
 def _load_projector(encoder: Path, feature_size: int, layer: str) -> tuple[nn.Module, Card]:
@@ -189,12 +253,15 @@ def _load_projector(encoder: Path, feature_size: int, layer: str) -> tuple[nn.Mo
         missing = f"its projector, {path.name}, is not beside it (old exports have none)"
         raise DataError(f"{encoder}: layer {layer}: {missing}; ask for layer h")
     with _reading(path, "a projector"):
-        card, weights = _read(path)
-        owner, shape = card["encoder_sha256"], {key: card[key] for key in ("depth", "hidden", "dim", "batch_norm")}
-        projector = build_projector(feature_size, **shape)
+        card, weights = _read(path, _ProjectorCard())
+        owner = card["encoder_sha256"]
+        shape: dict[str, Any] = {key: card[key] for key in ("depth", "hidden", "dim", "batch_norm")}
+        with torch.device("meta"):  # sizes out of a damaged file must not take memory
+            projector = build_projector(feature_size, **shape)
     if owner != file_digest(encoder):
         raise DataError(f"{path}: belongs to another encoder than {encoder}; take both from one export")
-    _fill(projector, weights, f"{path}: its weights do not fit its own description ({shape['depth']} layers)")
+    _check(projector, weights, f"{path}: its weights do not fit its own description ({shape['depth']} layers)")
+    projector.to_empty(device="cpu").load_state_dict(weights)
     return projector, shape
 
 

@@ -135,6 +135,8 @@ def _fitting(path: Path, encoder: nn.Module, tensors: Mapping[str, Tensor], pref
             raise DataError(f"{path}: {key!r} is {list(tensor.shape)}; {shape} has {list(parameter.shape)} there")
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise DataError(f"{path}: {key!r} is {tensor.dtype}, {tensor.layout}; weights are dense floating-point tensors")
+        if not tensor.isfinite().all():
+            raise DataError(f"{path}: {key!r} has numbers that are not finite; take another checkpoint")
         # A copy, as safetensors maps its file: the encoder must outlive what happens to that.
         state[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for key in tensors:

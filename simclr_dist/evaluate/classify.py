@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features
 from simclr_dist.evaluate.protocols import mlp
 from simclr_dist.evaluate.protocols.knn import weighted_knn
 from simclr_dist.evaluate.protocols.linear import linear_probe
-from simclr_dist.evaluate.protocols.scores import score, spread
+from simclr_dist.evaluate.protocols.scores import Predict, Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.sgd import EpochFeatures, sgd_probe
 from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Say
 from simclr_dist.evaluate.settings import Settings
@@ -70,24 +71,28 @@ def classify(
 def by_new_crops(test: Features, classes: int, settings: Settings, crops: EpochFeatures) -> dict[str, Any]:
     """Measure the protocol `sgd` for the trained encoder. It needs `crops`: all training images anew in every epoch."""
     begin, test = time.perf_counter(), test.labelled()
-    logits, info = sgd_probe(crops, test.h, classes=classes, epochs=settings.sgd_epochs)
-    return {**score(logits, test.label).to_dict(), **info, "seconds": time.perf_counter() - begin}
+    predict, info = sgd_probe(crops, classes=classes, epochs=settings.sgd_epochs)
+    return {**_score(predict, test, classes).to_dict(), **info, "seconds": time.perf_counter() - begin}
+
+
+def _score(predict: Predict, test: Features, classes: int) -> Scores:
+    return score(in_blocks(predict, test.h, classes), test.label)
 
 
 def _knn(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
-    votes = weighted_knn(train.h, train.label, test.h, k=settings.k, temperature=settings.temperature, classes=classes)
-    return score(votes, test.label).to_dict()
+    how: dict[str, Any] = {"k": settings.k, "temperature": settings.temperature, "classes": classes}
+    return _score(partial(weighted_knn, train.h, train.label, **how), test, classes).to_dict()
 
 
 def _linear(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
-    logits, info = linear_probe(train.h, train.label, test.h, classes=classes, l2=settings.l2, max_iter=settings.max_iter)
-    return {**score(logits, test.label).to_dict(), **info}
+    predict, info = linear_probe(train.h, train.label, classes=classes, l2=settings.l2, max_iter=settings.max_iter)
+    return {**_score(predict, test, classes).to_dict(), **info}
 
 
 def _mlp(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
     """Return the means over the seeds, with their `spread`. Confusions and classes are the first seed's."""
-    by_seed, info = mlp.mlp_probe(train.h.float(), train.label, test.h.float(), classes=classes, epochs=settings.mlp_epochs)
-    runs = [score(logits, test.label) for logits in by_seed]
+    by_seed, info = mlp.mlp_probe(train.h.float(), train.label, classes=classes, epochs=settings.mlp_epochs)
+    runs = [_score(predict, test, classes) for predict in by_seed]
     over_seeds = spread(runs)
     means: dict[str, Any] = {name: over_seeds[name]["mean"] for name in ("top1", "mean_per_class")}
     means["interval"] = np.mean([run.interval for run in runs], axis=0).tolist()

@@ -75,7 +75,7 @@ class Collector:
         """Write what was extracted. Call it after the last work of all ranks, as the others do not wait for disks."""
         if self._store is not None:
             for about, keys, label, h in self._pending:
-                self._store.keep(about, keys, label, h.cpu().numpy())
+                self._store.keep(about, keys, self._sets.labels[label], h.cpu().numpy())
             self._store.report()
         self._pending.clear()
 
@@ -84,7 +84,7 @@ class Collector:
         manifest = images.manifest
         wanted = {}
         if pixels:
-            wanted[RAW_PIXELS] = About("", {"pixels": side}, RAW_PIXELS, side, "uint8", manifest.digest, manifest.classes)
+            wanted[RAW_PIXELS] = About("", {"pixels": side}, RAW_PIXELS, side, "uint8", manifest.digest, self._sets.names[name])
         if self._untrained is not None:
             mean, std = self._card["mean"], self._card["std"]
             wanted[UNTRAINED] = self._about(name, self._untrained, init="random", mean=mean, std=std)
@@ -94,13 +94,15 @@ class Collector:
     def _about(self, name: str, sha256: str, **shape: Any) -> About:
         manifest = self._sets.images[name].manifest
         precision, digest = self._settings.precision, manifest.digest
-        return About.of_card(self._card, sha256, precision=precision, data_digest=digest, classes=manifest.classes, **shape)
+        return About.of_card(
+            self._card, sha256, precision=precision, data_digest=digest, classes=self._sets.names[name], **shape
+        )
 
     def _collect(
         self, part: str, wanted: dict[str, About], images: Images, keys: Sequence[str], label: NDArray[np.int64], **how: Any
     ) -> dict[str, Features]:
         """Collect features of `wanted` for rank 0. They come out of the store, or all ranks extract them."""
-        features = on_rank_0(lambda: self._stored(part, wanted, keys)) or {}
+        features = on_rank_0(lambda: self._stored(part, wanted, keys, label)) or {}
         missing: list[str] = all_gather_objects([name for name in wanted if name not in features])[0]
         if missing:
             encoders = {name: self._networks[name] for name in missing if name != RAW_PIXELS}
@@ -111,14 +113,16 @@ class Collector:
                     self._pending += [(wanted[name], keys, label, extracted[name].h) for name in missing]
         return {name: features[name] for name in wanted} if self._world.is_main else {}
 
-    def _stored(self, part: str, wanted: dict[str, About], keys: Sequence[str]) -> dict[str, Features]:
+    def _stored(
+        self, part: str, wanted: dict[str, About], keys: Sequence[str], label: NDArray[np.int64]
+    ) -> dict[str, Features]:
         if self._store is None:
             return {}
         stored, device = {}, self._world.device
         for name, about in wanted.items():
             if table := self._store.find(f"{part}: {name}", about, keys):
-                label, h = torch.from_numpy(table.label.copy()), torch.from_numpy(table.embedding)
-                stored[name] = Features(h.to(device), label.to(device), torch.arange(len(h), device=device))
+                h = torch.from_numpy(table.embedding).to(device)
+                stored[name] = Features(h, torch.tensor(label, device=device), torch.arange(len(h), device=device))
         return stored
 
 

@@ -31,7 +31,7 @@ from simclr_dist.encoder.file import Card, file_digest, load_encoder, projector_
 from simclr_dist.encoder.names import result_path
 from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.features.views import crop, crop_and_flip
-from simclr_dist.evaluate.protocols.scores import Scores, score, spread
+from simclr_dist.evaluate.protocols.scores import Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset, describe_subsets
 from simclr_dist.evaluate.result.file import claim, write_result
 from simclr_dist.evaluate.result.report import Result, Say, hardware, leak, unlabelled, versions
@@ -139,7 +139,7 @@ def make_recipe(images: int, settings: FinetuneSettings) -> Recipe:
     return Recipe(settings.epochs_used, batch, steps, images - steps * batch, settings.base_lr * batch / 256)
 
 
-def classifier(encoder: nn.Module, classes: int, card: Card, seed: int) -> nn.Module:
+def classifier(encoder: nn.Module, classes: int, card: Card, seed: int) -> nn.Sequential:
     """Put a new linear head on `encoder`. Maps float [n, 3, s, s] to logits [n, classes]; all parameters take gradients."""
     device = next(encoder.parameters()).device
     with torch.no_grad():
@@ -200,15 +200,17 @@ def _crops(images: ShardDataset, rows: Rows, plan: Plan, settings: ViewSettings,
 
 
 def _train_and_test(
-    model: nn.Module, sets: Sets, rows: Rows, card: Card, recipe: Recipe, settings: FinetuneSettings, seed: int
+    model: nn.Sequential, sets: Sets, rows: Rows, card: Card, recipe: Recipe, settings: FinetuneSettings, seed: int
 ) -> tuple[dict[str, Any], Scores]:
     """Fit the model on `rows`, then score each test image once. Returns this seed's part of the result, and the scores."""
     begin, workers = time.perf_counter(), settings.workers
     last = fit(model, sets.images["train"], rows, card, recipe, seed=seed, workers=workers)
     trained, device = time.perf_counter(), next(model.parameters()).device
     how: dict[str, Any] = {"batch_size": settings.batch_size, "workers": workers, "device": device, "title": "test images"}
-    logits = extract(sets.images["test"], {"logits": model}, card, **how)["logits"].labelled()
-    scores = score(logits.h, logits.label)
+    encoder, head = model
+    features = extract(sets.images["test"], {"encoder": encoder}, card, **how)["encoder"].labelled()
+    with torch.inference_mode():
+        scores = score(in_blocks(head, features.h, sets.classes), features.label)
     seconds = {"training": trained - begin, "test": time.perf_counter() - trained}
     return {"seed": seed, **scores.to_dict(), "last_epoch": last._asdict(), "seconds": seconds}, scores
 

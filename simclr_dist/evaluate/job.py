@@ -18,7 +18,7 @@ from simclr_dist.evaluate.classify import by_new_crops, classify
 from simclr_dist.evaluate.collect import Collector
 from simclr_dist.evaluate.features.extraction import EncoderError, Features
 from simclr_dist.evaluate.features.store import FeatureStore, features_folder
-from simclr_dist.evaluate.features.views import training_views
+from simclr_dist.evaluate.features.views import TrainingViews, training_views
 from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
 from simclr_dist.evaluate.result.earlier import Baselines, shape
 from simclr_dist.evaluate.result.file import claim, write_result
@@ -81,7 +81,7 @@ def measure(
     all ranks, where another encoder could do better.
     """
     begin = time.perf_counter()
-    trained, card = together(lambda: _load(encoder, settings.layer, world))
+    trained, card, drawn = together(lambda: _load(encoder, settings.layer, world))
     path = result_path(_file(encoder), out, settings.layer)
     on_rank_0(lambda: claim(path, named=out is not None))
     if out is not None:  # else the page's name is made of the encoder's
@@ -92,7 +92,7 @@ def measure(
     untrained = untrained_encoder(card, settings.seed, world.device) if fresh else None
     store = FeatureStore(features, say) if features is not None and world.is_main else None
     collector = Collector(world, sets, settings, trained, described["sha256"], untrained, store)
-    by_set, drawn = collector.sets(pixels=fresh), training_views(card)
+    by_set = collector.sets(pixels=fresh)
     views = collector.views(drawn)
     extracted = time.perf_counter() - begin
     epochs = settings.sgd_epochs if sets.classes and "sgd" in settings.protocols else 0
@@ -144,15 +144,16 @@ def _file(encoder: str | Path | Foreign) -> str | Path:
     return encoder.weights if isinstance(encoder, Foreign) else encoder
 
 
-def _load(encoder: str | Path | Foreign, layer: str, world: World) -> tuple[nn.Module, Card]:
+def _load(encoder: str | Path | Foreign, layer: str, world: World) -> tuple[nn.Module, Card, TrainingViews]:
     try:
         if isinstance(encoder, Foreign):
             network = load_foreign(**dataclasses.asdict(encoder), device=world.device)
         else:
             network = load_encoder(encoder, world.device, layer)
+        card: Card = network.card  # type: ignore[assignment]
+        return network, card, training_views(card, f"{_file(encoder)}: its card")
     except DataError as error:
         raise EncoderError(str(error)) from None
-    return network, network.card  # type: ignore[return-value]
 
 
 def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:

@@ -1,5 +1,6 @@
 """Hold the training and test images of an evaluation. Checks that the two can be compared, and describes them for a result."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,30 @@ from simclr_dist.system.errors import DataError
 
 
 class Sets:
-    """Training and test images. Raises DataError, on all ranks, where the two cannot be compared."""
+    """Training and test images. Raises DataError, on all ranks, where the two cannot be compared.
+
+    A label may be any number from 0, but costs are by classes. So a class is a label that occurs in either set, and the images'
+    and manifests' labels are its place among these, `labels` (ascending, then -1 for none): `labels[place]` is the number that
+    the shards have. Classes have the names that the shards have (`names`, by number), else their numbers.
+    """
 
     def __init__(self, train: str | Path, test: str | Path) -> None:
         self.named = {"train": str(train), "test": str(test)}
         self.images = together(lambda: {"train": ShardDataset(train), "test": ShardDataset(test)})
+        manifests = [images.manifest for images in self.images.values()]
+        _check_comparable(*manifests)
+        self.names = {name: images.manifest.classes for name, images in self.images.items()}
+        labels = np.unique(np.concatenate([manifest.label for manifest in manifests]))
+        labels = labels[labels >= 0]
+        self.classes, self.labels = len(labels), np.append(labels, -1)
+        if names := manifests[0].classes:
+            names = tuple(names[label] for label in labels)
+        elif not np.array_equal(labels, np.arange(len(labels))):
+            names = tuple(map(str, labels.tolist()))
+        for images, manifest in zip(self.images.values(), manifests, strict=True):
+            places = np.where(manifest.label < 0, -1, labels.searchsorted(manifest.label))
+            images.manifest = dataclasses.replace(manifest, label=places, classes=names)
         self.train, self.test = self.images["train"].manifest, self.images["test"].manifest
-        self.classes = _count_classes(self.train, self.test)
 
     def describe(self) -> dict[str, Any]:
         """Return both sets and their classes for a result. A set: folder, digest, images with and without a label."""
@@ -39,14 +57,14 @@ class Sets:
         return sum(digest.tobytes() in train for digest in self.test.sha256)
 
 
-def _count_classes(train: Manifest, test: Manifest) -> int:
-    """Count the classes of both sets; 0 where neither has labels. Raises DataError where they cannot be compared."""
+def _check_comparable(train: Manifest, test: Manifest) -> None:
+    """Raise DataError where the sets cannot be compared."""
     for manifest in (train, test):
         if len(manifest) == 0:
             raise DataError(f"{manifest.folder}: the set is empty; an evaluation needs images")
     without = [manifest for manifest in (train, test) if int(manifest.label.max()) < 0]
     if len(without) == 2:
-        return 0
+        return
     if without:
         raise DataError(f"{without[0].folder}: no image has a label, but the other set's have; label both, or neither")
     if train.classes != test.classes:
@@ -54,4 +72,3 @@ def _count_classes(train: Manifest, test: Manifest) -> int:
         how = f"{differing[0]!r} is in one of them only" if differing else "their order differs"
         which = f"its {len(test.classes)} classes are not the {len(train.classes)} of {train.folder}: {how}"
         raise DataError(f"{test.folder}: {which}; shard both from one source (--split)")
-    return len(train.classes) or int(max(train.label.max(), test.label.max())) + 1

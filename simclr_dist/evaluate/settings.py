@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from simclr_dist.config.ranges import Count, Natural, NonNegative, Positive, Range, Share, check_ranges
+from simclr_dist.config.ranges import Count, NonNegative, Positive, Range, Share, Workers, check_ranges
 from simclr_dist.system.errors import ConfigError
 
 POLL = 30.0  # seconds
 _LAYER = re.compile(r"projector\.[1-9][0-9]*")
+
+_ONLY_FOR = {
+    "k": "knn", "temperature": "knn", "l2": "linear", "max_iter": "linear", "sgd_epochs": "sgd", "mlp_epochs": "mlp",
+}  # fmt: skip
 
 Precision = Literal["fp32", "bf16"]
 Protocol = Literal["knn", "linear", "sgd", "mlp"]
@@ -31,7 +35,7 @@ class Settings:
     """Limit of the linear probe's iterations."""
     batch_size: Count = 256
     """Images that an encoder sees at a time."""
-    workers: Natural = 2
+    workers: Workers = 2
     """Reading processes beside each rank."""
     seed: Annotated[int, Range(least=0, below=2**63)] = 0
     """Decides the untrained encoder's weights, and the crops of the protocol sgd."""
@@ -60,9 +64,11 @@ class Settings:
             raise ConfigError(f"features: {self.features!r}: has no effect with --no-features")
         if self.features is not None and (not self.features or Path(self.features).is_file()):
             raise ConfigError(f"features: {self.features!r}: is not a folder; name one, it is made if it is not there")
-        for name in ("sgd", "mlp"):
-            if getattr(self, f"{name}_epochs") != getattr(Settings, f"{name}_epochs") and name not in self.protocols:
-                raise ConfigError(f"{name}_epochs: has no effect without the protocol {name}")
+        for name, protocol in _ONLY_FOR.items():
+            if (value := getattr(self, name)) != getattr(Settings, name) and protocol not in self.protocols:
+                raise ConfigError(f"{name}: {value}: has no effect without the protocol {protocol}; leave it out")
+        if self.seed and not self.baselines and "sgd" not in self.protocols:
+            raise ConfigError(f"seed: {self.seed}: has no effect without baselines and the protocol sgd; leave it out")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class EmbedSettings:
 
     batch_size: Count = 256
     """Images that the encoder sees at a time, on each rank."""
-    workers: Natural = 2
+    workers: Workers = 2
     """Reading processes beside each rank."""
     precision: Precision = "fp32"
     """Arithmetic of the encoder; features are stored as fp32."""
@@ -100,7 +106,7 @@ class FinetuneSettings:
     """Images a step; fewer where the subset is smaller."""
     base_lr: Positive = 0.05
     """Learning rate for 256 images a step."""
-    workers: Natural = 2
+    workers: Workers = 2
     """Reading processes."""
 
     def __post_init__(self) -> None:
@@ -126,4 +132,4 @@ def check_alone() -> None:
     """Raise ConfigError under torchrun: finetuning runs in one process."""
     if "WORLD_SIZE" in os.environ:
         started = f"this one is of {os.environ['WORLD_SIZE']} that torchrun started"
-        raise ConfigError(f"finetune: runs in one process, and {started}; start it without torchrun")
+        raise ConfigError(f"finetune: runs in one process, and {started}; start it without torchrun, or unset WORLD_SIZE")

@@ -4,14 +4,15 @@ On one process: whoever calls it has all features. A similarity matrix of all pa
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.method.loss.statistics import rank_me
+from simclr_dist.method.loss.tiles import unit_rows
 from simclr_dist.system.errors import ConfigError
 
 # 80 copies planted among 320 photos (JPEG of quality 50; 2 % cut off all round and half as large), by two short SimCLR runs:
@@ -135,7 +136,7 @@ def alignment(h_a: Tensor, h_b: Tensor) -> float:
     assert h_a.shape == h_b.shape, "two views of the same images"
     total = torch.zeros((), dtype=torch.float64, device=h_a.device)
     for a, b in zip(h_a.split(_CHUNK), h_b.split(_CHUNK), strict=True):
-        total += (F.normalize(a.double(), dim=1) - F.normalize(b.double(), dim=1)).square().sum()
+        total += (unit_rows(a.double()) - unit_rows(b.double())).square().sum()
     return float(total / len(h_a))
 
 
@@ -154,7 +155,7 @@ def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTE
         raise ConfigError(f"threshold: {threshold}: must be a cosine below 1")
     if listed < 0:
         raise ConfigError(f"listed: {listed}: must be 0 or more")
-    z = F.normalize(h.float(), dim=1)
+    z = unit_rows(h.float())
     side = _TILE * (_CUDA_TILES if z.is_cuda else 1)
     spread = torch.zeros((), dtype=torch.float64, device=z.device)
     duplicates = torch.zeros((), dtype=torch.int64, device=z.device)
@@ -191,12 +192,12 @@ def false_negatives(label: Tensor, batch: int) -> FalseNegatives:
 
     Raises ConfigError for a batch below 2, or larger than the number of labelled images.
     """
-    counts = label[label >= 0].bincount().tolist()
+    counts = label[label >= 0].unique(return_counts=True)[1].tolist()
     n = sum(counts)
     if not 2 <= batch <= n:
         raise ConfigError(f"batch: {batch}: must be from 2 to the number of labelled images, {n}")
     share = sum(c * (c - 1) for c in counts) / (n * (n - 1))
-    none = sum(c / n * _ratio(n - c, n - 1, batch - 1) for c in counts)
+    none = sum(times * c / n * _ratio(n - c, n - 1, batch - 1) for c, times in Counter(counts).items())
     return FalseNegatives(share, (batch - 1) * share, 1 - none)
 
 

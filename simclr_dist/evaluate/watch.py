@@ -24,7 +24,7 @@ from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
 from simclr_dist.method.distributed import World, all_gather_objects, process_group
 from simclr_dist.run.status import given_up, read_status
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DamagedError, DataError
 from simclr_dist.system.files import lock
 
 _ENDED = ("done", "failed", "diverged")  # a run that crashed or was preempted may go on
@@ -156,7 +156,11 @@ class _Encoders:
             if self._files.get(path) == file:
                 continue
             self._files[path] = file
-            result = read_result(result_path(path, layer=self._settings.layer))
+            try:
+                result = read_result(result_path(path, layer=self._settings.layer))
+            except DamagedError as error:
+                self._say(str(error))
+                return path
             if not result:
                 return path
             if changed := difference(result, self._settings, encoder=file_digest(path), **self._digests):
@@ -205,7 +209,8 @@ def _alone(run: Path, poll: float, say: Say) -> Iterator[None]:
         try:
             while not lock(file.fileno()):
                 if not reported:
-                    say(f"{run}: is watched by {path.read_text().strip() or 'another process'}; waiting for it to end")
+                    who = path.read_text(errors="replace").strip() or "another process"
+                    say(f"{run}: is watched by {who}; waiting for it to end")
                 reported = True
                 time.sleep(poll)
         except OSError as error:  # the file system has no locks

@@ -134,14 +134,18 @@ def _run_ranks(
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     # The last: else an agent that joins a rendezvous anew waits for an address that nobody publishes again.
-    env = {"OMP_NUM_THREADS": threads, **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # PET_*, of a platform: torchrun would take them for options, and PET_NNODES has it wait for machines.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    env = {"OMP_NUM_THREADS": threads, **inherited, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with tempfile.TemporaryDirectory(prefix="simclr_dist-") as folder:
         env[LAST_WORD] = str(Path(folder, "note"))
         if agent is None:
             code = supervise([sys.executable, *command], env=env)
         else:
-            # Without a folder for its logs torchrun makes one, and leaves it behind.
-            agent = [f"--log-dir={folder}", *agent, f"--nproc-per-node={processes}", "--max-restarts=0"]
+            # Without a folder for its logs torchrun makes one, and leaves it behind. And by default it takes SIGHUP, too: then
+            # its ranks would not see that nohup has had it ignored.
+            agent = [f"--log-dir={folder}", "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", *agent]
+            agent += [f"--nproc-per-node={processes}", "--max-restarts=0"]
             command = ["-m", "torch.distributed.run", *agent, *command]
             code = supervise([sys.executable, *command], env=env, tell=children, give_up=is_over)
         return code, read_notes(Path(folder, "note"))

@@ -1,6 +1,7 @@
 """Join the process group and use its collectives. Without torchrun's variables the world is one process."""
 
 import datetime
+import functools
 import inspect
 import os
 import platform
@@ -17,7 +18,9 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
+from simclr_dist.method.meeting import meet
 from simclr_dist.system.errors import LostRankError, RankError, SaveError, StoppedError, UserError
+from simclr_dist.system.ranks import read_place
 
 T = TypeVar("T")
 
@@ -44,20 +47,25 @@ class World:
 def process_group(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[World]:
     """Join the process group that torchrun set up; leave it afterwards. Without torchrun it is a group of one.
 
-    NCCL on CUDA, gloo on CPU. Raises RankError where CUDA is used and this rank has no GPU.
+    NCCL on CUDA, gloo on CPU. Raises RankError where CUDA is used and this rank has no GPU, and as `read_place` and `meet` do.
     """
-    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    place = read_place()
+    rank, size, gpu = place.rank, place.size, place.local_rank
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise RankError(f"device: {device!r}: rank {rank} needs GPU {local_rank}, of {torch.cuda.device_count()} here")
-        torch.cuda.set_device(local_rank)
-    place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    if "WORLD_SIZE" in os.environ:
+        gpus = torch.cuda.device_count()
+        if gpu >= gpus:
+            raise RankError(f"device: {device!r}: rank {rank} needs GPU {gpu}, of {gpus} here")
+        if size > 1 and gpus > 1 and not os.environ.get("LOCAL_RANK"):
+            raise RankError(f"LOCAL_RANK: is not set, and says which of the {gpus} GPUs here is that of rank {rank}")
+        torch.cuda.set_device(gpu)
+    where = torch.device("cuda", gpu) if on_cuda else torch.device("cpu")
+    if place.master is not None:
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=place if on_cuda else None)
+        how: dict[str, Any] = {"store": meet(place, timeout), "rank": rank, "world_size": size, "timeout": timeout}
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=where if on_cuda else None, **how)
     try:
-        yield World(rank, size, local_rank, place)
+        yield World(rank, size, gpu, where)
     except StoppedError:  # a clean end too
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -104,6 +112,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_ranks() -> int:
+    """Return the number of ranks on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -118,6 +131,21 @@ def all_gather(tensor: Tensor) -> Tensor:
         # torch 2.14 deprecates the into_tensor names; the list form is in every version that is supported.
         dist.all_gather(list(stacked.unbind()), tensor.contiguous())
     return stacked
+
+
+def first_derivative_only(backward: Callable[..., T]) -> Callable[..., T]:
+    """Refuse create_graph in a Function's backward. Raises RuntimeError.
+
+    torch's once_differentiable alone refuses only what depends on the upstream gradient; a derivative of the rest would be 0.
+    """
+
+    @functools.wraps(backward)
+    def first(*arguments: Any) -> T:
+        if torch.is_grad_enabled():
+            raise RuntimeError("there is no second derivative of NT-Xent and global BatchNorm; leave create_graph out")
+        return backward(*arguments)
+
+    return first
 
 
 def all_sum(tensor: Tensor) -> Tensor:

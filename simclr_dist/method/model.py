@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from simclr_dist.method.distributed import all_gather, all_sum, world_size
+from simclr_dist.method.distributed import all_gather, all_sum, first_derivative_only, world_size
 
 _SHAPES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int], int]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 16),
@@ -155,7 +155,7 @@ class _GlobalNorm(torch.autograd.Function):
         return y, mean, unbiased
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         x, weight, mean, var, total = ctx.saved_tensors
         if x.is_contiguous(memory_format=torch.channels_last):

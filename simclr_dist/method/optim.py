@@ -15,7 +15,12 @@ _CACHE_BYTES = 2**20
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the rate of step 0, 1, ... A linear warm-up reaches `peak` in its last step; then a cosine falls to 0."""
+    """Return the rate of step 0, 1, ... A linear warm-up reaches `peak` in its last step; then a cosine falls to 0.
+
+    Raises ValueError for a rate that is negative or not finite, negative steps, and a warm-up that is longer than the whole.
+    """
+    if not (0 <= peak < math.inf and step >= 0 and 0 <= warmup_steps <= total_steps):
+        raise ValueError(f"learning_rate: step {step}, peak {peak}, warmup_steps {warmup_steps}, total_steps {total_steps}")
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -47,7 +52,7 @@ class LARS(Optimizer):
     No host sync. With `found_inf` set to a device scalar, as torch.amp does, a step where it is 1 changes nothing.
     `foreach` does each operation over all tensors of a group (few operations), else over portions of them (warm caches); None
     is True on CUDA and False on the CPU. `trust_ratios` are those of the last step, in device tensors: one for each weight
-    with a gradient in a group with `adapt`, in the order of the parameters.
+    with a gradient in a group with `adapt`, in the order of the parameters. Raises ValueError for a negative or infinite rate.
     """
 
     def __init__(
@@ -66,6 +71,13 @@ class LARS(Optimizer):
         self._step_supports_amp_scaling = True
         self.trust_ratios: list[Tensor] = []
         self._foreach = foreach
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters with settings of their own. The others are those of the optimizer."""
+        for name, below in (("lr", math.inf), ("momentum", 1), ("weight_decay", math.inf), ("trust_coefficient", math.inf)):
+            if not 0 <= (value := param_group.get(name, self.defaults[name])) < below:
+                raise ValueError(f"LARS: {name}: {value} must be at least 0 and below {below}")
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

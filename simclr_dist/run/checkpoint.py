@@ -8,7 +8,6 @@ fsync, rename, fsync of the folder; the same for the seal; only then are older o
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 
 from simclr_dist.run.steps import step_name, step_of, steps_in
-from simclr_dist.system.errors import DataError, SaveError
-from simclr_dist.system.files import write_atomically
+from simclr_dist.system.errors import DamagedError, DataError, SaveError, say
+from simclr_dist.system.files import read_object, write_atomically
 
 State = dict[str, Any]
 FORMAT = 1  # of the state; another number is refused when it is loaded
@@ -71,17 +70,29 @@ def load_newest(folder: Path, *, report: Callable[[str], None]) -> State | None:
         path = folder / step_name(step, ".pt")
         try:
             content = _verified(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DamagedError) as error:
             report(f"{path}: damaged checkpoint passed over: {error}")
             continue
-        state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if (number := state.get("format")) != FORMAT:
+        # It is what was sealed. An older one in its place would throw work away, and the next save remove it.
+        try:
+            state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            number = state.get("format")
+        except Exception as error:  # of a foreign file torch may raise anything
+            raise misfit(path, f"is no checkpoint of simclr-dist ({type(error).__name__})") from None
+        if number != FORMAT:
             why = f"checkpoint format {number}, this simclr-dist reads {FORMAT}"
             raise DataError(f"{path}: {why}; go on with the one that wrote it")
+        if state.get("step") != step:
+            raise misfit(path, f"holds step {state.get('step')!r:.40}, not that of its name")
         return state
     if sealed:
         raise DataError(f"{folder}: none of its {len(sealed)} checkpoints is whole; move the folder away to start anew")
     return None
+
+
+def misfit(path: Path, why: str) -> DataError:
+    """Make the refusal of a whole checkpoint that does not fit."""
+    return DataError(f"{path}: {why}; move it and its .json elsewhere, and the run goes on from the one before")
 
 
 def _seal(step: int | None, content: bytes) -> State:
@@ -89,8 +100,10 @@ def _seal(step: int | None, content: bytes) -> State:
 
 
 def _verified(path: Path) -> bytes:
-    """Return a checkpoint's content. Raises OSError or ValueError when it is not what was sealed."""
-    seal = json.loads(path.with_suffix(".json").read_text())
+    """Return a checkpoint's content. Raises OSError, ValueError or DamagedError when it is not what was sealed."""
+    seal = read_object(path.with_suffix(".json"), {})
+    if not seal:
+        raise ValueError("it has no seal")
     content = path.read_bytes()
     if seal != _seal(step_of(path), content):
         raise ValueError("its bytes are not those that were written")
@@ -98,7 +111,7 @@ def _verified(path: Path) -> bytes:
 
 
 def _is_whole(path: Path) -> bool:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, DamagedError):
         return bool(_verified(path))
     return False
 
@@ -124,4 +137,4 @@ def _remove(paths: Iterable[Path], allowed: Callable[[], None]) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:  # it costs space, and no checkpoint
-            print(f"WARNING: {path}: cannot be removed: {error.strerror}", file=sys.stderr, flush=True)
+            say(f"{path}: cannot be removed: {error.strerror}", "WARNING: ")

@@ -8,24 +8,30 @@ writer also checks, before each checkpoint becomes valid, that its number is sti
 import contextlib
 import json
 import os
+import re
 import socket
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from simclr_dist.system import files
-from simclr_dist.system.errors import ConfigError, TakenOverError
+from simclr_dist.system.errors import ConfigError, DamagedError, TakenOverError, reason_of, say
+from simclr_dist.system.slurm_job import job_id, restart_count
 
 STALE_SECONDS = 120.0  # a holder on another machine without a sign of life for this long is taken for dead
 # File systems of one machine: whoever else writes there is a process of the same kernel, and its lock tells the truth.
 _ONE_MACHINE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 _HEARTBEAT_BYTES = 128
+_HEARTBEAT = {"generation": int, "step": int, "time": int | float, "ended?": bool}
+_HOLDER = {"host?": str, "pid?": int, "job?": str | None, "restart?": int, "time?": int | float}
 
 
 def heartbeat(run: Path) -> dict[str, Any]:
-    """Return the last sign of life: `generation`, `step`, `time` and `ended`. Return {} when there is none."""
-    return _read(run / "heartbeat")
+    """Return the last sign of life: `generation`, `step`, `time`, `ended`. Return {} for none; the next one mends the file."""
+    with contextlib.suppress(DamagedError):
+        return files.read_object(run / "heartbeat", _HEARTBEAT)
+    return {}
 
 
 class Claim:
@@ -37,7 +43,9 @@ class Claim:
         self._lock: int | None = lock
         # A reading process outlives its killed rank for seconds, and would hold the lock as long.
         os.register_at_fork(after_in_child=self._unlock)
-        self._heartbeat = os.open(run / "heartbeat", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._heartbeat = os.open(run / "heartbeat", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, files.FILE_MODE)
+        if os.fstat(self._heartbeat).st_size > _HEARTBEAT_BYTES:  # damaged: what follows our line would stay
+            os.ftruncate(self._heartbeat, _HEARTBEAT_BYTES)
 
     def check(self) -> None:
         """Raise TakenOverError when a later start holds the folder."""
@@ -82,7 +90,7 @@ def claim_run(run: Path) -> Claim:
         if generation:
             _wait_for_end(run, generation)
         try:
-            lock = os.open(_path(run, generation + 1), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            lock = os.open(_path(run, generation + 1), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, files.FILE_MODE)
         except FileExistsError:
             continue  # another was quicker, and is now the one to wait for
         with contextlib.suppress(OSError):  # no locks on this file system: the heartbeat has to do
@@ -90,7 +98,7 @@ def claim_run(run: Path) -> Claim:
         if newest_start(run) > generation + 1:  # somebody looked at the file before it was locked
             os.close(lock)
             raise _in_use(run, newest_start(run))
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"), "restart": _restart()}
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "job": job_id(), "restart": restart_count()}
         try:
             os.write(lock, json.dumps({**who, "time": time.time()}).encode() + b"\n")
             os.fsync(lock)
@@ -103,7 +111,7 @@ def claim_run(run: Path) -> Claim:
 
 def newest_start(run: Path) -> int:
     """Return the last start's number, alive or not; 0 for none."""
-    return max((int(path.stem) for path in (run / "starts").glob("*.json")), default=0)
+    return max((int(path.stem) for path in (run / "starts").glob("*.json") if re.fullmatch("[0-9]+", path.stem)), default=0)
 
 
 def is_held(run: Path) -> bool:
@@ -136,7 +144,7 @@ def _wait_for_end(run: Path, generation: int) -> None:
             return
         if restarts < 0:
             raise TakenOverError(f"run_folder: {str(run)!r} was taken over by {_describe(holder)}; this start ends")
-        if not holder and time.time() - _path(run, generation).stat().st_mtime < 5:
+        if not holder and waited < 5 and time.time() - _signed_at(run, generation) < 5:
             time.sleep(0.1)  # it has been created, and is about to be locked and signed
             continue
         ended, last = _has_ended(run, generation), _last_sign(run, generation)
@@ -147,18 +155,18 @@ def _wait_for_end(run: Path, generation: int) -> None:
             return
         elif last > first:
             raise _in_use(run, generation)
-        elif (left := last + STALE_SECONDS - time.time()) < 0:
+        elif (left := min(last - time.time(), -waited) + STALE_SECONDS) < 0:  # the last sign may be of a clock that is ahead
             return
         elif not announced and waited > 1:
             announced = True
             silent = f"{_describe(holder)}, has not said that it ended; waiting {left:.0f} s for a sign of life"
-            print(f"run_folder: {str(run)!r}: its last start, {silent}", file=sys.stderr, flush=True)
+            say(f"run_folder: {str(run)!r}: its last start, {silent}", "")
         time.sleep(0.2)
 
 
 def _last_sign(run: Path, generation: int) -> float:
     """Return when the holder was last heard of."""
-    return max(_path(run, generation).stat().st_mtime, float(heartbeat(run).get("time", 0.0)))
+    return max(_signed_at(run, generation), float(heartbeat(run).get("time", 0.0)))
 
 
 def _has_ended(run: Path, generation: int) -> bool | None:
@@ -178,28 +186,42 @@ def _path(run: Path, generation: int) -> Path:
 
 
 def _holder(run: Path, generation: int) -> dict[str, Any]:
-    """Return what a start signed with. Return {} for one that was killed before it could."""
-    return _read(_path(run, generation))
+    """Return what a start signed with. Return {} for one that was killed before it could, or whose file is damaged."""
+    with contextlib.suppress(DamagedError):
+        return files.read_object(_path(run, generation), _HOLDER)
+    return {}
 
 
 def _restarts_ahead(holder: dict[str, Any]) -> int:
     """Count one SLURM job's restarts from the holder to this process. Return 0 also for different jobs, or none."""
-    if (job := os.environ.get("SLURM_JOB_ID")) is None or holder.get("job") != job:
+    if (job := job_id()) is None or holder.get("job") != job:
         return 0
-    return _restart() - int(holder.get("restart", 0))
-
-
-def _restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return restart_count() - int(holder.get("restart", 0))
 
 
 def _is_locked(run: Path, generation: int) -> bool | None:
     """Return whether a start's file is locked. Return None where the file system has no locks."""
-    with _path(run, generation).open("r+b") as file:
+    with _readable(run, generation):
+        file = _path(run, generation).open("r+b")
+    with file:
         try:
             return not files.lock(file.fileno())
         except OSError:
             return None
+
+
+def _signed_at(run: Path, generation: int) -> float:
+    with _readable(run, generation):
+        return _path(run, generation).stat().st_mtime
+
+
+@contextlib.contextmanager
+def _readable(run: Path, generation: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot be opened: {reason_of(error)}; remove it once no start is at work there"
+        raise ConfigError(f"{_path(run, generation)}: {why}") from None
 
 
 def _file_system(path: Path) -> str:
@@ -223,12 +245,3 @@ def _describe(holder: dict[str, Any]) -> str:
     job = f", SLURM job {holder['job']}" if holder.get("job") else ""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("time", 0.0)))
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}{job}, since {since}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object. Return {} where there is none, or not all of it."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content

@@ -1,35 +1,45 @@
 """Open the run folder for this run and no other. It holds the config and the environment that the run started with."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from simclr_dist.config.load import config_from_dict, difference
 from simclr_dist.config.settings import Config
-from simclr_dist.config.strict_yaml import read_yaml, write_yaml
+from simclr_dist.config.strict_yaml import read_settings, write_yaml
 from simclr_dist.run.claim import Claim, claim_run, refuse_if_held
 from simclr_dist.run.steps import steps_in
-from simclr_dist.system.errors import ConfigError, SaveError
+from simclr_dist.system import files
+from simclr_dist.system.errors import ConfigError, DamagedError, DataError, SaveError, say
 from simclr_dist.system.files import write_atomically
 from simclr_dist.system.provenance import code_state, packages
 
 # What a folder may hold before its first start: of a submission, or of a start that was killed before config.yaml.
 _BEFORE_THE_RUN = ("slurm", "submission.json", "ledger.jsonl", "cancelled", "starts", "heartbeat", ".*.tmp")
+# What a start must be able to do with its files; what else it cannot write, it says and goes on.
+_FILES = dict.fromkeys(("config.yaml", "env.json", "metrics.jsonl", "status.json"), os.R_OK)  # it replaces them
+_FILES |= dict.fromkeys(("heartbeat", "ledger.jsonl"), os.R_OK | os.W_OK)
+_FOLDERS = dict.fromkeys((".", "checkpoints", "encoders", "starts"), os.R_OK | os.W_OK | os.X_OK)
 
 
 def check_run_folder(config: Config, *, held: bool = False) -> bool:
     """Return whether the folder holds this run already.
 
-    Raises ConfigError when it holds something else and, unless `held`, when another start is using it.
+    Raises ConfigError when it holds something else and, unless `held`, when another start is using it. Raises DataError when
+    a part of it cannot be read.
     """
     run = Path(config.run_folder)
+    _check_parts(run)
     if not run.exists() or (run.is_dir() and all(any(path.match(name) for name in _BEFORE_THE_RUN) for path in run.iterdir())):
         return False
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run_folder: {config.run_folder!r} exists and is not a run folder; name another")
-    stored = config_from_dict(read_yaml((run / "config.yaml").read_text(), str(run / "config.yaml")), str(run / "config.yaml"))
+    values = read_settings(run / "config.yaml", "run's config", "put a copy of it back")
+    stored = config_from_dict(values, str(run / "config.yaml"))
     if changed := difference(stored, config):
         what = f"{config.run_folder!r} holds another run ({'; '.join(changed)})"
         raise ConfigError(f"run_folder: {what}; name another folder, or undo the change")
@@ -47,14 +57,13 @@ def open_run(config: Config, environment: Mapping[str, Any]) -> Claim:
     """
     run = Path(config.run_folder)
     with _writing(run), ExitStack() as on_error:
-        if check_run_folder(config, held=True) and (run / "env.json").exists():
-            before = json.loads((run / "env.json").read_text()).get("data_digest")
-            if before != environment.get("data_digest"):
-                what = f"{config.data.shards!r} holds other images than the run began with"
-                raise ConfigError(f"data.shards: {what}; name another run_folder")
+        if check_run_folder(config, held=True):
+            check_same_images(config, _environment(run).get("data_digest"), environment.get("data_digest"))
         run.mkdir(parents=True, exist_ok=True)
         claim = claim_run(run)
         on_error.callback(claim.release)
+        for folder in (run, *filter(Path.is_dir, run.iterdir())):
+            files.remove_leftovers(folder)
         write_atomically(run / "config.yaml", write_yaml(config.to_dict()).encode())  # first: it makes the run
         (run / "checkpoints").mkdir(exist_ok=True)
         described = {**environment, "code": code_state(run), "packages": packages()}
@@ -68,18 +77,66 @@ def newest_step(run: Path) -> int:
     return max(steps_in(run / "checkpoints", ".json"), default=0)
 
 
+def check_same_images(config: Config, before: object, now: object) -> None:
+    """Raise ConfigError where the run began with images of another digest. None for one that is not known."""
+    if before is not None and before != now:
+        what = f"{config.data.shards!r} holds other images than the run began with"
+        raise ConfigError(f"data.shards: {what}; name another run_folder")
+
+
 def truncate_metrics(run: Path, step: int) -> None:
-    """Drop metrics.jsonl's lines after `step`. A resumed run writes them again. Raises SaveError as `open_run` does."""
+    """Drop metrics.jsonl's lines after `step`. A resumed run writes them again. Raises SaveError as `open_run` does.
+
+    Damaged lines go too, but then the file as it was is kept under another name.
+    """
     path = run / "metrics.jsonl"
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with suppress(ValueError):  # the last line of a killed run may be a part of one
-            if json.loads(line)["step"] <= step:
-                kept.append(line.rstrip(b"\n") + b"\n")
     with _writing(path):
+        content = path.read_bytes()
+        lines = list(files.json_lines(content, _metrics))
+        kept = [line.rstrip(b"\n") + b"\n" for line, entry in lines if entry is not None and entry["step"] <= step]
+        if damaged := sum(entry is None for _, entry in lines):
+            copy = files.keep_damaged(path, content)
+            say(f"{path}: {damaged} damaged lines are left out of it; the file as it was is {copy.name}", "WARNING: ")
         write_atomically(path, b"".join(kept))
+
+
+def read_metrics(run: Path, *, last_bytes: int = 1 << 40) -> list[dict[str, float]]:
+    """Return metrics.jsonl's finite numbers, a dict a line, of its last bytes. Return [] where it cannot be read."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+            content = file.read()
+    except OSError:
+        return []
+    entries = [entry for _, entry in files.json_lines(content, _metrics) if entry is not None]
+    return [{name: value for name, value in entry.items() if _is_number(value)} for entry in entries]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < sys.float_info.max
+
+
+def _metrics(value: Any) -> dict[str, Any]:
+    return files.fitting(value, {"step": int})
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    """Return env.json. Return {} where it is damaged: it is about to be written anew."""
+    try:
+        return files.read_object(run / "env.json", {"data_digest?": str | None})
+    except DamagedError as error:
+        say(f"{error}: written anew", "WARNING: ")
+    return {}
+
+
+def _check_parts(run: Path) -> None:
+    for name, mode in (_FOLDERS | _FILES).items() if run.is_dir() else ():
+        path = run / name
+        what, fits = ("folder", os.path.isdir(path)) if name in _FOLDERS else ("file", os.path.isfile(path))  # noqa: PTH112, PTH113
+        if os.path.lexists(path) and not (fits and os.access(path, mode, effective_ids=True)):
+            raise DataError(f"{path}: is no {what} that you can read and write; mend that, or move it elsewhere")
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 import json
 import os
-import signal
 import socket
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +12,18 @@ from typing import Any
 
 from simclr_dist.run.claim import Claim, heartbeat, is_dead, newest_start
 from simclr_dist.system import errors, files, signals
+from simclr_dist.system.slurm_job import job_id
 
+_STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | float, "reason?": str}
+_EVENT = {
+    "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "steps_lost?": int, "lost?": bool,
+}  # fmt: skip
+_MORE_OF_EVENT: dict[str, dict[str, Any]] = {
+    "stop": {"state": str, "exit_code": int, "why": str | None},
+    "gave_up": {"why": str},
+    "requeued": {"crash": bool, "saved": int},
+}
+_END = {"state": str, "code": int, "why": str | None, "lost?": bool}
 _LOCK_SECONDS = 5.0  # whoever has locked the ledger for longer is cut off, and must not hold us up
 
 
@@ -32,6 +41,7 @@ _BY_ERROR = (
     (errors.StoppedError, "preempted", errors.PREEMPTED),
     (errors.UserError, "failed", 2),
     (errors.DivergedError, "diverged", 3),
+    (errors.WorkerError, "crashed", 1),
 )
 
 
@@ -57,8 +67,9 @@ def read_notes(path: Path) -> dict[int, End]:
     """Return a start's notes by rank. torchrun does not pass them on; `path` is what its ranks had in LAST_WORD."""
     notes = {}
     for file in path.parent.glob(f"{path.name}.*"):
-        with suppress(ValueError):  # cut short by a full disk
-            notes[int(file.suffix[1:])] = End(**json.loads(file.read_text()))
+        with suppress(errors.DamagedError, KeyError, ValueError):  # cut short by a full disk
+            note = files.read_object(file, _END)
+            notes[int(file.suffix[1:])] = End(note["state"], note["code"], note["why"], note.get("lost", False))
     return notes
 
 
@@ -74,17 +85,17 @@ def record_event(run: Path, event: str, **fields: Any) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        print(f"WARNING: {run / 'ledger.jsonl'}: {error.strerror}: lost: {line}", end="", file=sys.stderr, flush=True)
+        errors.say(f"{run / 'ledger.jsonl'}: {error.strerror}: lost: {line.rstrip()}", "WARNING: ")
     return entry
 
 
-def read_ledger(run: Path) -> list[dict[str, Any]]:
-    """Return the ledger's lines, oldest first. Lines that a kill cut short are left out."""
-    entries = []
-    for line in _text(run / "ledger.jsonl").splitlines():
-        with suppress(ValueError):
-            entries.append(json.loads(line))
-    return entries
+def read_ledger(run: Path, *, report: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """Return the ledger's lines, oldest first. Damaged ones are left out; `report` gets a line about them."""
+    path = run / "ledger.jsonl"
+    entries = [entry for _, entry in files.json_lines(_content(path), _event)]
+    if damaged := entries.count(None):
+        report(f"{path}: {damaged} of its {len(entries)} lines are damaged, or cut short by a kill, and are left out")
+    return [entry for entry in entries if entry is not None]
 
 
 def given_up(run: Path) -> str | None:
@@ -101,14 +112,21 @@ def given_up(run: Path) -> str | None:
 
 def cancelled_jobs(run: Path) -> list[str]:
     """Return the run's SLURM jobs that somebody has cancelled. They must not requeue themselves."""
-    return _text(run / "cancelled").split()
+    return _content(run / "cancelled").decode(errors="replace").split()
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """Return status.json, or {} when there is none."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        status: dict[str, Any] = json.loads((run / "status.json").read_text())
-        return status
+    """Return status.json, or {} before the first start. A missing or damaged one is made anew from the ledger."""
+    with suppress(errors.DamagedError):
+        status = files.read_object(run / "status.json", _STATUS)
+        if status and status["start"] <= newest_start(run):
+            return status
+    for entry in reversed(read_ledger(run)):
+        if entry["event"] in ("start", "stop"):
+            end = entry if entry["event"] == "stop" else {"state": "running", "exit_code": None}
+            reason = {"reason": why} if (why := end.get("why")) else {}
+            start = entry.get("generation", newest_start(run))
+            return {"state": end["state"], "exit_code": end["exit_code"], "start": start, "time": entry["time"], **reason}
     return {}
 
 
@@ -123,7 +141,7 @@ def write_status(run: Path, state: str, exit_code: int | None, **more: Any) -> N
     try:
         files.write_atomically(run / "status.json", json.dumps(status, indent=2).encode() + b"\n")
     except OSError as error:
-        print(f"WARNING: {run / 'status.json'}: {error.strerror}: lost: {json.dumps(status)}", file=sys.stderr, flush=True)
+        errors.say(f"{run / 'status.json'}: {error.strerror}: lost: {json.dumps(status)}", "WARNING: ")
 
 
 def record_start(claim: Claim, step: int, world_size: int) -> None:
@@ -131,7 +149,7 @@ def record_start(claim: Claim, step: int, world_size: int) -> None:
     before = heartbeat(claim.run)
     record_event(
         claim.run, "start", generation=claim.generation, host=socket.gethostname(), pid=os.getpid(),
-        job=os.environ.get("SLURM_JOB_ID"), world_size=world_size, step=step,
+        job=job_id(), world_size=world_size, step=step,
         steps_lost=max(0, before.get("step", 0) - step), seconds_down=time.time() - before["time"] if before else 0.0,
     )  # fmt: skip
     claim.beat(step)
@@ -166,8 +184,6 @@ def recorded(run: Path, claim: Claim | None) -> Iterator[None]:
         error = raised
         raise
     finally:
-        # torch raises out of its handler when a reading process has died: not in the middle of this.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if isinstance(error, errors.TakenOverError):
             pass  # the folder, with its status, belongs to the other start
         elif claim is not None:
@@ -212,5 +228,12 @@ def _ledger_locked(run: Path) -> Iterator[None]:
         yield
 
 
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def _event(value: Any) -> dict[str, Any]:
+    event = files.fitting(value, _EVENT)
+    return files.fitting(event, _MORE_OF_EVENT.get(event["event"], {}))
+
+
+def _content(path: Path) -> bytes:
+    with suppress(OSError):  # most often there is none; a start refuses what it cannot read
+        return path.read_bytes()
+    return b""

@@ -4,15 +4,23 @@ Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on req
 """
 
 import re
+import reprlib
 import sys
+from contextlib import suppress
 
 PREEMPTED = 75
+LAYOUT = "\n\t"  # what text of several lines keeps, when what it has from files must not reach a terminal as it is
 # Variable with the path, less `.RANK`, of the note that a rank leaves for its launcher: torchrun loses exit codes.
 LAST_WORD = "SIMCLR_DIST_LAST_WORD"
 
+_HALF = 1000  # characters of an error's line: it begins with file and key, and ends with the cure
+
 
 class UserError(Exception):
-    """A user's mistake. One line with key, value and cure; exit code 2."""
+    """A user's mistake. One line with key, value and cure; exit code 2. The middle of a very long one is left out."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line if len(line) <= 2 * _HALF else f"{line[:_HALF]} ... {line[-_HALF:]}")
 
 
 class ConfigError(UserError):
@@ -21,6 +29,10 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Images, shards, a checkpoint or an encoder file cannot be used."""
+
+
+class DamagedError(DataError):
+    """A file that this program wrote is not what it was."""
 
 
 class UnreachableError(DataError):
@@ -51,6 +63,10 @@ class LostRankError(Exception):
     """A rank has ended, hangs, or never came. The others crash because of it."""
 
 
+class WorkerError(Exception):
+    """A reading process has died, or sends nothing."""
+
+
 class RanksDifferError(Exception):
     """Ranks hold different numbers. Memory or arithmetic of one is at fault."""
 
@@ -70,14 +86,26 @@ def crash_summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def say(line: str) -> None:
-    """Print a line on standard error, with the program's name."""
-    print(f"simclr-dist: {line}", file=sys.stderr, flush=True)
+def say(line: str, before: str = "simclr-dist: ") -> None:
+    """Print a line on standard error. It is lost where nothing can be written, as on a terminal that has gone."""
+    with suppress(OSError):
+        print(f"{before}{printable(line, keep=LAYOUT)}", file=sys.stderr, flush=True)
 
 
-def printable(name: str) -> str:
-    """Escape what cannot be printed. Line ends, and bytes that are no text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+shown = _SHORT.repr
+"""Write a value for an error's line, as repr does. Much of a large one is left out."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape what cannot be printed, but for `keep`. Line ends, a terminal's commands, and bytes that are no text."""
+
+    def escaped(character: re.Match[str]) -> str:
+        c = character[0]
+        return c if c in keep or c.isprintable() else c.encode("unicode_escape").decode()
+
+    return re.sub("[^ -~]", escaped, text)  # most are plain, also in a log of gigabytes
 
 
 # All up to the last @ of the host's part. If what should be a port is no number, up to the last @ of all: then a password holds

@@ -1,5 +1,6 @@
 """Pre-train, top to bottom. Views -> z -> NT-Xent -> backward -> clip -> LARS at the scheduled rate -> log and save."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from simclr_dist.config.settings import Config
-from simclr_dist.config.together import check_fits
+from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
@@ -43,6 +44,8 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     """
     images = together(lambda: open_images(config, world))
     check_fits(config, len(images), world.size)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    together(lambda: check_machine(config, view_settings(config).image_size, ranks, world.size))
     digest = data_identity(images)
     if not all_equal((digest, config.to_dict())):
         raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
@@ -93,7 +96,7 @@ class Trainer:
         self.view_settings = view_settings(config)
         self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
         self.learner = build_learner(config, world)
-        self.step, self.bad_samples = resume(self.learner, config, world, self.total)
+        self.step, self.bad_samples = resume(self.learner, config, world, self.total, data_identity(images))
         self.first = self.step  # steps that were done before this start
         if self.step > self.total:
             raise ConfigError(
@@ -192,7 +195,9 @@ class Trainer:
     def _views_of_steps(self, profile: Profile | None) -> Iterator[Views]:
         """Load this rank's views of the remaining steps, ahead of time."""
         steps, pin = range(self.step, self.total), self.world.device.type == "cuda"
-        loaded = self.clock.waiting(load_steps(self.dataset, steps, workers=self.config.data.workers, pin_memory=pin))
+        minutes = self.config.first_step_timeout_minutes, self.config.timeout_minutes
+        views = load_steps(self.dataset, steps, workers=self.config.data.workers, pin_memory=pin, minutes=minutes)
+        loaded = self.clock.waiting(views)
         return profiled(loaded, profile, self.folder / "profile", self.world, done=self.step, total=self.total)
 
     def _show(self, micro_batches: Sequence[MicroBatch]) -> None:

@@ -39,8 +39,8 @@ class OnlineProbe:
                 f" ({self.left_out} that it does); name others, as `simclr-dist shard --split` makes them"
             )
         self.images = len(rows)
-        self._labels = torch.from_numpy(images.manifest.label[rows].astype(np.int64))
-        self.classes = int(self._labels.max()) + 1
+        classes, places = np.unique(images.manifest.label[rows], return_inverse=True)
+        self._labels, self.classes = torch.from_numpy(places), len(classes)
         self._mine = [torch.arange(part + 2 * world.rank, len(rows), 2 * world.size) for part in (0, 1)]  # voting, asking
         self._crops = together(lambda: [self._read(images, rows[part.numpy()]) for part in self._mine])
 

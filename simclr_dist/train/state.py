@@ -1,17 +1,20 @@
 """Move a run's state into a checkpoint and back. Share among ranks what they must know of the data."""
 
 import hashlib
-import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from simclr_dist.config.settings import Config
 from simclr_dist.data.stream import StreamImages
 from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
 from simclr_dist.run import checkpoint
-from simclr_dist.system.errors import DataError
-from simclr_dist.system.files import write_atomically
+from simclr_dist.run.folder import check_same_images
+from simclr_dist.run.steps import step_name
+from simclr_dist.system.errors import DataError, reason_of, say
+from simclr_dist.system.files import fitting, write_atomically
 from simclr_dist.train.images import RunImages
 from simclr_dist.train.learner import Learner
 from simclr_dist.train.monitor import Monitor
@@ -52,17 +55,19 @@ def learned_tensors(learner: Learner) -> dict[str, Tensor]:
     return tensors
 
 
-def resume(learner: Learner, config: Config, world: World, total_steps: int) -> tuple[int, dict[str, str]]:
+def resume(learner: Learner, config: Config, world: World, total_steps: int, digest: str) -> tuple[int, dict[str, str]]:
     """Load the newest whole checkpoint into the learner. Returns (steps done, bad samples so far).
 
-    If steps are left, standard error shows what differs in the environment.
+    If steps are left, standard error shows what differs in the environment. Raises DataError for a checkpoint that does not
+    fit the learner, ConfigError for one of other images than `digest` names.
     """
+    folder = Path(config.run_folder) / "checkpoints"
 
     def report(line: str) -> None:
         if world.is_main:
-            print(f"WARNING: {line}", file=sys.stderr, flush=True)
+            say(line, "WARNING: ")
 
-    state = together(lambda: checkpoint.load_newest(Path(config.run_folder) / "checkpoints", report=report))
+    state = together(lambda: checkpoint.load_newest(folder, report=report))
     step = 0 if state is None else int(state["step"])
     if not all_equal(step):
         raise DataError(
@@ -70,17 +75,60 @@ def resume(learner: Learner, config: Config, world: World, total_steps: int) -> 
         )
     if state is None:
         return 0, {}
-    learner.model.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    if learner.loss_scale and (saved := state.get("loss_scale")):
-        learner.loss_scale.restore(saved)
-    for name, value in state["counters"].items():
-        learner.counters[name].fill_(value)
-    learner.init = state["init"]
-    for name, old in state["environment"].items():
-        if old != (new := environment(world)[name]) and step < total_steps:
+    check_same_images(config, state.get("data_digest"), digest)
+    together(lambda: _restore(learner, state, folder / step_name(step, ".pt")))
+    for name, new in environment(world).items():
+        if (old := state["environment"].get(name, new)) != new and step < total_steps:
             report(f"{name} was {old} and is {new}: the run goes on, and may differ from an uninterrupted one in the last bits")
     return step, dict(state["bad_samples"])
+
+
+def _restore(learner: Learner, state: checkpoint.State, path: Path) -> None:
+    """Put a checkpoint's state into the learner. Raises DataError where it does not fit."""
+    try:
+        parts = dict.fromkeys(("model", "optimizer", "counters", "bad_samples", "environment"), dict)
+        fitting(state, parts | {"init": str})
+        fitting(state["bad_samples"], dict.fromkeys(state["bad_samples"], str))
+        counters = fitting(state["counters"], {f"{name}?": int for name in learner.counters})
+        _check_tensors(learner, state)
+        keys = [set(group) for group in learner.optimizer.param_groups]
+        learner.optimizer.load_state_dict(state["optimizer"])
+        for before, group in zip(keys, learner.optimizer.param_groups, strict=True):
+            if missing := before - set(group):
+                raise ValueError(f"optimizer: {min(missing)} is missing")
+        if learner.loss_scale and (scale := state.get("loss_scale")):
+            learner.loss_scale.restore(scale)
+            _check_tensor("loss_scale", learner.loss_scale.factor, learner.loss_scale.factor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise checkpoint.misfit(path, f"does not fit this run ({reason_of(error)})") from None
+    learner.model.load_state_dict(state["model"])
+    for name, counter in learner.counters.items():
+        counter.fill_(counters.get(name, 0))
+    learner.init = state["init"]
+
+
+def _check_tensors(learner: Learner, state: checkpoint.State) -> None:
+    """Raise ValueError where a tensor is not as the learner's."""
+    model, saved, optimizer = learner.model.state_dict(), state["model"], state["optimizer"]
+    if strange := model.keys() ^ saved.keys():
+        raise ValueError(f"model: {min(strange)} is missing on one side")
+    for name, now in model.items():
+        _check_tensor(f"model: {name}", saved[name], now)
+    parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    third_party = "torch_optimizer" in type(learner.optimizer).__module__  # some keep matrices of other shapes
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, then in optimizer["state"].get(number, {}).items():
+            if isinstance(then, Tensor) and not third_party:
+                _check_tensor(f"optimizer: {name}", then, parameter if then.dim() else then)  # a count has no dimensions
+
+
+def _check_tensor(name: str, then: Any, now: Tensor) -> None:
+    if not isinstance(then, Tensor) or (then.shape, then.dtype) != (now.shape, now.dtype):
+        kind = f"{list(then.shape)} {then.dtype}" if isinstance(then, Tensor) else type(then).__name__
+        raise ValueError(f"{name} is {kind}, here {list(now.shape)} {now.dtype}")
+    if not torch.isfinite(then).all():
+        raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def share_bad_samples(bad: dict[str, str], config: Config, run: Path, world: World, monitor: Monitor) -> None:
@@ -94,11 +142,14 @@ def share_bad_samples(bad: dict[str, str], config: Config, run: Path, world: Wor
     lines = "".join(f"{reason}\n" for _, reason in sorted(bad.items()))
     if world.is_main:
         path = run / "bad_samples.txt"
-        if not path.exists() or path.read_text() != lines:
-            try:
+        try:
+            new = not path.exists() or path.read_bytes() != lines.encode()
+            if new:
                 write_atomically(path, lines.encode())
-            except OSError as error:
-                monitor.say(f"WARNING: {path}: {error.strerror}")
+        except OSError as error:
+            new = True
+            monitor.say(f"WARNING: {path}: {error.strerror}")
+        if new:
             monitor.say(f"{len(bad)} unreadable images replaced so far, listed in {path}")
     if len(bad) > config.data.max_bad_samples:
         raise DataError(f"data.max_bad_samples: {len(bad)} unreadable images are too many, the last: {bad[max(bad)]}")

@@ -19,6 +19,7 @@ from simclr_dist import __version__
 from simclr_dist.cli import main as cli
 from simclr_dist.cli import manual
 from simclr_dist.cli.main import main
+from simclr_dist.config import together
 from simclr_dist.config.load import load_config
 from simclr_dist.config.settings import Config
 from simclr_dist.config.strict_yaml import read_yaml
@@ -159,6 +160,13 @@ def test_a_config_typo(here: Path, command: Command) -> None:
 def test_a_global_batch_larger_than_the_data(here: Path, command: Command) -> None:
     line = refused(command("train", "config.yaml", "--global_batch_size", "26"))
     assert line == "global_batch_size: 26 is larger than the 24 images of shards; lower it, or add images"
+
+
+def test_what_this_machine_cannot_have(here: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "most_processes", lambda: 9)
+    line = refused(command("train", "config.yaml", "--data.workers", "4", "--processes", "2"))
+    assert line == "data.workers: 4 for each of 2 ranks are 10 processes; this machine allows 9; lower it"
+    assert not Path("run").exists()
 
 
 def test_a_global_batch_that_is_not_divided(here: Path, command: Command) -> None:

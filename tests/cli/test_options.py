@@ -1,6 +1,7 @@
 """A setting has one range: the command line and Python refuse the same values, with the same words after the key."""
 
 import argparse
+import re
 from typing import Any
 
 import pytest
@@ -75,6 +76,24 @@ def test_every_setting_is_an_option_and_has_a_case(cls: type) -> None:
     assert settings_from(cls, parser.parse_args(words(required))) == cls(**required), "the defaults are those of the dataclass"
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"protocols": ("linear",), "k": 5}, "k: 5: has no effect without the protocol knn; leave it out"),
+        ({"protocols": ("mlp",), "temperature": 0.2}, "temperature: 0.2: has no effect without the protocol knn; leave it out"),
+        ({"protocols": ("knn",), "l2": 0.0}, "l2: 0.0: has no effect without the protocol linear; leave it out"),
+        ({"protocols": ("sgd",), "max_iter": 5}, "max_iter: 5: has no effect without the protocol linear; leave it out"),
+        ({"sgd_epochs": 5}, "sgd_epochs: 5: has no effect without the protocol sgd; leave it out"),
+        ({"mlp_epochs": 5}, "mlp_epochs: 5: has no effect without the protocol mlp; leave it out"),
+        ({"baselines": False, "seed": 5}, "seed: 5: has no effect without baselines and the protocol sgd; leave it out"),
+    ],
+)
+def test_what_no_protocol_uses_is_refused(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}$"):
+        Settings(**settings)
+    Settings(**settings | {"protocols": ("knn", "linear", "sgd", "mlp")})
+
+
 def test_both_ways_take_alike() -> None:
     parser = argparse.ArgumentParser()
     add_settings(parser, ShardSettings)
@@ -83,10 +102,10 @@ def test_both_ways_take_alike() -> None:
     parser = argparse.ArgumentParser()
     add_settings(parser, Settings)
     typed = parser.parse_args(
-        ["--protocols", "mlp,knn", "--no-features", "--no-baselines", "--l2", "1e-3", "--precision", "bf16"]
+        ["--protocols", "linear,knn", "--no-features", "--no-baselines", "--l2", "1e-3", "--precision", "bf16"]
     )
     assert settings_from(Settings, typed) == Settings(
-        protocols=("mlp", "knn"), keep_features=False, baselines=False, l2=1e-3, precision="bf16"
+        protocols=("linear", "knn"), keep_features=False, baselines=False, l2=1e-3, precision="bf16"
     )
     parser = argparse.ArgumentParser()
     add_settings(parser, Foreign)

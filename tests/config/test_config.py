@@ -4,18 +4,27 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simclr_dist.config import together
 from simclr_dist.config.load import config_from_dict, difference, load_config
-from simclr_dist.config.ranges import Probability, Range, check_ranges, descriptions, may_change
+from simclr_dist.config.ranges import Probability, Range, check_ranges, descriptions, may_change, setting_types
 from simclr_dist.config.settings import Config, DataConfig, OptimConfig
 from simclr_dist.config.strict_yaml import read_yaml, write_yaml
-from simclr_dist.config.together import CONTIGUOUS_OPTIMIZERS, REFUSED_OPTIMIZERS, check_fits, optimizer_names
+from simclr_dist.config.together import (
+    BLURRING_PRESETS,
+    CONTIGUOUS_OPTIMIZERS,
+    REFUSED_OPTIMIZERS,
+    check_fits,
+    check_machine,
+    optimizer_names,
+)
+from simclr_dist.data.views.draws import PRESETS
 from simclr_dist.system.errors import ConfigError
 
 LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"
@@ -143,7 +152,11 @@ def test_yaml_writes_text_that_looks_like_something_else_so_that_it_stays_text(t
         (LEAST + "seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         (LEAST + "seed: !!int x\n", "not valid YAML"),
         (LEAST + "seed: !!timestamp x\n", "not valid YAML"),
-        (LEAST + "seed: " + "[" * 1000 + "\n", "not valid YAML"),
+        (LEAST + "seed: " + "[" * 1000 + "\n", "not valid YAML: it is nested too deeply"),
+        (LEAST + "views: {mean: &a [0, 0, 0], std: *a}\n", "not valid YAML: an alias; write the value itself"),
+        (LEAST + "a: &a {x: 1}\n<<: *a\n", "not valid YAML: an alias; write the value itself"),
+        (LEAST + "#" * 2**18, "is larger than 256 KiB, the most that is read of settings"),
+        (LEAST + "loss: {temperature: 1" + "0" * 999 + "}\n", "loss.temperature: inf is not a finite number"),
         ("- run_folder\n", "expected `key: value` lines, found list"),
         ("", "expected `key: value` lines, found NoneType"),
         ("just text", "expected `key: value` lines, found str"),
@@ -153,6 +166,26 @@ def test_bad_yaml_is_refused(file: Path, text: str, reason: str) -> None:
     line = refusal(file, text)
     assert line.startswith(f"{file}: ")
     assert reason in line
+
+
+def test_a_file_that_never_ends_is_refused() -> None:
+    assert refusal(Path("/dev/zero"), None).startswith("/dev/zero: is larger than 256 KiB")
+
+
+@pytest.mark.parametrize("kind", ["a text", "a list", "a key", "a tag"])
+def test_a_large_value_is_not_shown_whole(file: Path, kind: str) -> None:
+    many = {
+        "a text": f"{LEAST}loss: {{temperature: {'x' * 100_000}}}\n",
+        "a list": f"{LEAST}views: {{mean: [{'1, ' * 10_000}]}}\n",
+        "a key": f"{LEAST}loss: {{? {'x' * 100_000} : 1}}\n",
+        "a tag": f"{LEAST}loss: !<{'x' * 100_000}> 1\n",
+    }
+    line = refusal(file, many[kind])
+    assert len(line) < 2100
+    assert line.startswith(f"{file}: ")
+    if kind in ("a text", "a list"):
+        assert len(line) < 600
+        assert "..." in line
 
 
 @pytest.mark.parametrize(
@@ -376,6 +409,98 @@ def test_any_dataclass_of_settings_refuses_what_its_types_do(values: dict[str, A
     assert str(caught.value) == line
 
 
+def plain_names(hint: Any) -> list[str]:
+    """The names of the types within a setting's type."""
+    inner = [name for part in get_args(hint) for name in plain_names(part) if part is not type(None)]
+    return [*inner, *([hint.__name__] if isinstance(hint, type) else ["str"] if get_origin(hint) is Literal else [])] + (
+        ["tuple"] if get_origin(hint) is tuple else []
+    )
+
+
+NUMBERS = [key for key, hint in setting_types(Config).items() if not {"str", "bool"} & set(plain_names(hint))]
+
+assert len(NUMBERS) > 40
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_is_beyond_what_arithmetic_can_do(file: Path, key: str) -> None:
+    """All of them: sums of whole numbers stay exact, and no float becomes infinite, or 0, in float32."""
+    names = plain_names(setting_types(Config)[key])
+    size = max(1, names.count("float")) if "tuple" in names else 0
+    for value in (float("nan"), float("inf"), 1e308, -1e308) if "float" in names else (10**400, 2**64, -(2**64)):
+        with pytest.raises(ConfigError, match=f"{key}: .* (is too|must be|is not a)"):
+            load_config(file, [f"--{key}", str([value] * size if size else value).replace("e+", "e").replace("inf", ".inf")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("epochs", "1e308", "1e+308 is too large; the most is 1e+30"),
+        ("steps", "9007199254740993", "9007199254740993 is too large; the most is 9007199254740992"),
+        ("views.image_size", "100000", "100000 is too large; the most is 32768"),
+        ("data.workers", "100000", "100000 is too large; the most is 4096"),
+        ("model.projector_hidden", "1000000000", "1000000000 is too large; the most is 1048576"),
+        ("model.projector_dim", "1000000000", "1000000000 is too large; the most is 1048576"),
+        ("model.projector_depth", "1000000000", "1000000000 is too large; the most is 1000"),
+        ("loss.temperature", "5e-324", "5e-324 is too small; above 0 the least is 1.1e-16"),
+        ("timeout_minutes", "1e-30", "1e-30 is too small; above 0 the least is 0.001"),
+        ("views.blur_sigma", "[1e-30, 1]", "(1e-30, 1.0) must be two numbers with 0 < smallest <= largest, from 1.1e-16 to"
+         " 9007199254740992"),
+    ],
+)  # fmt: skip
+def test_extremes_are_refused(file: Path, key: str, value: str, line: str) -> None:
+    given = ["--steps", "null"] if key == "epochs" else []
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, [*given, f"--{key}", value])
+    assert str(refused.value) == f"{file} with the command line: {key}: {line}"
+
+
+def test_what_a_large_machine_may_want_is_taken(file: Path) -> None:
+    large = {
+        "global_batch_size": 2**20, "epochs": 1e5, "data.workers": 512, "views.image_size": 8192, "seed": 2**64 - 1,
+        "model.projector_hidden": 2**17, "model.projector_dim": 2**16, "timeout_minutes": 100_000, "loss.temperature": 1e-4,
+        "optim.clip_norm": 1e9, "checkpoint.every": 2**53, "views.crop_ratio": [0.01, 100],
+    }  # fmt: skip
+    load_config(file, ["--steps", "null", *(str(word) for key, value in large.items() for word in (f"--{key}", value))])
+
+
+def test_epochs_of_which_a_run_never_ends(file: Path) -> None:
+    config = load_config(file, ["--steps", "null", "--epochs", "1e13", "--global_batch_size", "256"])
+    with pytest.raises(ConfigError, match=r"^epochs: 10000000000000\.0 of 5004 steps are more than 9007199254740992 steps, "):
+        check_fits(config, 1_281_167, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"data.workers": 600, "device": "cuda"},
+         "data.workers: 600 for each of 2 ranks are 1202 processes; this machine allows 1000; lower it"),
+        ({"global_batch_size": 2**14, "device": "cpu"},
+         "views.image_size: 224: 16384 views of 3 x 224 x 224 x 4 bytes a step are 9.2 GiB; this machine has 8.0 GiB; lower it,"
+         " or global_batch_size"),
+        ({"global_batch_size": 2**16, "device": "auto"},
+         "views.image_size: 224: 65536 views of 3 x 224 x 224 x 1 bytes a step are 9.2 GiB; this machine has 8.0 GiB; lower it,"
+         " or global_batch_size"),
+        ({"model.projector_hidden": 2**15, "model.projector_depth": 4, "device": "cpu"},
+         "model.projector_hidden: 32768: the layers between 32768 and 128 numbers are 8.0 GiB of weights a rank; this machine"
+         " has 8.0 GiB; lower it, projector_dim or projector_depth"),
+        ({"model.projector_dim": 2**15 + 8},
+         "model.projector_dim: 32776: the products of 32776 numbers with each other, for the effective rank, are 8.0 GiB; this"
+         " machine has 8.0 GiB; lower it"),
+    ],
+    ids=["processes", "views", "views before a GPU", "weights", "effective rank"],
+)  # fmt: skip
+def test_what_this_machine_cannot_have(file: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], line: str) -> None:
+    """2 of 4 ranks are on it."""
+    monkeypatch.setattr(together, "memory_bytes", lambda: 2**33)
+    monkeypatch.setattr(together, "most_processes", lambda: 1000)
+    check_machine(load_config(file, ["--global_batch_size", "4096"]), 224, 2, 4)
+    config = load_config(file, [str(word) for key, value in change.items() for word in (f"--{key}", value)])
+    with pytest.raises(ConfigError) as refused:
+        check_machine(config, 224, 2, 4)
+    assert str(refused.value) == line
+
+
 def test_the_meaning_of_a_setting_is_read_from_its_docstring() -> None:
     assert descriptions(Outer) == {
         "quality": "JPEG quality.", "kind": "Which.", "scale": "Any finite number.", "names": "Some.",
@@ -544,7 +669,10 @@ def test_to_dict_goes_through_yaml_and_json_and_back(file: Path) -> None:
         ("reader: stream", r"data\.samples: None must be set for data\.reader: stream"),
         ("reader: stream, samples: 0", r"data\.samples: 0 is too small"),
         ("reader: stream, samples: 9, window: 3", r"data\.window: 3 has no effect with data\.reader: stream"),
-        ("reader: stream, samples: 9, shards: 'pipe:x'", r"data\.shards: 'pipe:x' runs a shell command; set data\.allow_pipe"),
+        (
+            "reader: stream, samples: 9, shards: 'pipe:x'",
+            r"data\.shards: 'pipe:x' runs a shell command; if you trust it, add --",
+        ),
         ("shards: 's3://b/x', retry_minutes: 5", r"data\.retry_minutes: 5\.0 must be less than timeout_minutes, 5\.0"),
         ("shards: 's3://b/x', retry_minutes: 0", r"data\.retry_minutes: 0\.0 must be above 0"),
         ("shards: 's3://b/x', cache_gib: -1", r"data\.cache_gib: -1\.0 must be above 0"),
@@ -564,9 +692,74 @@ def test_data_settings_that_go_together(tmp_path: Path) -> None:
         "shards: 's3://b/x', cache: /scratch, cache_gib: 5, retry_minutes: 2, window: 3",
         "shards: 'https://b/x-{0..9}.tar', reader: stream, samples: 9, shuffle_buffer: 5, cache: /scratch",
         "shards: 'pipe:cat x', reader: stream, samples: 9, allow_pipe: true",
+        "shards: 'pipe:cat x', reader: stream, samples: 9",
     ):
         (tmp_path / "c.yaml").write_text(LEAST.replace("shards: data/x", values))
-        load_config(tmp_path / "c.yaml")
+        load_config(tmp_path / "c.yaml", ["--data.allow-pipe", "true"] * ("pipe:" in values))
+
+
+def test_a_file_cannot_allow_itself_shell_commands(file: Path) -> None:
+    text = LEAST.replace("shards: data/x", "shards: 'pipe:cat x', reader: stream, samples: 9, allow_pipe: true")
+    why = "true lets data.shards run shell commands, which no file may allow itself"
+    line = f"{file}: data.allow_pipe: {why}; if you trust them, add --data.allow_pipe true"
+    assert refusal(file, text) == line
+    assert refusal(file, text, "--seed", "1") == line
+    assert "'pipe:cat x' runs a shell command" in refusal(file, text, "--data.allow_pipe", "false")
+
+
+IDLE = {
+    "data: {shards: x, max_bad_samples: 5}": "data.max_bad_samples: 5 has no effect with data.on_bad_sample: error",
+    "views: {jitter: 0, brightness: 0.4}": "views.brightness: 0.4 has no effect with views.jitter: 0",
+    "views: {jitter: 0, contrast: 0.8}": "views.contrast: 0.8 has no effect with views.jitter: 0",
+    "views: {jitter: 0, saturation: 0}": "views.saturation: 0.0 has no effect with views.jitter: 0",
+    "views: {jitter: 0, hue: 0.1}": "views.hue: 0.1 has no effect with views.jitter: 0",
+    "views: {blur: 0, blur_sigma: [1, 2]}": "views.blur_sigma: (1.0, 2.0) has no effect with views.blur: 0",
+    "views: {preset: small, blur_sigma: [1, 2]}": "views.blur_sigma: (1.0, 2.0) has no effect with views.preset: small",
+    "views: {preset: blog, blur_sigma: [1, 2]}": "views.blur_sigma: (1.0, 2.0) has no effect with views.preset: blog",
+    "views: {image_size: 19, blur: 0.5}": "views.blur: 0.5 has no effect with views.image_size: 19, where a tenth",
+    "views: {image_size: 19, blur_sigma: [1, 2]}": "views.blur_sigma: (1.0, 2.0) has no effect with views.image_size: 19",
+    "model: {projector_depth: 1, projector_hidden: 8}": "model.projector_hidden: 8 has no effect with model.projector_depth: 1",
+    "model: {projector_depth: 0, projector_hidden: 8}": "model.projector_hidden: 8 has no effect with model.projector_depth: 0",
+    "model: {projector_depth: 0, projector_dim: 8}": "model.projector_dim: 8 has no effect with model.projector_depth: 0",
+    "model: {projector_depth: 0, projector_batch_norm: false}": "model.projector_batch_norm: False has no effect with",
+    "log: {tensorboard: false, views_every_epochs: 1}": "log.views_every_epochs: 1 has no effect with log.tensorboard: false",
+}
+
+
+def least_and(values: str) -> str:
+    """The least config with another section, which may be its own."""
+    return (LEAST.replace("data: {shards: data/x}\n", "") if values.startswith("data") else LEAST) + values
+
+
+@pytest.mark.parametrize("values", IDLE)
+def test_what_cannot_have_an_effect_is_refused(tmp_path: Path, file: Path, values: str) -> None:
+    line = refusal(file, least_and(values))
+    assert line.startswith(f"{file}: {IDLE[values]}")
+    assert line.endswith("; leave it out, or change that")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    load_config(file, ["--run_folder", str(tmp_path / "run")])  # a run that was begun before this was refused goes on
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "views: {preset: small, blur: 0.5, blur_sigma: [1, 2]}",
+        "views: {image_size: 20, blur_sigma: [1, 2]}",
+        "views: {image_size: 16, blur: 0}",
+        "views: {jitter: 0.1, hue: 0.1}",
+        "model: {projector_depth: 1, projector_dim: 8}",
+        "model: {projector_depth: 0}",
+        "data: {shards: x, on_bad_sample: replace, max_bad_samples: 5}",
+    ],
+)
+def test_what_has_an_effect_is_taken(file: Path, values: str) -> None:
+    file.write_text(least_and(values))
+    load_config(file)
+
+
+def test_which_presets_blur() -> None:
+    assert tuple(name for name, preset in PRESETS.items() if preset.blur) == BLURRING_PRESETS
 
 
 # What another start of the same run may set anew: a setting is added here on purpose.

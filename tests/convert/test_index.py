@@ -149,10 +149,10 @@ def test_folders_that_cannot_be_indexed(tmp_path: Path) -> None:
         index_shards(tmp_path / "none")
     with pytest.raises(DataError, match=r"holds no \.tar file"):
         index_shards(tmp_path)
-    outside = write_tar(tmp_path / "outside" / "x.tar", sample("0", 0))
+    write_tar(tmp_path / "outside" / "x.tar", sample("0", 0))
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "x.tar").symlink_to(outside)
-    with pytest.raises(DataError, match=r"holds no \.tar file that can be used: x\.tar \(a link out"):
+    (tmp_path / "in" / "x.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(DataError, match=r"holds no \.tar file that can be used: x\.tar \(a broken link\)"):
         index_shards(tmp_path / "in")
     write_tar(tmp_path / "text" / "x.tar", [("a.json", b"{}")])
     with pytest.raises(DataError, match="no image in its 1 tars can be used"):
@@ -160,6 +160,19 @@ def test_folders_that_cannot_be_indexed(tmp_path: Path) -> None:
     index_shards(tmp_path / "outside", processes=1)
     with pytest.raises(DataError, match="is there already"):
         index_shards(tmp_path / "outside")
+
+
+def test_a_list_of_others_is_not_replaced(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", sample("0", 0))
+    path = tmp_path / "rejected.jsonl"
+    for foreign in ("my notes", '{"image": 1}', "[1]", "\xe4"):
+        path.write_text(foreign)
+        with pytest.raises(DataError, match=r"rejected\.jsonl: was not written by simclr-dist; move it elsewhere$"):
+            index_shards(tmp_path, processes=1)
+        assert path.read_text() == foreign
+    path.write_text('{"source": "x.tar/1", "reason": "not an image"}\n')  # of an index before, which was removed
+    assert index_shards(tmp_path, processes=1).rejected == ()
+    assert not path.exists()
 
 
 @pytest.mark.slow  # starts processes

@@ -9,17 +9,17 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pictures import contents, encoded
 from simclr_dist.convert import decoding, writing
-from simclr_dist.convert.dealing import deal
-from simclr_dist.convert.shards import ShardSettings, finish_shards, write_part, write_shards
+from simclr_dist.convert.partial import Partial, hold
+from simclr_dist.convert.shards import ShardSettings, _Conversion, finish_shards, write_part, write_shards
 from simclr_dist.convert.sources import archives
 from simclr_dist.system.errors import ConfigError, DataError
 
@@ -158,6 +158,116 @@ def test_an_image_that_changes_between_the_passes(
     assert not (tmp_path / "out").exists()
 
 
+# ---- what others wrote
+
+
+def a_file(partial: Path) -> None:
+    partial.write_text("years of work")
+
+
+def a_link(partial: Path) -> None:
+    (partial.parent / "elsewhere").mkdir()
+    (partial.parent / "elsewhere" / "thesis.txt").write_text("years of work")
+    partial.symlink_to("elsewhere")
+
+
+def a_folder(partial: Path) -> None:
+    (partial / "out").mkdir(parents=True)
+    (partial / "out" / "thesis.txt").write_text("years of work")
+
+
+def one_with_a_lock(partial: Path) -> None:
+    a_folder(partial)
+    (partial / "lock").touch()
+
+
+def one_with_settings(partial: Path) -> None:
+    one_with_a_lock(partial)
+    (partial / "settings.json").write_text("[]")
+
+
+FOREIGN = [a_file, a_link, a_folder, one_with_a_lock, one_with_settings]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files that were there before a run. Its own scaffolding holds none but an empty lock."""
+    return {str(path): path.read_bytes() for path in [folder, *folder.rglob("*")] if path.is_file()}
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+def test_a_foreign_partial_is_refused_and_left_alone(tmp_path: Path, source: Path, make: Callable[[Path], None]) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    make(partial)
+    before = everything(partial)
+    says = r"^\S*out\.partial\S*: (is in the way and was not made by .*|.* conversion with .*|cannot be read; .*)$"
+    for act in (lambda: convert(source, out), lambda: write_part(source, out, SETTINGS, 1, 2, processes=1)):
+        with pytest.raises(DataError, match=says):
+            act()
+        assert before.items() <= everything(partial).items()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+def test_a_finished_conversion_leaves_a_foreign_partial_alone(
+    tmp_path: Path, source: Path, make: Callable[[Path], None]
+) -> None:
+    convert(source, tmp_path / "out")
+    make(tmp_path / "out.partial")
+    before = everything(tmp_path / "out.partial")
+    assert write_shards(source, tmp_path / "out", **SETTINGS.__dict__, processes=1).already
+    assert before.items() <= everything(tmp_path / "out.partial").items()
+
+
+def test_a_file_that_a_user_put_into_the_partial_stays(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop(source, tmp_path / "out", monkeypatch)
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == {"notes.txt": b"mine"}
+
+
+def test_a_finished_conversion_does_not_take_the_partial_of_a_run_at_work(tmp_path: Path, source: Path) -> None:
+    convert(source, tmp_path / "out")
+    about = _Conversion(source, tmp_path / "out", SETTINGS, parts=1, processes=1, progress=False).about
+    with hold(tmp_path / "out", about) as partial:
+        assert write_shards(source, tmp_path / "out", **SETTINGS.__dict__, processes=1).already
+        assert partial.settings.exists()
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_what_a_killed_removal_leaves_is_removed_by_the_next_run(
+    tmp_path: Path, source: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = {"rmtree": shutil.rmtree, "unlink": Path.unlink, "rmdir": Path.rmdir}
+    done = 0
+
+    def killed(name: str) -> Callable[..., None]:
+        def act(path: Path, **options: Any) -> None:
+            nonlocal done
+            if removing and done == steps:
+                raise KillError
+            done += removing
+            real[name](path, **options)  # type: ignore[operator]
+
+        return act
+
+    def remove(partial: Partial) -> None:
+        nonlocal removing
+        removing = True
+        remove_all(partial)
+
+    removing, remove_all = False, Partial.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "remove", remove)
+        patch.setattr(shutil, "rmtree", killed("rmtree"))
+        patch.setattr(Path, "unlink", killed("unlink"))
+        patch.setattr(Path, "rmdir", killed("rmdir"))
+        with pytest.raises(KillError):
+            convert(source, tmp_path / "out")
+    assert (tmp_path / "out.partial").exists()
+    assert write_shards(source, tmp_path / "out", **SETTINGS.__dict__, processes=1).already
+    assert not (tmp_path / "out.partial").exists()
+
+
 # ---- parts
 
 
@@ -272,7 +382,7 @@ def test_the_same_conversion_again_is_done_already(tmp_path: Path, source: Path)
     out, settings = tmp_path / "out", {**SETTINGS.__dict__, "processes": 1}
     first = write_shards(source, out, **settings)
     before = contents(out)
-    (tmp_path / "out.partial" / "units").mkdir(parents=True)  # killed while it was cleaning up
+    (tmp_path / "out.partial" / "units").mkdir(parents=True)  # empty, as a kill may leave it
     assert write_shards(source, out, **settings) == replace(first, already=True)
     assert finish_shards(source, out, SETTINGS, processes=1) == replace(first, already=True)
     assert contents(out) == before
@@ -291,9 +401,8 @@ def test_the_same_conversion_again_is_done_already(tmp_path: Path, source: Path)
     refused("in manifest.parquet, but No such file")
     (tmp_path / "kept").rename(tar)
     record = json.loads((out / "conversion.json").read_text())
-    for damaged in ("", "[]", json.dumps(record | {"seed": 4}), json.dumps({**record, "converted": None})):
-        (out / "conversion.json").write_text(damaged)
-        refused("exists and is not empty")
+    (out / "conversion.json").write_text(json.dumps(record | {"seed": 4}))
+    refused("exists and is not empty")
     (out / "conversion.json").write_text(json.dumps(record))
     assert write_shards(source, out, **settings).already
     os.utime(source / "cat" / "000.png", ns=(1, 1))
@@ -313,46 +422,6 @@ def test_a_terminated_part_leaves_whole_files(tmp_path: Path, source: Path) -> N
     finish_shards(source, tmp_path / "out", finish, processes=1)
     write_shards(source, tmp_path / "straight", processes=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
-
-
-# ---- dealing, against its definition in plain Python
-
-
-def reference(
-    index: list[int], label: list[int], sha256: list[bytes], total: int, seed: int, split: tuple[float, float]
-) -> dict[str, list[int]]:
-    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
-    places, sides = generator.random_raw(total), generator.random_raw(total)
-    shuffled = sorted(range(len(index)), key=lambda i: (places[index[i]], index[i]))
-    once = {sha256[i]: i for i in reversed(range(len(index)))}
-    by_label = sorted(once.values(), key=lambda i: (label[i], sides[index[i]], index[i]))
-    share = round(split[1] * 1_000_000)
-    chosen = {sha256[r] for i, r in enumerate(by_label) if (i + 1) * share // 1_000_000 > i * share // 1_000_000}
-    return {
-        "train": [i for i in shuffled if sha256[i] not in chosen],
-        "test": [i for i in shuffled if sha256[i] in chosen],
-    }
-
-
-def test_dealing_is_its_definition() -> None:
-    rng = np.random.default_rng(0)
-    for seed in range(30):
-        total = int(rng.integers(20, 200))
-        index = np.sort(rng.permutation(total)[: total - 5])
-        label = rng.integers(-1, 4, len(index))
-        sha256 = np.array([bytes([value, 0] * 16) for value in rng.integers(0, 150, len(index))], "S32")
-        split = (0.75, 0.25)
-        found = deal(index, label, sha256, total=total, seed=seed, split=split)
-        expected = reference(
-            index.tolist(), label.tolist(), [value.ljust(32, b"\0") for value in sha256.tolist()], total, seed, split
-        )
-        assert {name: rows.tolist() for name, rows in found.items()} == expected
-        assert json.dumps(deal(index, label, sha256, total=total, seed=seed, split=None)[""].tolist()) == json.dumps(
-            sorted(
-                range(len(index)),
-                key=lambda i: np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(total)[index[i]],
-            )
-        )
 
 
 def test_a_disk_that_fails_for_a_moment_costs_nothing_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import cpu_time
+from faults.small_disk import SmallDisk, why_not
 from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.convert.verify import verify_shards
@@ -369,6 +371,85 @@ def test_short_side_shrinks_only() -> None:
     assert prepare_image(large, short_side=500).content is large
 
 
+def test_what_is_too_long_for_a_jpeg_becomes_a_png() -> None:
+    for width, kind in ((81_875, "jpg"), (81_876, "png")):
+        image = prepare_image(encode(picture(width=width, height=10), "PNG"), short_side=8)
+        assert (image.extension, image.width, image.height) == (kind, round(width * 0.8), 8)
+        assert np.asarray(pixels(image.content)).shape[:2] == (8, image.width)
+
+
+class Counting:
+    """zlib's decompressor, and how many bytes go in and come out."""
+
+    packed = unpacked = 0
+
+    def __init__(self) -> None:
+        self.real = REAL_DECOMPRESSOR()
+
+    def decompress(self, part: bytes, *most: int) -> bytes:
+        content = self.real.decompress(part, *most)
+        Counting.packed, Counting.unpacked = Counting.packed + len(part), Counting.unpacked + len(content)
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+REAL_DECOMPRESSOR = zlib.decompressobj
+
+
+def test_a_png_is_checked_once_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8))
+    content = encode(noise, "PNG", compress_level=0)
+    monkeypatch.setattr("zlib.decompressobj", Counting)
+    monkeypatch.setattr(Counting, "packed", 0)
+    assert prepare_image(content).content is content
+    assert 1500 * 4500 < Counting.packed <= len(content)
+
+
+def black_png(*bodies: bytes) -> bytes:
+    """A PNG of 8 x 8 pixels, whose data are in these chunks."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)), *((b"IDAT", body) for body in bodies), (b"IEND", b"")]
+    framed = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+BLACK = zlib.compress(bytes(8 * 25))
+
+
+@pytest.mark.parametrize("bodies", [(BLACK,), (BLACK[:7], BLACK[7:]), (b"", *(bytes([byte]) for byte in BLACK), b"")])
+def test_a_png_that_holds_its_pixels_is_kept(bodies: tuple[bytes, ...]) -> None:
+    assert prepare_image(content := black_png(*bodies)).content is content
+
+
+@pytest.mark.parametrize(
+    "bodies",
+    [(BLACK + b"x",), (BLACK, b"x"), (BLACK[:-2],), (BLACK[:-1] + b"x",), (zlib.compress(bytes(8 * 25 + 1)),)],
+    ids=["more behind", "a chunk behind", "cut off", "another checksum", "one byte more"],
+)
+def test_a_png_that_holds_something_else_is_encoded_again(bodies: tuple[bytes, ...]) -> None:
+    try:
+        image = prepare_image(black_png(*bodies))
+    except DataError:
+        return  # Pillow does not take it either
+    assert image.reason == "an incomplete or unusual PNG"
+
+
+def test_a_png_with_far_more_than_its_pixels_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zlib.decompressobj", Counting)
+    monkeypatch.setattr(Counting, "unpacked", 0)
+    assert prepare_image(black_png(zlib.compress(bytes(50_000_000)))).reason == "an incomplete or unusual PNG"
+    assert 0 < Counting.unpacked < 6_000_000
+
+
+def test_a_jpeg_full_of_fill_bytes_is_read_in_one_go() -> None:
+    """Many 0xFF before a 0x00 are one 0xFF of data. A quadratic search takes minutes for these."""
+    jpeg = encode(picture(), "JPEG")
+    scan = jpeg.rindex(b"\xff\xd9")
+    with cpu_time.at_most(10):
+        prepare_image(jpeg[:scan] + b"\xff" * 200_000 + b"\0" + jpeg[scan:])
+
+
 def test_shrinking_is_antialiased() -> None:
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (256, 128)))
     stored = pixels(prepare_image(encode(stripes, "PNG"), short_side=64).content)
@@ -434,21 +515,6 @@ def test_bad_images_are_listed_and_left_out(tmp_path: Path) -> None:
         write_shards(source, tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_links_out_of_the_source_are_not_followed(tmp_path: Path) -> None:
-    source = flat(tmp_path / "src", 3)
-    secret = flat(tmp_path / "elsewhere", 1)
-    (source / "out.png").symlink_to(secret / "000.png")
-    (source / "in.png").symlink_to(source / "001.png")
-    (source / "folder").symlink_to(secret)
-    (source / "loop").symlink_to(source)
-    (source / "broken.png").symlink_to(source / "gone.png")
-    summary = write_shards(source, tmp_path / "out")
-    assert set(check_folder(tmp_path / "out").values()) == {"000.png", "001.png", "002.png", "in.png"}
-    assert set(dict(summary.rejected)) == {"out.png", "folder", "loop", "broken.png"}
-    assert "link out of the source" in dict(summary.rejected)["out.png"]
-    assert summary.duplicates == 1
 
 
 def test_bad_parquet_rows(tmp_path: Path) -> None:
@@ -708,3 +774,35 @@ def test_a_second_run_and_a_killed_worker_end_in_one_line(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
     write_shards(tmp_path / "src", tmp_path / "out", shard_size=50)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C"])
+def test_a_worker_that_is_stopped_holds_no_run_up(tmp_path: Path, ends: str) -> None:
+    cifar(tmp_path / "src" / "data.parquet", rows=1000)
+    silent = "from simclr_dist.convert import workers\nworkers._SILENT_SECONDS = 1.0\n" if ends == "by itself" else ""
+    (tmp_path / "script.py").write_text(silent + SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "src"), str(tmp_path / "out"), "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True) as run:
+        wait_for(lambda: list(tmp_path.glob("out.partial/units/*")))
+        for worker in sorted(set(session_of(run.pid)) - {run.pid})[-2:]:
+            os.kill(worker, signal.SIGSTOP)
+        if ends == "by Ctrl-C":
+            time.sleep(0.5)
+            run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+        wait_for(lambda: not session_of(run.pid))
+    assert ("no worker process has done anything" if ends == "by itself" else "KeyboardInterrupt") in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_memory_without_room_for_a_semaphore_is_one_line(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    cifar(tmp_path / "src" / "data.parquet", rows=1000)
+    with SmallDisk(Path("/dev/shm"), 1) as shared:
+        shared.fill()
+        command = [sys.executable, "-m", "simclr_dist", "shard", str(tmp_path / "src"), str(tmp_path / "out"), "--processes=2"]
+        done = subprocess.run([*shared.enter, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("simclr-dist: /dev/shm: no worker process can start: No space left on device; give it more")

@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import random
 import struct
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zipfile
@@ -18,6 +21,7 @@ import pytest
 
 from pictures import contents, encoded, stored
 from simclr_dist.convert.shards import write_shards
+from simclr_dist.convert.sources import originals, tables
 from simclr_dist.convert.sources.find import find_source
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.system.errors import ConfigError, DataError
@@ -187,7 +191,7 @@ def test_zip_entries_that_are_refused(tmp_path: Path) -> None:
         ({"crc": 1}, "its bytes do not fit its CRC"),
         ({"size": 50}, "unpacks to more bytes than the 50"),
         ({"size": 60000}, "unpacks to fewer bytes than the 60000"),
-        ({"size": 2**31}, "larger than 1 GiB"),
+        ({"size": 2**31}, "larger than 256 MiB: 2147483648 bytes"),
     ],
 )
 def test_a_zip_that_lies(tmp_path: Path, changes: dict[str, int], says: str) -> None:
@@ -281,7 +285,7 @@ def test_arrow_is_parquet(tmp_path: Path, stream: bool) -> None:
     summary = write_shards(tmp_path / "arrow", tmp_path / "a", processes=1)
     write_shards(tmp_path / "parquet" / "*.parquet", tmp_path / "p", processes=1)
     assert summary.classes == ("a", "b")
-    assert [problem.reason for problem in summary.skipped] == ["made by datasets.map"]
+    assert summary.skipped == (("cache-0123.arrow", "made by datasets.map"), ("state.json", "no table"))
     arrow, parquet = stored(tmp_path / "a"), stored(tmp_path / "p")
     assert {name.replace(".arrow", ".parquet"): value for name, value in arrow.items()} == parquet
     assert len(arrow) == 300
@@ -397,7 +401,7 @@ def test_columns_of_a_list(tmp_path: Path) -> None:
     assert [label for label, _ in stored(tmp_path / "out").values()].count(1) == 1
 
 
-def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
+def test_names_in_a_list_stay_in_its_folder_and_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(encoded(9))
     path = listing(
         tmp_path, f"im/0.png\n../secret.png\n{tmp_path}/secret.png\nlink.png\nim/gone.png\nim//0.png\nin.png\npipe.png\n"
@@ -406,12 +410,11 @@ def test_paths_of_a_list_stay_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "src" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "src" / "in.png").symlink_to(tmp_path / "src" / "im" / "1.png")
     summary = write_shards(path, tmp_path / "out", processes=1)
-    assert set(stored(tmp_path / "out")) == {"im/0.png", "in.png"}
+    assert set(stored(tmp_path / "out")) == {"im/0.png", "in.png", "link.png"}
     assert dict(summary.rejected) == {
         "list.csv:2: ../secret.png": "a path that leads out ('..')",
         f"list.csv:3: {tmp_path}/secret.png": "an absolute path",
         "list.csv:6: im//0.png": "listed twice",
-        "link.png": "a link out of the list's folder",
         "im/gone.png": "No such file or directory",
         "pipe.png": "not a regular file",
     }
@@ -443,6 +446,85 @@ def test_a_list_that_is_no_utf8(tmp_path: Path) -> None:
     assert "not a readable CSV file in UTF-8" in refused(path, tmp_path / "out")
 
 
+# ---- what an image may cost
+
+PEAK = """
+import sys
+import pyarrow.parquet
+from simclr_dist.convert.sources.find import find_source
+
+def peak():  # resource.getrusage would begin with the peak of the process that started this one
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
+
+before = peak()
+problems = {original.problem for chunk in find_source(sys.argv[1]).chunks for original in chunk.read()}
+print(peak() - before, *problems, sep="|")
+"""
+
+
+def peak_of(source: Path) -> tuple[int, list[str]]:
+    """Read every image of a source in a process of its own. Returns the MB that took, and the problems."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc to see the memory of a process")
+    done = subprocess.run([sys.executable, "-c", PEAK, str(source)], capture_output=True, text=True, check=True)
+    megabytes, *problems = done.stdout.strip().split("|")
+    return int(megabytes), problems
+
+
+def test_a_table_of_large_images_is_read_a_row_at_a_time(tmp_path: Path) -> None:
+    """40 rows of 4 MB: three times 160 MB when they are read by 64 rows, or by whole row groups."""
+    noise = random.Random(0).randbytes((4 << 20) + 40)
+    rows = pa.table({"image": [{"bytes": noise[i : i + (4 << 20)]} for i in range(40)], "label": list(range(40))})
+    pq.write_table(rows, tmp_path / "x.parquet", row_group_size=1, use_dictionary=False)  # a page each
+    megabytes, problems = peak_of(tmp_path / "x.parquet")
+    assert megabytes < 60
+    assert problems == ["None"]
+
+
+def test_a_page_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table({"image": [bytes(1000 + i) for i in range(300)]})
+    for dictionary in (False, True):
+        path = tmp_path / f"{dictionary}.parquet"
+        pq.write_table(rows, path, use_dictionary=dictionary)
+        monkeypatch.setattr(tables, "_MAX_PAGE_BYTES", 400_000)
+        assert len(find_source(path)) == 300
+        monkeypatch.setattr(tables, "_MAX_PAGE_BYTES", 340_000)
+        message = refused(path, tmp_path / "out")
+        assert message.startswith(f"{path}: column 'image': a row group of 300 rows has a page of 34")
+        assert message.endswith("is the most; write it with fewer rows a group (row_group_size)")
+        pq.write_table(rows, path, use_dictionary=dictionary, row_group_size=100)
+        assert len(find_source(path)) == 300
+    assert tables._page_bytes(b"another format") == 0
+
+
+def test_an_image_of_too_many_bytes_is_named_and_not_unpacked(tmp_path: Path) -> None:
+    """A zip of 250 KB unpacks to 257 MiB."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed, packed.open("x.png", "w") as file:
+        for _ in range(257):
+            file.write(bytes(1 << 20))
+    megabytes, problems = peak_of(tmp_path / "a.zip")
+    assert megabytes < 20
+    large = "larger than 256 MiB: 269484032 bytes"
+    assert problems == [large]
+    for name in ("x.png", "x.tar"):
+        with (tmp_path / name).open("wb") as file:
+            if name == "x.tar":
+                member = tarfile.TarInfo("x.png")
+                member.size = 257 << 20
+                file.write(member.tobuf(tarfile.GNU_FORMAT))
+            file.truncate((257 << 20) + 10240)
+    assert f"x.tar/x.png ({large})" in refused(tmp_path / "x.tar", tmp_path / "out")
+    (tmp_path / "x.csv").write_text("x.png\n")
+    assert "x.png (larger than 256 MiB: 269494272 bytes)" in refused(tmp_path / "x.csv", tmp_path / "out")
+
+
+def test_a_cell_of_too_many_bytes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(originals, "MAX_FILE_BYTES", 1 << 20)
+    pq.write_table(pa.table({"image": [encoded(), bytes((1 << 20) + 1)]}), tmp_path / "x.parquet")
+    (problem,) = write_shards(tmp_path / "x.parquet", tmp_path / "out", processes=1).rejected
+    assert problem == ("x.parquet#1", "larger than 1 MiB: 1048577 bytes")
+
+
 # ---- any number of processes
 
 
@@ -468,3 +550,10 @@ def test_an_unreadable_name_in_a_tar(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9\n.png")
     write_shards(write_tar(tmp_path / "a.tar", {name: encoded(), "b.png": b"x"}), tmp_path / "out", processes=1)
     assert set(stored(tmp_path / "out")) == {f"a.tar/{name}"}
+
+
+def test_a_list_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    line = refused(tmp_path / "a.csv", tmp_path / "out")
+    assert line.endswith("a.csv: 1073741825 bytes are too many for a list, which has at most 1 GiB; convert it in parts")

@@ -168,6 +168,18 @@ def test_what_is_needed_next_does_not_make_room_for_what_comes_after(server: Ser
     assert [shard for shard in range(5) if cache.has(shard)] == [1, 2]
 
 
+def test_files_of_others_in_the_folder_are_not_removed(server: Server, shards: Path, folder: Path) -> None:
+    folder.mkdir()
+    mine = [folder / name for name in ("photos.tar", "photos.part", "a.b.part", "deadbeef.tar")]
+    for path in mine:
+        path.write_bytes(bytes(2 * largest(shards)))
+        os.utime(path, (1, 1))
+    cache = ShardCache(load_collection(server.url), CacheSettings(folder, 2 * largest(shards), QUICK))
+    for shard in range(5):
+        os.close(cache.open(shard))
+    assert all(map(Path.exists, mine))
+
+
 def test_a_limit_that_is_too_small_is_refused(server: Server, shards: Path, folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data.cache_gib: \S+ GiB are too few for http[^\n]*largest shard has [^\n]*$"):
         ShardDataset(server.url, cache=CacheSettings(folder, largest(shards) - 1))

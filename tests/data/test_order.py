@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from simclr_dist.data import order as order_module
@@ -188,3 +188,42 @@ def test_the_left_over_image_stands_in_first_then_those_of_the_following_steps(s
         spares = plan.spares(step, slot).tolist()
         following = [order[24 * ((step + k) % 8) + slot] for k in range(1, 8)]
         assert spares == ([order[24 * 8 + slot]] if slot < plan.left_over else []) + following
+
+
+@given(cases(), st.integers(0, 40))
+@example(Case(np.array([4] * 4), 0, 4, 1, 1, [1]), 1)  # a batch is a window
+@example(Case(np.array([4] * 5), 0, 16, 1, 1, [1]), 0)  # behind the last batch comes a window of left-over images
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_shards_of_a_step_are_its_windows_and_the_next(case: Case, step: int) -> None:
+    plan = case.plan()
+    epoch, position = divmod(step, plan.steps_per_epoch)
+
+    def windows(epoch: int) -> list[list[int]]:
+        keys = np.random.Philox(key=np.array([case.seed, epoch], dtype=np.uint64)).random_raw(len(case.sizes))
+        shards = sorted(range(len(keys)), key=lambda shard: keys[shard])
+        return [shards[first : first + case.window] for first in range(0, len(shards), case.window)]
+
+    shard_of_row = np.repeat(np.arange(len(case.sizes)), case.sizes)
+    rows = plan.order(epoch)[position * case.batch : (position + 1) * case.batch]
+    own = windows(epoch)
+    read = [number for number, window in enumerate(own) if set(window) & set(shard_of_row[rows].tolist())]
+    now, ahead = plan.shards_around(step)
+    assert now.tolist() == [shard for window in own[read[0] : read[-1] + 1] for shard in window]
+    last = position + 1 == plan.steps_per_epoch or read[-1] + 1 == len(own)
+    assert ahead.tolist() == (windows(epoch + 1)[0] if last else own[read[-1] + 1])
+    for steps in (1, 3):
+        some = {shard for following in range(step, step + steps) for shard in plan.shards_around(following)[0].tolist()}
+        assert len(some) <= plan.shards_at_once(steps)
+
+
+def test_the_most_shards_at_once() -> None:
+    plan = Plan(np.array([10] * 9), seed=0, global_batch_size=20, window=2)
+    # Windows of 20 images. One step reads two of them, ten steps all; nine shards leave a window of one.
+    assert [plan.shards_at_once(steps) for steps in (1, 2, 3, 10)] == [5, 7, 9, 9]
+    assert Plan(np.array([30, 10, 10, 10, 10]), seed=0, global_batch_size=20, window=2).shards_at_once(1) == 5
+
+
+def test_a_plan_of_one_process_needs_three_numbers() -> None:
+    plan = Plan(SIZES, 3, 24)
+    assert (plan.micro_batches, plan.window, plan.rank, plan.world_size) == (1, 16, 0, 1)
+    assert type(plan.samples) is int

@@ -112,3 +112,8 @@ def test_pickled_it_opens_its_own_files(images: Path) -> None:
     del dataset
     assert torch.equal(copy[5].image, expected)
     assert copy.manifest.digest == ShardDataset(images).manifest.digest
+
+
+def test_a_reader_needs_a_file(images: Path) -> None:
+    with pytest.raises(ValueError, match=r"^ShardDataset: open_shards: 0 must be at least 1$"):
+        ShardDataset(images, open_shards=0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from simclr_dist.data import portions
 from simclr_dist.data import steps as steps_module
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.order import Plan
@@ -139,7 +140,7 @@ def test_portions_and_pieces_change_nothing(images: Path) -> None:
     for pieces in (1, 2, 3):
         plan = Plan(dataset.manifest.shard_sizes, 3, 12, pieces, window=2)
         for images_a_portion in (1, 2, 5):
-            with mock.patch.object(steps_module, "_PORTION_BYTES", images_a_portion * 2 * 3 * 16**2):
+            with mock.patch.object(portions, "_PORTION_BYTES", images_a_portion * 2 * 3 * 16**2):
                 cut = StepDataset(dataset, plan, SETTINGS)
             views = next(load_steps(cut, range(1, 2), workers=0))
             assert max(len(portion.rows) for portion in views.portions) <= images_a_portion
@@ -165,7 +166,7 @@ def test_what_waits_for_the_step_is_bounded(images: Path) -> None:
                 made.value += 1
             return super().portion(number)
 
-    with mock.patch.object(steps_module, "_PORTION_BYTES", 2 * 3 * 16**2):
+    with mock.patch.object(portions, "_PORTION_BYTES", 2 * 3 * 16**2):
         steps = Counted(dataset, plan_for(dataset), SETTINGS)
     assert steps.portions == 12
     loaded = load_steps(steps, range(40), workers=2)

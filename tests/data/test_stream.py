@@ -236,10 +236,14 @@ def test_a_server(tars: Path, tmp_path: Path) -> None:
             next(load_steps(steps_of(images, bad=True), range(3), workers=0))
 
 
-def test_shell_commands_run_only_when_they_may(tars: Path, tmp_path: Path) -> None:
+def test_shell_commands_run_only_when_they_may(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"pipe:touch {tmp_path}/ran; cat {tars}/part-{{00..11}}.tar"
-    with pytest.raises(ConfigError, match=r"runs a shell command; set data.allow_pipe: true if you mean it$"):
+    with pytest.raises(ConfigError, match=r"runs a shell command; if you trust it, add --data.allow_pipe true$"):
         stream(command)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch ran").touch()  # a file that is there, among others in braces
+    with pytest.raises(ConfigError, match=r"'pipe:touch ran' runs a shell command"):
+        stream(f"{{{tars}/part-00.tar,pipe:touch ran}}")
     assert not (tmp_path / "ran").exists()
     images = stream(command, allow_pipe=True)
     assert len({images[row].label for row in range(80)}) == 60

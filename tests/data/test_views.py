@@ -1,6 +1,9 @@
 """The pixels of a view, against torchvision's functional transforms applied image by image."""
 
 import io
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +255,49 @@ def test_eval_view_is_resize_and_centre_crop(size: int, short: int, height: int,
     ours = eval_view(image, size)
     assert ours.shape == (3, size, size)
     assert (ours.int() - expected.int()).abs().max() <= 1
+
+
+@contextmanager
+def more_memory(size: int) -> Iterator[None]:
+    """Let this process take no more than `size` bytes of address space beyond what it has."""
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 20_000), (20_000, 1), (1, 65_500), (1, 2_000_000), (2_000_000, 1), (8, 60_000)]
+)
+@pytest.mark.parametrize("size", [32, 224])
+def test_a_very_long_image_costs_what_its_pixels_cost(height: int, width: int, size: int) -> None:
+    image, whole = torch.full((3, height, width), 7, dtype=torch.uint8), np.array([0, 0, height, width])
+    with more_memory(300 << 20):
+        for view in (eval_view(image, size), *(crop_view(image, whole, False, size, how) for how in MODES)):
+            assert view.shape == (3, size, size)
+            assert bool((view == 7).all())
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 300), (300, 2), (5, 1000), (1000, 5), (40, 3001)])
+def test_what_is_seen_of_a_very_long_image(height: int, width: int) -> None:
+    """Its middle, as of one that is resized whole; up to a pixel of the view, as the number of pixels is rounded."""
+    ramp = torch.linspace(0, 255, max(height, width)).repeat(3, min(height, width), 1)
+    image = (ramp if width > height else ramp.mT).to(torch.uint8)
+    scale = 256 / min(height, width)
+    resized = tv.resize(image, [int(height * scale), int(width * scale)], InterpolationMode.BICUBIC, antialias=True)
+    expected = tv.center_crop(resized, [224, 224])
+    assert (eval_view(image, 224).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_very_tall_crop_is_torchvisions(interpolation: str) -> None:
+    image = pictures(1, 1200)[0, :, :, :30]
+    expected = tv.resize(image, [64, 64], MODES[interpolation], antialias=True)
+    ours = crop_view(image, np.array([0, 0, 1200, 30]), False, 64, interpolation)
+    assert (ours.int() - expected.int()).abs().float().mean() < 0.5
 
 
 def test_colouring_never_reads_a_pixel_on_the_host() -> None:

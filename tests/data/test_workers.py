@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from simclr_dist.data.workers import Loader
-from simclr_dist.system.errors import DataError, RankError
+from simclr_dist.system.errors import DataError, RankError, WorkerError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 
@@ -43,5 +43,5 @@ def test_a_dead_worker_is_one_error() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(WorkerError, match="DataLoader worker died"):
         list(Loader(make, range(100), workers=1))

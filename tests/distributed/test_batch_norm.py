@@ -72,6 +72,22 @@ def _on_ranks(world: World) -> list[dict[str, Tensor]]:
     return found
 
 
+def _second_derivative(world: World) -> str:
+    wrapped = nn.Sequential(nn.BatchNorm1d(5))
+    use_global_batch_norm(wrapped, world.device)
+    x = torch.randn(4, 5, requires_grad=True)
+    try:
+        torch.autograd.grad(wrapped(x).sum(), x, create_graph=True)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_there_is_no_second_derivative() -> None:
+    for said in ranks.run(_second_derivative, 2):
+        assert said == "there is no second derivative of NT-Xent and global BatchNorm; leave create_graph out"
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_equals_torch_on_the_whole_batch(size: int) -> None:
     by_rank = ranks.run(_on_ranks, size)

@@ -28,7 +28,7 @@ from simclr_dist.system.errors import ConfigError, DataError, SaveError
 
 CARD = {
     "encoder": "resnet18", "width": 1, "stem": "imagenet", "feature_size": 512, "image_size": 64, "step": 7,
-    "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
+    "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "init": "random", "data_digest": None,
 }  # fmt: skip
 SMALL = {**CARD, "encoder": "resnet10", "stem": "small_stride2", "feature_size": 128, "image_size": 16}
 
@@ -302,8 +302,12 @@ def test_files_that_are_not_encoders(tmp_path: Path) -> None:
     text = tmp_path / "text.safetensors"
     text.write_text("not one")
     misfit = tmp_path / "misfit.safetensors"
-    export_encoder(misfit, ResNet("resnet10", stem="small"), {**CARD, "encoder": "resnet10", "stem": "imagenet"})
-    for path, reason in ((tmp_path / "none.safetensors", "no such file"), (text, "not an encoder"), (misfit, "do not fit")):
+    export_encoder(misfit, ResNet("resnet10", stem="small"), {**SMALL, "stem": "imagenet"})
+    for path, reason in (
+        (tmp_path / "none.safetensors", "no such file"),
+        (text, "not an encoder"),
+        (misfit, "shape: is not that of"),
+    ):
         message = refusal(DataError, lambda path=path: load_encoder(path))
         assert reason in message
         assert str(path) in message
@@ -321,7 +325,7 @@ def onnxruntime() -> Any:
     [
         ("h", SMALL),
         ("projector.1", SMALL),
-        ("z", {**SMALL, "width": 2, "stem": "small"}),
+        ("z", {**SMALL, "width": 2, "stem": "small", "feature_size": 256}),
         ("h", {**SMALL, "stem": "imagenet", "image_size": 32}),
     ],
 )

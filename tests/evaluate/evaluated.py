@@ -1,8 +1,10 @@
 """What the evaluation's tests evaluate: an encoder's card, and images of three classes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 CLASSES = ("bright", "dark", "striped")
 CARD: dict[str, Any] = {
@@ -29,3 +31,9 @@ def draw_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     images[labels == 1] -= 50
     images[labels == 2, ::4] = 250
     return images.clip(0, 255).astype(np.uint8), labels
+
+
+def scored(probe: Callable[..., Any], train: Any, test_h: torch.Tensor, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """The scores of the test rows by a probe that was trained on `train`, and what it says of itself."""
+    predict, info = probe(*train, **how)
+    return torch.stack([one(test_h) for one in predict]) if isinstance(predict, list) else predict(test_h), info

@@ -13,13 +13,14 @@ from simclr_dist.cli.main import main
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.result import page
 from simclr_dist.evaluate.result.earlier import comparable
-from simclr_dist.evaluate.result.file import read_result, write_result
+from simclr_dist.evaluate.result.file import SHAPE, read_result, write_result
 from simclr_dist.evaluate.result.report import FORMAT, UnwrittenError, summary
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import watch
 from simclr_dist.run.status import write_status
 
 Make = Callable[..., Path]
+ENCODER = {"file": "e.safetensors", **dict.fromkeys(SHAPE)}
 ON_CPU: dict[str, Any] = {"k": 10, "workers": 0, "device": "cpu"}
 
 
@@ -33,7 +34,8 @@ def result(top1: float, *, test: str = "b" * 64, seed: int = 0, **k: int) -> dic
     rows = {"untrained": {"top1": 20.0}, "trained": {"top1": top1}}
     return {
         "format": FORMAT,
-        "encoder": {"sha256": "e" * 64, "step": 7},
+        "encoder": {**ENCODER, "sha256": "e" * 64, "step": 7},
+        "classes": 3,
         "train": {"digest": "a" * 64},
         "test": {"digest": test},
         "settings": {"seed": seed, "batch_size": 256, "workers": 2, "layer": "h", "precision": "fp32"},
@@ -105,7 +107,7 @@ def test_what_is_not_understood_is_kept(tmp_path: Path, before: str) -> None:
 def test_kept_results_stay_on_the_curve(tmp_path: Path) -> None:
     """Of the newest weights of their step alone."""
     path = tmp_path / "step-7.json"
-    write_result(path, {**result(1.0, linear=5), "encoder": {"sha256": "0" * 64, "step": 7}})
+    write_result(path, {**result(1.0, linear=5), "encoder": {**ENCODER, "sha256": "0" * 64, "step": 7}})
     write_result(path, result(2.0, knn=10))
     write_result(path, result(3.0, knn=20))
     write_result(path, result(4.0, knn=10, test="c" * 64))

@@ -8,6 +8,7 @@ from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from evaluated import scored
 from simclr_dist.evaluate.protocols.linear import L2_GRID, choose_l2, linear_probe, stratified_split
 from simclr_dist.system.errors import DataError
 
@@ -34,7 +35,7 @@ def test_same_predictions_as_scikit_learn(l2: float) -> None:
     oracle = LogisticRegression(C=1 / (l2 * 3000), solver="newton-cholesky", tol=1e-8)
     oracle.fit(scaler.transform(train_h.double().numpy()), train_y.numpy())
     expected = torch.from_numpy(oracle.predict(scaler.transform(test_h.double().numpy())))
-    logits, info = linear_probe(train_h, train_y, test_h, classes=7, l2=l2)
+    logits, info = scored(linear_probe, (train_h, train_y), test_h, classes=7, l2=l2)
     found = logits.argmax(dim=1)
     assert (logits.shape, logits.dtype) == ((2000, 7), torch.float32)
     assert info["converged"], info
@@ -52,7 +53,7 @@ def test_few_rows_of_many_columns_are_scikit_learns_too() -> None:
     scaler = StandardScaler().fit(train_h.double().numpy())
     oracle = LogisticRegression(C=1 / (L2 * 60), solver="lbfgs", tol=1e-9, max_iter=20_000)
     oracle.fit(scaler.transform(train_h.double().numpy()), train_y.numpy())
-    logits, info = linear_probe(train_h, train_y, test_h, classes=3, l2=L2)
+    logits, info = scored(linear_probe, (train_h, train_y), test_h, classes=3, l2=L2)
     assert info["converged"], info
     expected = torch.from_numpy(oracle.predict_proba(scaler.transform(test_h.double().numpy())))
     assert (logits.double().softmax(1) - expected).abs().max() < 1e-2
@@ -61,7 +62,7 @@ def test_few_rows_of_many_columns_are_scikit_learns_too() -> None:
 def test_the_bias_is_not_penalised_and_the_weights_are() -> None:
     labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
     h = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
-    found, info = linear_probe(h, labels, h, classes=3, l2=1e6)
+    found, info = scored(linear_probe, (h, labels), h, classes=3, l2=1e6)
     entropy = -sum(p * math.log(p) for p in (0.7, 0.2, 0.1))
     assert info["loss"] == pytest.approx(entropy, abs=1e-5)
     assert found.argmax(dim=1).unique().tolist() == [0]
@@ -70,19 +71,19 @@ def test_the_bias_is_not_penalised_and_the_weights_are() -> None:
 def test_the_test_rows_are_standardised_by_the_training_rows() -> None:
     train_h, train_y = overlapping(1000, 0)
     test_h, _ = overlapping(200, 1)
-    found, _ = linear_probe(train_h, train_y, test_h, classes=7, l2=L2)
-    alone = torch.cat([linear_probe(train_h, train_y, row[None], classes=7, l2=L2)[0] for row in test_h[:3]])
+    found, _ = scored(linear_probe, (train_h, train_y), test_h, classes=7, l2=L2)
+    alone = torch.cat([scored(linear_probe, (train_h, train_y), row[None], classes=7, l2=L2)[0] for row in test_h[:3]])
     torch.testing.assert_close(found[:3], alone)
 
 
 def test_constant_columns_change_nothing() -> None:
     train_h, train_y = overlapping(1000, 0)
     test_h, _ = overlapping(500, 1)
-    found, info = linear_probe(train_h, train_y, test_h, classes=7, l2=L2)
+    found, info = scored(linear_probe, (train_h, train_y), test_h, classes=7, l2=L2)
     constant = torch.tensor([0.1, -1e4, 0.0])
-    wide, wide_info = linear_probe(
-        torch.cat([train_h, constant.expand(1000, 3)], 1),
-        train_y,
+    wide, wide_info = scored(
+        linear_probe,
+        (torch.cat([train_h, constant.expand(1000, 3)], 1), train_y),
         torch.cat([test_h, constant.add(1e-3).expand(500, 3)], 1),
         classes=7,
         l2=L2,
@@ -94,23 +95,23 @@ def test_constant_columns_change_nothing() -> None:
 def test_inputs_stay_and_integers_do() -> None:
     train_h, train_y = overlapping(500, 0)
     before = train_h.clone()
-    linear_probe(train_h, train_y, train_h, classes=7, l2=L2)
+    scored(linear_probe, (train_h, train_y), train_h, classes=7, l2=L2)
     assert torch.equal(train_h, before)
     pixels = torch.randint(256, (300, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y = (pixels[:, 0] > 128).long()
-    assert (linear_probe(pixels, y, pixels, classes=2, l2=1e-5)[0].argmax(dim=1) == y).all()
+    assert (scored(linear_probe, (pixels, y), pixels, classes=2, l2=1e-5)[0].argmax(dim=1) == y).all()
 
 
 def test_an_unfinished_fit_says_so() -> None:
     train_h, train_y = overlapping(500, 0)
-    _, info = linear_probe(train_h, train_y, train_h, classes=7, l2=L2, max_iter=2)
+    _, info = scored(linear_probe, (train_h, train_y), train_h, classes=7, l2=L2, max_iter=2)
     assert info["converged"] is False
     assert info["iterations"] == 2
 
 
 def test_more_columns_than_rows_converge() -> None:
     train_h, train_y = overlapping(30, 0, d=200)
-    found, info = linear_probe(train_h, train_y, train_h, classes=7, l2=1e-2)
+    found, info = scored(linear_probe, (train_h, train_y), train_h, classes=7, l2=1e-2)
     assert info["converged"], info
     assert torch.equal(found.argmax(dim=1), train_y)
     assert info["train_top1"] == 100
@@ -123,14 +124,14 @@ def test_shuffled_labels_give_chance() -> None:
     # is no binomial number.
     generator = torch.Generator().manual_seed(3)
     shuffled, test_y = train_y[torch.randperm(3000, generator=generator)], test_y[torch.randperm(2000, generator=generator)]
-    control, _ = linear_probe(train_h, shuffled, test_h, classes=7)  # with a choice of l2, which could leak too
+    control, _ = scored(linear_probe, (train_h, shuffled), test_h, classes=7)  # with a choice of l2, which could leak too
     low, high = binom.interval(0.999, 2000, 1 / 7)
     assert low <= int((control.argmax(dim=1) == test_y).sum()) <= high
 
 
 def test_it_is_deterministic() -> None:
     train_h, train_y = overlapping(500, 0)
-    first, second = (linear_probe(train_h, train_y, train_h, classes=7) for _ in range(2))
+    first, second = (scored(linear_probe, (train_h, train_y), train_h, classes=7) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
 
@@ -144,7 +145,7 @@ def test_the_choice_is_the_best_of_the_grid_on_held_out_training_rows() -> None:
     fit, held_out = stratified_split(train_y, share=0.2, seed=3)
     measured = []
     for l2 in choice["grid"]:  # each from zero and to the end, by the public probe
-        logits, _ = linear_probe(train_h[fit], train_y[fit], train_h[held_out], classes=7, l2=l2)
+        logits, _ = scored(linear_probe, (train_h[fit], train_y[fit]), train_h[held_out], classes=7, l2=l2)
         measured.append(100 * float((logits.argmax(dim=1) == train_y[held_out]).double().mean()))
     assert choice["validation_rows"] == len(held_out)
     row = 100 / len(held_out)
@@ -157,10 +158,10 @@ def test_the_choice_is_the_best_of_the_grid_on_held_out_training_rows() -> None:
 def test_the_chosen_fit_is_that_of_the_same_value_given() -> None:
     train_h, train_y = overlapping(600, 0)
     test_h, _ = overlapping(200, 1)
-    chosen, info = linear_probe(train_h, train_y, test_h, classes=7, seed=5)
+    chosen, info = scored(linear_probe, (train_h, train_y), test_h, classes=7, seed=5)
     assert info["choice"]["seed"] == 5
     assert info["choice"]["grid"] == list(L2_GRID)
-    given, given_info = linear_probe(train_h, train_y, test_h, classes=7, l2=info["l2"])
+    given, given_info = scored(linear_probe, (train_h, train_y), test_h, classes=7, l2=info["l2"])
     assert torch.equal(chosen, given)
     assert given_info == {**info, "choice": None}
 
@@ -186,15 +187,15 @@ def test_the_split_is_stratified_seeded_and_complete() -> None:
 def test_too_few_rows_to_choose_on_are_refused_and_l2_helps() -> None:
     train_h, train_y = torch.eye(4), torch.tensor([0, 1, 0, 1])
     with pytest.raises(DataError, match=r"4 labelled training images are too few to choose l2 on.*give l2"):
-        linear_probe(train_h, train_y, train_h, classes=2)
-    logits, _ = linear_probe(train_h, train_y, train_h, classes=2, l2=1e-2)
+        scored(linear_probe, (train_h, train_y), train_h, classes=2)
+    logits, _ = scored(linear_probe, (train_h, train_y), train_h, classes=2, l2=1e-2)
     assert torch.equal(logits.argmax(dim=1), train_y)
 
 
 @pytest.mark.parametrize(("l2", "max_iter"), [(-1.0, 5), (1.0, 0)])
 def test_senseless_settings_are_refused(l2: float, max_iter: int) -> None:
     with pytest.raises(ValueError, match="l2 must not be negative"):
-        linear_probe(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), classes=2, l2=l2, max_iter=max_iter)
+        scored(linear_probe, (torch.eye(2), torch.tensor([0, 1])), torch.eye(2), classes=2, l2=l2, max_iter=max_iter)
 
 
 def test_many_more_columns_than_rows() -> None:
@@ -203,6 +204,6 @@ def test_many_more_columns_than_rows() -> None:
     smooth = torch.randn(120, 12, generator=generator) @ torch.randn(12, 3072, generator=generator)
     pixels = (smooth + 0.01 * torch.randn(120, 3072, generator=generator)).mul(20).add(128).clamp(0, 255).to(torch.uint8)
     labels = torch.arange(120) % 2
-    logits, info = linear_probe(pixels, labels, pixels[:30], classes=2)
+    logits, info = scored(linear_probe, (pixels, labels), pixels[:30], classes=2)
     assert logits.isfinite().all()
     assert info["choice"]["l2"] in info["choice"]["grid"]

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import binom
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from evaluated import scored
 from simclr_dist.evaluate.protocols.linear import linear_probe
 from simclr_dist.evaluate.protocols.mlp import classifier, mlp_probe
 from simclr_dist.evaluate.protocols.scores import score, spread
@@ -16,9 +17,9 @@ from simclr_dist.evaluate.protocols.sgd import sgd_probe
 Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, Any]]]
 
 PROBES: dict[str, Probe] = {
-    "linear": lambda h, y, test_h: linear_probe(h, y, test_h, classes=4),
-    "sgd": lambda h, y, test_h: sgd_probe((h, y), test_h, classes=4, epochs=2, batch_size=100),
-    "mlp": lambda h, y, test_h: mlp_probe(h, y, test_h, classes=4, epochs=2, seeds=(0, 1)),
+    "linear": lambda h, y, test_h: scored(linear_probe, (h, y), test_h, classes=4),
+    "sgd": lambda h, y, test_h: scored(sgd_probe, ((h, y),), test_h, classes=4, epochs=2, batch_size=100),
+    "mlp": lambda h, y, test_h: scored(mlp_probe, (h, y), test_h, classes=4, epochs=2, seeds=(0, 1)),
 }
 
 
@@ -81,7 +82,7 @@ def test_the_layers_are_the_blogs() -> None:
 
 def test_the_training_is_the_blogs_with_gradients_cleared() -> None:
     h, y = blobs(50, 0)
-    logits, info = mlp_probe(h, y, h, classes=4, epochs=3, batch_size=20, seeds=(7,))
+    logits, info = scored(mlp_probe, (h, y), h, classes=4, epochs=3, batch_size=20, seeds=(7,))
     torch.manual_seed(7)
     network = classifier(12, 4).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
@@ -98,7 +99,7 @@ def test_the_training_is_the_blogs_with_gradients_cleared() -> None:
 def test_it_learns_and_shuffled_labels_give_chance() -> None:
     train_h, train_y = blobs(1000, 0)
     test_h, test_y = blobs(1000, 1)
-    logits, info = mlp_probe(train_h, train_y, test_h, classes=4, epochs=12, batch_size=16, seeds=(0, 1))
+    logits, info = scored(mlp_probe, (train_h, train_y), test_h, classes=4, epochs=12, batch_size=16, seeds=(0, 1))
     assert (logits.shape, logits.dtype) == ((2, 1000, 4), torch.float32)
     runs = [score(one, test_y) for one in logits]
     assert min(run.top1 for run in runs) > 75
@@ -108,7 +109,7 @@ def test_it_learns_and_shuffled_labels_give_chance() -> None:
     # is no binomial number.
     generator = torch.Generator().manual_seed(3)
     shuffled, test_y = train_y[torch.randperm(1000, generator=generator)], test_y[torch.randperm(1000, generator=generator)]
-    control, _ = mlp_probe(train_h, shuffled, test_h, classes=4, epochs=12, batch_size=16, seeds=(0,))
+    control, _ = scored(mlp_probe, (train_h, shuffled), test_h, classes=4, epochs=12, batch_size=16, seeds=(0,))
     low, high = binom.interval(0.999, 1000, 0.25)
     assert low <= int((control[0].argmax(dim=1) == test_y).sum()) <= high
 
@@ -116,9 +117,9 @@ def test_it_learns_and_shuffled_labels_give_chance() -> None:
 def test_seeds_reproduce_and_leave_the_global_state_alone() -> None:
     h, y = blobs(100, 0)
     state = torch.random.get_rng_state()
-    both, info = mlp_probe(h, y, h, classes=4, epochs=2, seeds=(3, 4))
+    both, info = scored(mlp_probe, (h, y), h, classes=4, epochs=2, seeds=(3, 4))
     assert torch.equal(torch.random.get_rng_state(), state)
-    alone, again = mlp_probe(h, y, h, classes=4, epochs=2, seeds=(4,))
+    alone, again = scored(mlp_probe, (h, y), h, classes=4, epochs=2, seeds=(4,))
     assert torch.equal(both[1], alone[0])
     assert info["loss"][1] == again["loss"][0]
     assert not torch.equal(both[0], both[1])
@@ -128,6 +129,6 @@ def test_seeds_reproduce_and_leave_the_global_state_alone() -> None:
 def test_senseless_settings_are_refused(epochs: int, batch_size: int, seeds: tuple[int, ...]) -> None:
     h, y = blobs(10, 0)
     with pytest.raises(ValueError, match="must be at least 1"):
-        mlp_probe(h, y, h, classes=4, epochs=epochs, batch_size=batch_size, seeds=seeds)
+        scored(mlp_probe, (h, y), h, classes=4, epochs=epochs, batch_size=batch_size, seeds=seeds)
     with pytest.raises(ValueError, match="no training rows"):
-        mlp_probe(h[:0], y[:0], h, classes=4)
+        scored(mlp_probe, (h[:0], y[:0]), h, classes=4)

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from evaluated import CARD
+from evaluated import CARD, scored
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.encoder.file import untrained_encoder
@@ -70,7 +70,7 @@ def test_knn(real: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
 
 def test_linear(real: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     train_h, train_y, test_h, test_y = real
-    logits, info = linear_probe(train_h, train_y, test_h, classes=10, l2=0.01)
+    logits, info = scored(linear_probe, (train_h, train_y), test_h, classes=10, l2=0.01)
     assert info["converged"]
     mean, deviation = train_h.double().mean(dim=0), train_h.double().std(dim=0, correction=0)
     x, asked = ((h.double() - mean) / deviation for h in (train_h, test_h))

@@ -121,7 +121,7 @@ def check_stopped(process: Process, number: signal.Signals, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, 0.3), (signal.SIGUSR1, 0.0), (signal.SIGUSR2, 1.0)])
+@pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, 0.3), (signal.SIGUSR1, 0.0), (signal.SIGHUP, 1.0)])
 def test_during_import(start: Start, job: list[object], tmp_path: Path, way: str, number: signal.Signals, wait: float) -> None:
     process = start(*WAYS[way], *job)
     wait_until(lambda: hears(process, number), process)
@@ -144,7 +144,7 @@ def test_during_an_import_that_swallows_what_is_raised(start: Start, job: list[o
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "group"),
-    [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGUSR2, False)],
+    [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGHUP, True)],
 )
 def test_during_extraction(begin: Start, job: list[object], tmp_path: Path, number: signal.Signals, group: bool) -> None:
     process = begin(*job, "--workers", "2")
@@ -152,6 +152,17 @@ def test_during_extraction(begin: Start, job: list[object], tmp_path: Path, numb
     time.sleep(random.uniform(0, 1))
     send(process, number, group=group)
     check_stopped(process, number, tmp_path)
+
+
+@pytest.mark.slow
+def test_while_a_worker_stands_still(begin: Start, job: list[object], tmp_path: Path) -> None:
+    process = begin(*job, "--workers", "1")
+    wait_until(lambda: len(session(process)) == 2, process)
+    (worker,) = set(session(process)) - {process.pid}
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(0.5)
+    send(process, signal.SIGTERM, group=False)
+    check_stopped(process, signal.SIGTERM, tmp_path)
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_what_has_changed_is_evaluated_again(run: Path, make_encoder: Make, sets
 
     assert again(Settings(k=10, workers=0, baselines=False), *sets) == []
     assert again(SETTINGS, *sets) == ["evaluated before with baselines left out, now measured: again"] * 2
-    assert again(Settings(k=10, workers=0, baselines=False, seed=3, batch_size=7), *sets) == [], "it has all that is asked for"
+    assert again(Settings(k=10, workers=0, baselines=False, batch_size=7), *sets) == [], "it has all that is asked for"
     assert again(Settings(k=5, workers=0), *sets) == ["evaluated before with k 10, now 5: again"] * 2
     assert (
         again(Settings(k=5, workers=0, l2=0.1, seed=7), *sets)
@@ -149,7 +149,8 @@ def test_an_encoder_that_cannot_be_evaluated(run: Path, make_encoder: Make, sets
     lines: list[str] = []
     assert watch(run, *sets, SETTINGS, device="cpu", say=lines.append) == 2
     assert lines[0].startswith("step-00000100: cannot be evaluated: ")
-    assert lines[1] == ("step-00000200: cannot be evaluated: trained: the representation of 61 of 61 images is not finite")
+    assert lines[1].startswith(f"step-00000200: cannot be evaluated: {dead}: ")
+    assert lines[1].endswith(": conv1.weight: has numbers that are not finite")
     assert lines[-1] == f"{run}: diverged; 1 encoders evaluated, 2 could not be"
     assert set(results(run)) == {300}
 

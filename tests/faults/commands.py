@@ -21,7 +21,7 @@ class Command:
 
     def __init__(self, process: subprocess.Popen[bytes], mark: str, log: Path) -> None:
         self.process = process
-        self._mark = mark.encode()
+        self._mark = mark
         self._log = log
 
     @property
@@ -38,12 +38,7 @@ class Command:
 
     def alive(self) -> dict[int, str]:
         """Command lines by process id."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # ended in this moment, or somebody else's
-                if self._mark in (folder / "environ").read_bytes():
-                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return {process: line for process, line in found.items() if line}  # one that has ended has no line
+        return marked(self._mark)
 
     def agents(self) -> list[int]:
         """Process ids of torchrun."""
@@ -74,6 +69,16 @@ class Command:
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.02)
         self.process.wait()
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Command lines, by process id, of all that have this in their environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended in this moment, or somebody else's
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return {process: line for process, line in found.items() if line}  # one that has ended has no line
 
 
 @contextmanager

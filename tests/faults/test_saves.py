@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 import torch
 from simclr_dist.run.checkpoint import save
-save(Path(sys.argv[1]), 2, {"weight": torch.zeros(500_000)}, keep_last=1)
+save(Path(sys.argv[1]), 2, {"step": 2, "weight": torch.zeros(500_000)}, keep_last=1)
 """
 
 

@@ -278,6 +278,7 @@ def test_what_torchrun_is_given(launched: Launched, monkeypatch: pytest.MonkeyPa
     assert agent.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("PET_NNODES", "2")  # of a platform
     _, agent = launched(ends("done", 0), nodes=Nodes(1, 3, "127.0.0.1:29500"))
     (command,) = agent.commands
     assert {
@@ -289,6 +290,7 @@ def test_what_torchrun_is_given(launched: Launched, monkeypatch: pytest.MonkeyPa
         "--local-addr=127.0.0.1",
     } < set(command)
     assert "--standalone" not in command
+    assert "PET_NNODES" not in agent.environment, "it would wait for a machine"
     assert agent.environment["OMP_NUM_THREADS"] == "2"
 
     with pytest.raises(ConfigError, match=r"--rdzv-endpoint: 'localhost:abc' is no HOST:PORT that can be used from here"):

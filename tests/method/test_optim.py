@@ -138,6 +138,21 @@ def test_learning_rate() -> None:
     assert learning_rate(3, peak=2.0, warmup_steps=4, total_steps=4) == 2.0
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "trust_coefficient"])
+def test_rates_that_are_none(name: str) -> None:
+    for value in (-0.1, math.nan, math.inf, *([1.0] if name == "momentum" else [])):
+        for everywhere in (False, True):
+            settings = {"lr": 0.1, **({name: value} if everywhere else {})}
+            group = {"params": [torch.zeros(2, requires_grad=True)], **({} if everywhere else {name: value})}
+            with pytest.raises(ValueError, match=rf"^LARS: {name}: {value} must be at least 0 and below (1|inf)$"):
+                LARS([group], **settings)
+    with pytest.raises(ValueError, match=r"^learning_rate: step -1, "):
+        learning_rate(-1, peak=1.0, warmup_steps=0, total_steps=5)
+    for changes in ({"peak": -1.0}, {"peak": math.nan}, {"warmup_steps": -1}, {"warmup_steps": 6}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} {next(iter(changes.values()))}"):
+            learning_rate(0, **{"peak": 1.0, "warmup_steps": 0, "total_steps": 5} | changes)
+
+
 def _model() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))

@@ -1,9 +1,10 @@
 """Checkpoints: whole or not there, whatever happens while one is written and whatever becomes of its bytes."""
 
 import errno
+import hashlib
+import io
 import json
 import os
-import pickle
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -84,9 +85,46 @@ class _Opens:
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     save(tmp_path, 1, {"step": _Opens(tmp_path / "ran")})
-    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+    with pytest.raises(DataError, match=r"is no checkpoint of simclr-dist \(UnpicklingError\); move it and its"):
         load_newest(tmp_path, report=silent)
     assert not (tmp_path / "ran").exists()
+
+
+def _sealed(folder: Path, step: int, content: bytes) -> Path:
+    """A file with the right seal, whoever has written it."""
+    pt(folder, step).write_bytes(content)
+    about = {"step": step, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    seal(folder, step).write_text(json.dumps(about))
+    return pt(folder, step)
+
+
+def _saved(state: object) -> bytes:
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 100,
+        b"no zip",
+        _saved(state_of(2))[:-100],
+        _saved([1]),
+        _saved(None),
+        _saved(torch.ones(2)),
+        _saved(state_of(3)),
+    ],
+)
+def test_a_foreign_file_with_a_seal_is_refused(tmp_path: Path, content: bytes) -> None:
+    """The one before is whole, but the next save would remove this one."""
+    save(tmp_path, 1, state_of(1))
+    path = _sealed(tmp_path, 2, content)
+    with pytest.raises(DataError) as caught:
+        load_newest(tmp_path, report=silent)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
 
 
 # The order of writing

@@ -87,7 +87,7 @@ def test_the_ledger_keeps_what_was_said_whole(tmp_path: Path, capfd: pytest.Capt
     with (run / "ledger.jsonl").open("a") as file:
         file.write('{"time": 1, "ev')  # a kill in the middle of a line
     assert [entry["event"] for entry in read_ledger(run)] == ["start"]
-    record_event(run, "stop", why="SIGTERM")
+    record_event(run, "stop", state="preempted", exit_code=75, why="SIGTERM")
     assert [entry["event"] for entry in read_ledger(run)] == ["start", "stop"], "a torn line costs only itself"
     record_event(run / "missing", "stop", why="no folder")
     assert '"no folder"' in capfd.readouterr().err, "a line that cannot be written is said"

@@ -158,16 +158,16 @@ class Cluster:
         path.write_text(f"#!/bin/bash\n{script}\n")
         return int(self.login("sbatch", "--parsable", *options, path, cwd=cwd).stdout)
 
-    def show(self, job: int) -> dict[str, str]:
+    def show(self, job: int | str) -> dict[str, str]:
         """The fields of `scontrol show job`; empty for a job that the controller does not know."""
         shown = self.login("scontrol", "show", "job", "--oneliner", str(job), check=False).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
-    def state(self, job: int) -> str:
+    def state(self, job: int | str) -> str:
         """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, ...; "" for a job that the controller does not know."""
         return self.show(job).get("JobState", "")
 
-    def wait(self, job: int, *states: str, seconds: float = 60.0) -> str:
+    def wait(self, job: int | str, *states: str, seconds: float = 60.0) -> str:
         """Until a job is in one of these states; returns it."""
         self.until(lambda: self.state(job) in states, f"job {job} is {' or '.join(states)}", seconds)
         return self.state(job)

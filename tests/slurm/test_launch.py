@@ -13,10 +13,9 @@ import training_runs
 from simclr_dist.run.claim import heartbeat
 from simclr_dist.run.status import read_ledger
 from slurm.cluster import Cluster
-from slurm.training import STARTUP, Run
+from slurm.training import LAUNCH, STARTUP, Run, submit_array
 
 STEPS = 15
-LAUNCH = Path(__file__).parents[2] / "launch"
 OPTIONS = ("--nodes=2", "--exclusive", "--export=ALL,OMP_NUM_THREADS=1,GLOO_SOCKET_IFNAME=eth0")
 
 
@@ -52,6 +51,21 @@ def test_the_batch_scripts(cluster: Cluster, folder: Path) -> None:
     assert (folder / "run" / "eval" / f"step-{STEPS:08d}.json").exists()
     starts = [entry for entry in read_ledger(folder / "run") if entry["event"] == "start"]
     assert [start["steps_lost"] for start in starts] == [0, 0]
+
+
+def test_of_an_array_the_preempted_task_alone_starts_again(cluster: Cluster, folder: Path) -> None:
+    """That with the array's own number; the other trains on, and both lose nothing."""
+    tasks, hit = submit_array(cluster, folder, "--processes", "1", "--steps", "40")
+    node = cluster.show(tasks[hit])["NodeList"]
+    cluster.login("sbatch", "-p", "urgent", f"--nodelist={node}", "--exclusive", "--wrap", "sleep 1", cwd=folder)
+    for task in tasks:
+        assert cluster.wait(task, "COMPLETED", "FAILED", "CANCELLED", seconds=240) == "COMPLETED", said(folder)
+    assert [cluster.show(task)["Restarts"] for task in tasks] == [str(int(number == hit)) for number in (0, 1)]
+    for number in (0, 1):
+        ledger = read_ledger(folder / f"run-{number}")
+        assert [entry["steps_lost"] for entry in ledger if entry["event"] == "start"] == [0] * (1 + (number == hit))
+        requeued = [entry["job"] for entry in ledger if entry["event"] == "requeued"]
+        assert requeued == [tasks[hit]] * (number == hit)
 
 
 def test_a_wrong_config_ends_the_batch_script_with_2(cluster: Cluster, folder: Path) -> None:

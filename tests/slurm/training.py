@@ -16,6 +16,7 @@ from simclr_dist.run.status import read_ledger
 from slurm.cluster import Cluster
 
 STARTUP = {"STEP_PAUSE": "0.3", "WITHOUT_COMPILER": "1"}  # see tests/startup
+LAUNCH = Path(__file__).parents[2] / "launch"
 PROFILE = """
 partition: main
 nodes: {nodes}
@@ -114,6 +115,20 @@ class Run:
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}\n{self.logs()}"
             time.sleep(0.2)
+
+
+def submit_array(cluster: Cluster, folder: Path, *arguments: str) -> tuple[list[str], int]:
+    """Two trainings of `folder`/config.yaml as one array, into run-0 and run-1, a node each; returns once both train.
+
+    Returns the names of its tasks, and which of them has the array's own number.
+    """
+    script = f"exec bash {LAUNCH}/train.sbatch config.yaml run-$SLURM_ARRAY_TASK_ID {' '.join(arguments)}"
+    options = ("--array=0-1", "--nodes=1", "--exclusive", "--requeue", "--open-mode=append")
+    array = cluster.sbatch(script, *options, "--export=ALL,OMP_NUM_THREADS=1,GLOO_SOCKET_IFNAME=eth0", cwd=folder)
+    tasks = [f"{array}_{number}" for number in (0, 1)]
+    cluster.until(lambda: all(heartbeat(folder / f"run-{k}").get("step", 0) > 3 for k in (0, 1)), "both train", 120)
+    [own] = [number for number in (0, 1) if cluster.show(tasks[number])["JobId"] == str(array)]
+    return tasks, own
 
 
 def alone(folder: Path, shards: Path, steps: int, world_size: int = 2) -> dict[str, Any]:

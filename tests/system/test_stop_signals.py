@@ -1,15 +1,18 @@
 """Stop signals: noted, not obeyed at once; held back for a child that is not ready; ignored by reading processes."""
 
+import gc
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from simclr_dist.system import signals
 from simclr_dist.system.errors import LAST_WORD
 
-NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
 
 
 def python(code: str, *, blocked: bool = False) -> subprocess.Popen[str]:
@@ -19,6 +22,7 @@ def python(code: str, *, blocked: bool = False) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # as it is where nohup has not started the tests
     )
 
 
@@ -32,6 +36,22 @@ def test_a_signal_is_noted(number: signal.Signals) -> None:
     child = python(f"signals.listen(); os.kill(os.getpid(), {int(number)}); time.sleep(0.01); print(signals.requested())")
     assert ended(child) == (0, f"{int(number)}\n", "")
     assert signal.Signals(number).name.startswith("SIG")
+
+
+def test_a_hang_up_that_nohup_has_ignored_stays_so() -> None:
+    """No other signal does: a shell has Ctrl-C ignored for all that a script starts in the background."""
+    once = "signals.listen(); [os.kill(os.getpid(), n) for n in (1, 2)]; time.sleep(0.01); print(signals.requested())"
+    ignored = f"[signal.signal(n, signal.SIG_IGN) for n in (1, 2)]\nsignals.exit_on_signal(75, 'stopped')\n{once}\n"
+    assert ended(python(ignored)) == (0, "2\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that takes nothing")
+def test_a_stop_is_a_stop_where_nobody_can_be_told() -> None:
+    """As on a terminal that has gone."""
+    mute = "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+    for begin in ("signals.exit_on_signal(75, 'x')\n", "with signals.importing(75, 'x'):\n    "):
+        child = python(f"{mute}{begin}os.kill(os.getpid(), 1); time.sleep(5)")
+        assert ended(child)[0] == 75
 
 
 def test_the_second_ctrl_c_ends_a_process_that_stands_alone() -> None:
@@ -99,6 +119,15 @@ def test_a_stop_while_libraries_are_imported() -> None:
     assert ended(python(noted)) == (75, "", "stopped by SIGUSR1\n")
     after = begin + "    pass\ntry: os.kill(os.getpid(), 12); time.sleep(5)\nfinally: print('cleaned up')"
     assert ended(python(after)) == (75, "cleaned up\n", "stopped by SIGUSR2\n")
+
+
+def test_the_collector_rests_while_libraries_are_imported() -> None:
+    with signals.importing(1, ""):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), signals.uncollected():
+        raise ImportError
+    assert gc.isenabled()
 
 
 def test_reading_processes_mind_their_parent_only() -> None:

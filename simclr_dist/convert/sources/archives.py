@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from simclr_dist.convert.sources.folders import is_hidden, labels_by_folder
 from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
-    MAX_IMAGE_BYTES,
     Original,
     Problem,
     ReadError,
     Source,
     file_stamp,
-    is_image_name,
     pack_names,
     unpack_names,
+    why_no_bytes,
+    why_no_image,
 )
 from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.system.errors import DataError, printable, reason_of
@@ -73,10 +73,8 @@ class ArchiveChunk:
 
 def _content(descriptor: int, start: int, size: int, packed: int, method: int, crc: int) -> tuple[bytes, str | None]:
     """Read an image's bytes. Returns (bytes, None), or (b"", why there are none)."""
-    if size == 0:
-        return b"", "an empty file"
-    if size > MAX_IMAGE_BYTES or packed > MAX_IMAGE_BYTES:
-        return b"", "larger than 1 GiB"
+    if problem := why_no_bytes(size and max(size, packed)):
+        return b"", problem
     if crc < 0:
         content = os.pread(descriptor, size, start)
         return (content, None) if len(content) == size else (b"", "cut off")
@@ -115,8 +113,8 @@ class _Listing:
         reason = problem or why_unsafe(name) or ("twice in the archive" if plain in self.names else None)
         if _is_hidden_path(plain):
             self.skipped.append(Problem(shown, "hidden"))
-        elif not is_image_name(plain) and (problem is None or not reason):
-            self.skipped.append(Problem(shown, "no image's file extension"))
+        elif problem is None and (by_name := why_no_image(plain)):
+            self.skipped.append(Problem(shown, by_name))
         elif reason:
             self.rejected.append(Problem(shown, reason))
         else:
@@ -152,8 +150,10 @@ def archive_source(source: Path, archives: Sequence[Path]) -> Source:
     listings = [_list_zip(path) if path.suffix.lower() == ".zip" else _list_tar(path) for path in archives]
     names = [name for listing in listings for name in listing.names]
     rejected = tuple(problem for listing in listings for problem in listing.rejected)
+    skipped = tuple(problem for listing in listings for problem in listing.skipped)
     if not names:
-        more = f"; the first of {len(rejected)} that are refused: {rejected[0]}" if rejected else ""
+        others = rejected + skipped
+        more = f"; the first of {len(others)} that are left out: {others[0]}" if others else ""
         raise DataError(f"{source}: no image found in it{more}")
     classes: tuple[str, ...] = ()
     if any(listing.labels for listing in listings):
@@ -172,7 +172,7 @@ def archive_source(source: Path, archives: Sequence[Path]) -> Source:
             numbers = np.array(labels[images], dtype=np.int64)
             chunks.append(ArchiveChunk(str(path), path.name, images.start, pack_names(names[images]), numbers, part))
         first += len(listing.names)
-    return Source(classes, chunks, rejected, tuple(problem for listing in listings for problem in listing.skipped))
+    return Source(classes, chunks, rejected, skipped)
 
 
 def webdataset_key(name: str) -> str:

@@ -7,14 +7,13 @@ from pathlib import Path
 from simclr_dist.convert.sources.archives import archive_source
 from simclr_dist.convert.sources.folders import folder_source, walk
 from simclr_dist.convert.sources.lists import list_source
-from simclr_dist.convert.sources.originals import Problem, Source, is_image_name, split_names
+from simclr_dist.convert.sources.originals import PACKED_SUFFIXES, Problem, Source, is_image_name, split_names
 from simclr_dist.convert.sources.tables import table_source
 from simclr_dist.data.manifest import MANIFEST_NAME
 from simclr_dist.system.errors import ConfigError, DataError, printable
 
 _TABLES = (".parquet", ".arrow")
 _ARCHIVES = (".tar", ".zip")
-_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def find_source(source: str | Path, *, image_column: str | None = None, label_column: str | None = None) -> Source:
@@ -51,14 +50,14 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     _refuse_columns(source, image_column, label_column)
     if kind in _ARCHIVES:
         return archive_source(source, [root / name for name in names])
-    if kind in _PACKED:
+    if kind in PACKED_SUFFIXES:
         raise DataError(f"{source}: is compressed; unpack that first (images are read by their place), or make it a .zip")
     raise unknown
 
 
 def _folder(source: Path, image_column: str | None, label_column: str | None) -> Source:
     root = source.resolve()
-    names, rejected, skipped = walk(root)
+    names, rejected, skipped, links = walk(root)
     # datasets.map leaves such a file beside a table: a second table, made from the first.
     caches = {name for name in names if name.endswith(".arrow") and name.split("/")[-1].startswith("cache-")}
     tables = [name for name in names if name.lower().endswith(_TABLES) and name not in caches]
@@ -73,14 +72,17 @@ def _folder(source: Path, image_column: str | None, label_column: str | None) ->
         if len(splits) > 1:
             cure = f"name one, like '{source}/*{splits[0]}*{kinds.pop()}'"
             raise DataError(f"{source}: holds several splits ({', '.join(splits)}); {cure}")
-        skipped = [Problem(printable(name), "made by datasets.map") for name in sorted(caches)]
-        return replace(table_source(root, tables, image_column, label_column), skipped=tuple(skipped))
-    _refuse_columns(source, image_column, label_column)
-    if archives and not any(map(is_image_name, names)):
-        packed = archive_source(source, [root / name for name in archives])
-        others = [Problem(printable(name), "no archive") for name in sorted(set(names) - set(archives))]
-        return replace(packed, rejected=(*rejected, *packed.rejected), skipped=(*skipped, *others, *packed.skipped))
-    return folder_source(source, root, names, rejected, skipped)
+        whole, used = table_source(root, tables, image_column, label_column), tables
+    else:
+        _refuse_columns(source, image_column, label_column)
+        if archives and not any(map(is_image_name, names)):
+            whole, used = archive_source(source, [root / name for name in archives]), archives
+        else:
+            whole, used = folder_source(source, root, names), names
+    for name in sorted(set(names) - set(used)):
+        reason = "made by datasets.map" if name in caches else "an image beside tables" if is_image_name(name) else "no table"
+        skipped.append(Problem(printable(name), reason if tables else "no archive"))
+    return replace(whole, rejected=(*rejected, *whole.rejected), skipped=(*skipped, *whole.skipped), links=links)
 
 
 def _refuse_columns(source: Path, image_column: str | None, label_column: str | None) -> None:

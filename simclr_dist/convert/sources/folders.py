@@ -1,4 +1,4 @@
-"""Read image files from class folders or a flat folder. The walk follows no link out of it."""
+"""Read image files from class folders or a flat folder. Links on disk are followed."""
 
 import hashlib
 import os
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from simclr_dist.convert.sources.originals import (
     IMAGE_SUFFIXES,
     IMAGES_A_CHUNK,
-    MAX_IMAGE_BYTES,
     Original,
     Problem,
     Source,
@@ -22,25 +21,26 @@ from simclr_dist.convert.sources.originals import (
     pack_names,
     split_names,
     unpack_names,
+    why_no_bytes,
+    why_no_image,
 )
 from simclr_dist.system.errors import DataError, printable
 
 
 @dataclass(frozen=True)
 class FileChunk:
-    """Image files under `root`: packed relative paths, labels int64 [n]. `only_inside`: links must not lead out of `root`."""
+    """Image files under `root`: packed relative paths, labels int64 [n]."""
 
     root: str
     first: int
     names: bytes
     labels: NDArray[np.int64]
-    only_inside: bool = False
 
     @classmethod
-    def of(cls, root: str, first: int, files: Sequence[tuple[str, int]], *, only_inside: bool = False) -> "FileChunk":
+    def of(cls, root: str, first: int, files: Sequence[tuple[str, int]]) -> "FileChunk":
         """Make a chunk of (relative path, label), one or more."""
         labels = np.array([label for _, label in files], dtype=np.int64)
-        return cls(root, first, pack_names(name for name, _ in files), labels, only_inside)
+        return cls(root, first, pack_names(name for name, _ in files), labels)
 
     @property
     def files(self) -> list[tuple[str, int]]:
@@ -56,19 +56,13 @@ class FileChunk:
         return hashlib.sha256(b"".join(file_stamp(self._path(name)) for name in unpack_names(self.names))).digest()
 
     def read(self) -> Iterator[Original]:
-        inside = os.path.join(os.path.realpath(self.root), "")  # noqa: PTH118
         for index, (name, label) in enumerate(self.files, self.first):
             path = self._path(name)
-            if self.only_inside and not os.path.realpath(path).startswith(inside):
-                yield Original(index, name, label, b"", problem="a link out of the list's folder")
-                continue
             try:
                 # Opening a pipe would wait.
                 with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
                     about = os.fstat(file.fileno())
-                    problem = "larger than 1 GiB" if about.st_size > MAX_IMAGE_BYTES else None
-                    problem = problem if about.st_size else "an empty file"
-                    problem = problem if stat.S_ISREG(about.st_mode) else "not a regular file"
+                    problem = why_no_bytes(about.st_size) if stat.S_ISREG(about.st_mode) else "not a regular file"
                     content = b"" if problem else file.read()
             except OSError as error:
                 content, problem = b"", error.strerror or "cannot be read"
@@ -78,39 +72,53 @@ class FileChunk:
         return os.path.join(self.root, name)  # noqa: PTH118
 
 
-def file_chunks(root: str, files: Sequence[tuple[str, int]], *, only_inside: bool = False) -> list[FileChunk]:
-    return [
-        FileChunk.of(root, first, files[first : first + IMAGES_A_CHUNK], only_inside=only_inside)
-        for first in range(0, len(files), IMAGES_A_CHUNK)
-    ]
+def file_chunks(root: str, files: Sequence[tuple[str, int]]) -> list[FileChunk]:
+    starts = range(0, len(files), IMAGES_A_CHUNK)
+    return [FileChunk.of(root, first, files[first : first + IMAGES_A_CHUNK]) for first in starts]
 
 
-def walk(root: Path) -> tuple[list[str], list[Problem], list[Problem]]:
-    """List regular files under root, links that lead out, hidden names. All are relative paths, and each list is sorted."""
+def walk(root: Path) -> tuple[list[str], list[Problem], list[Problem], int]:
+    """List the files under root. Returns (regular files, links that are refused, what is passed over), each sorted.
+
+    All are relative paths. Links are the user's own, and are followed wherever they lead, but not back to a folder above. The
+    fourth is how many were followed.
+    """
     names: list[str] = []
+    links = 0
     rejected: list[Problem] = []
     skipped: list[Problem] = []
-    folders = [""]
+    folders = [("", {_identity(path.stat()) for path in (root, *root.parents)})]
     while folders:
-        folder = folders.pop()
+        folder, above = folders.pop()
         try:
             with os.scandir(root / folder) as scan:
                 entries = list(scan)
         except OSError as error:
             raise DataError(f"{root / folder}: cannot be listed: {error.strerror}") from None
+        if not entries:
+            skipped.append(Problem(printable(folder), "an empty folder"))
         for entry in entries:
             name = folder + entry.name
-            if is_hidden(entry.name):
-                skipped.append(Problem(printable(name), "hidden"))
-            elif entry.is_symlink() and (reason := why_not_followed(root, Path(entry.path))):
-                rejected.append(Problem(printable(name), reason))
-            elif entry.is_dir():
-                folders.append(name + "/")
-            elif entry.is_file():
-                names.append(name)
-            else:
-                skipped.append(Problem(printable(name), "not a regular file"))
-    return sorted(names), sorted(rejected), sorted(skipped)
+            try:
+                if is_hidden(entry.name):
+                    skipped.append(Problem(printable(name), "hidden"))
+                elif entry.is_file():
+                    names.append(name)
+                    links += entry.is_symlink()
+                elif not stat.S_ISDIR((about := entry.stat()).st_mode):
+                    skipped.append(Problem(printable(name), "not a regular file"))
+                elif _identity(about) in above:
+                    rejected.append(Problem(printable(name), "a link to a folder above it"))
+                else:
+                    folders.append((name + "/", above | {_identity(about)}))
+                    links += entry.is_symlink()
+            except OSError as error:
+                rejected.append(Problem(printable(name), f"a broken link ({error.strerror})"))
+    return sorted(names), sorted(rejected), sorted(skipped), links
+
+
+def _identity(folder: os.stat_result) -> tuple[int, int]:
+    return folder.st_dev, folder.st_ino
 
 
 def is_hidden(name: str) -> bool:
@@ -118,26 +126,15 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def why_not_followed(root: Path, link: Path) -> str | None:
-    """Say why a link is left out. Returns None for a link to a file under `root`."""
-    try:
-        target = link.resolve(strict=True)
-    except (OSError, RuntimeError):
-        return "a broken link"
-    if not target.is_relative_to(root):
-        return "a link out of the source folder; copy the file, or shard the folder that holds it"
-    return "a link to a folder; only real folders are entered" if target.is_dir() else None
-
-
-def folder_source(source: Path, root: Path, names: list[str], rejected: list[Problem], skipped: list[Problem]) -> Source:
-    """Make a source of class folders or a flat folder. Its lists are what `walk(root)` returned."""
+def folder_source(source: Path, root: Path, names: list[str]) -> Source:
+    """Make a source of class folders or a flat folder. `names` are the files that `walk(root)` found."""
     images = [name for name in names if is_image_name(name)]
-    skipped = skipped + [Problem(printable(name), "no image's file extension") for name in names if not is_image_name(name)]
+    skipped = tuple(Problem(printable(name), reason) for name in names if (reason := why_no_image(name)))
     if not images:
         raise DataError(f"{source}: no image found (of {len(names)} files none ends in {', '.join(sorted(IMAGE_SUFFIXES))})")
     classes, labels = labels_by_folder(source, images)
     chunks = file_chunks(str(root), list(zip(images, labels, strict=True)))
-    return Source(classes, chunks, tuple(rejected), tuple(skipped))
+    return Source(classes, chunks, skipped=skipped)
 
 
 def labels_by_folder(source: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:

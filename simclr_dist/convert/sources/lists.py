@@ -15,6 +15,7 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class")
 
 _LONGEST_LABEL = 20
+_MOST_BYTES = 1 << 30  # some 15 million lines; they take several times as much memory
 
 
 def list_source(path: Path, image_column: str | None = None, label_column: str | None = None) -> Source:
@@ -26,6 +27,8 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
     another file, where it is unclear which column is the label, and for labels that are partly numbers, partly names.
     """
     try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise DataError(f"{path}: {size} bytes are too many for a list, which has at most 1 GiB; convert it in parts")
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             rows = [(reader.line_num, row) for row in reader if row]
@@ -60,7 +63,7 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
             files.append((name, number))
     if not files:
         raise DataError(f"{path}: lists no image that can be used" + (f"; the first: {rejected[0]}" if rejected else ""))
-    return Source(classes, file_chunks(str(path.resolve().parent), files, only_inside=True), tuple(rejected))
+    return Source(classes, file_chunks(str(path.resolve().parent), files), tuple(rejected))
 
 
 def _header(path: Path, header: list[str], image_column: str | None, label_column: str | None) -> tuple[int, int | None]:

@@ -2,17 +2,20 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from simclr_dist.data.tar_stream import MAX_FILE_BYTES
 from simclr_dist.system.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
 )
-MAX_IMAGE_BYTES = 1 << 30
+PACKED_SUFFIXES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 IMAGES_A_CHUNK = 128
+_SHOWN = 10
 
 _SPLITS = r"(train|test|dev|val|valid|validation)(?![a-z])"
 _SPLIT_FOLDER = re.compile(_SPLITS, re.IGNORECASE)
@@ -31,6 +34,19 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
+
+
+def count_reasons(problems: Iterable[Problem]) -> dict[str, int]:
+    return dict(Counter(problem.reason for problem in problems))
+
+
+def lines_of(rejected: Sequence[Problem], skipped: Sequence[Problem]) -> Iterator[str]:
+    """Say what is left out. Of `skipped` a line for each reason, of `rejected` one for each of the first."""
+    for reason, count in count_reasons(skipped).items():
+        first = next(problem.name for problem in skipped if problem.reason == reason)
+        yield f"passed over: {count}, like {first} ({reason})"
+    for problem in rejected[:_SHOWN]:
+        yield f"left out: {problem.name}: {problem.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +88,15 @@ class Chunk(Protocol):
 class Source:
     """All images of a source, in order.
 
-    `rejected`: names and links that are not followed. `skipped`: files that do not claim to be an image.
+    `rejected`: names and links that are refused. `skipped`: files that do not claim to be an image, and empty folders.
     """
 
     classes: tuple[str, ...]
     chunks: Sequence[Chunk]
     rejected: tuple[Problem, ...] = ()
     skipped: tuple[Problem, ...] = ()
+    links: int = 0
+    """Links of a folder that were followed."""
 
     def __len__(self) -> int:
         return sum(len(chunk) for chunk in self.chunks)
@@ -106,6 +124,21 @@ def file_stamp(path: str) -> bytes:
 def is_image_name(name: str) -> bool:
     """Tell whether a file's extension claims that it is an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 (a name need not be valid text)
+
+
+def why_no_image(name: str) -> str | None:
+    """Say why a file is passed over by its name. Returns None for an image's name."""
+    if is_image_name(name):
+        return None
+    packed = name.lower().endswith(PACKED_SUFFIXES)
+    return "a packed file; unpack it first" if packed else "no image's file extension"
+
+
+def why_no_bytes(size: int) -> str | None:
+    """Say why `size` bytes are not read as an image."""
+    if size > MAX_FILE_BYTES:
+        return f"larger than {MAX_FILE_BYTES >> 20} MiB: {size} bytes"
+    return None if size else "an empty file"
 
 
 def split_names(names: Iterable[str], *, folders: bool) -> list[str]:

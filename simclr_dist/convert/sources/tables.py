@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,23 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simclr_dist.convert.sources.originals import IMAGES_A_CHUNK, Original, ReadError, Source, file_stamp
+from simclr_dist.convert.sources.originals import (
+    IMAGES_A_CHUNK,
+    Original,
+    Problem,
+    ReadError,
+    Source,
+    file_stamp,
+    why_no_bytes,
+)
 from simclr_dist.system.errors import DataError, printable, reason_of
 
 NO_LABEL = "none"
 
-_ROWS_A_BATCH = 64
+_MAX_PAGE_BYTES = 1 << 29  # a page is read whole, and takes twice its bytes of memory
+_VARINT = b"\x15"  # in a Parquet page's header (Thrift): a 32-bit number follows
+# A row at a time: it may have many megabytes, and one costs 3 microseconds.
+_READ: Any = {"pre_buffer": False, "buffer_size": 1 << 20}  # else a whole row group is read at once
 
 
 class Columns(NamedTuple):
@@ -55,12 +67,10 @@ class TableChunk:
         label, image = self.columns.label, self.columns.image.split(".")[0]
         offset = 0
         try:
-            for batch in self._batches():
-                labels = batch.column(label).to_pylist() if label else [None] * len(batch)
-                images = batch.column(image).to_pylist()
-                for cell, number in zip(images, labels, strict=True):
-                    yield self._original(offset, cell, -1 if number is None else number)
-                    offset += 1
+            for row in self._rows():
+                number = row.column(label)[0].as_py() if label else None
+                yield self._original(offset, row.column(image)[0].as_py(), -1 if number is None else number)
+                offset += 1
         except OSError as error:
             raise ReadError(f"{self.path}: rows from {self.first_row} cannot be read ({reason_of(error)})") from None
         except pa.ArrowException as error:
@@ -70,26 +80,24 @@ class TableChunk:
 
     def _original(self, offset: int, cell: Any, label: int) -> Original:
         content = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
-        problem = None if content else "no image bytes"
+        problem = why_no_bytes(len(content)) if content else "no image bytes"
         classes = len(self.columns.classes)
         if not -1 <= label < (classes or 2**31):
             problem = f"label {label} is not one of {classes or 'the'} classes"
         return Original(self.first + offset, f"{self.name}#{self.first_row + offset}", label, content, problem=problem)
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def _rows(self) -> Iterator[pa.RecordBatch]:
         start, stop = self.group, self.group + self.groups
         columns = [column for column in (self.columns.image, self.columns.label) if column]
         if self.path.lower().endswith(".parquet"):
-            with pq.ParquetFile(self.path) as file:
-                groups = list(range(start, stop))
-                yield from file.iter_batches(_ROWS_A_BATCH, row_groups=groups, columns=columns, use_threads=False)
+            with pq.ParquetFile(self.path, **_READ) as file:
+                yield from file.iter_batches(1, row_groups=list(range(start, stop)), columns=columns, use_threads=False)
             return
         with pa.memory_map(self.path) as file:
             for batch in _record_batches(_open_arrow(file), start, stop):
                 used = batch.select([column.split(".")[0] for column in columns])
                 used.validate(full=True)  # Arrow's reader does not check a file
-                for first in range(0, len(used), _ROWS_A_BATCH):
-                    yield used.slice(first, _ROWS_A_BATCH)
+                yield from (used.slice(row, 1) for row in range(len(used)))
 
 
 def _open_arrow(file: pa.MemoryMappedFile) -> Any:
@@ -111,20 +119,25 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
     Raises DataError for a file that cannot be read, and where it is unclear which columns to take.
     """
     chunks: list[TableChunk] = []
+    skipped: list[Problem] = []
     classes: tuple[str, ...] | None = None
     first = 0
     for name in names:
         path, parquet = root / name, name.lower().endswith(".parquet")
         try:
             schema, groups = _layout(path, parquet)
+            label = _label_column(path, schema, label_column)
+            columns = Columns(_image_column(path, schema, image_column), label, _class_names(schema, label))
+            if parquet:
+                _check_pages(path, columns.image)
         except (pa.ArrowException, OSError) as error:
             kind = "Parquet" if parquet else "Arrow"
             raise DataError(f"{path}: not a readable {kind} file ({reason_of(error)})") from None
-        label = _label_column(path, schema, label_column)
-        columns = Columns(_image_column(path, schema, image_column), label, _class_names(schema, label))
         if classes is not None and classes != columns.classes:
             raise DataError(f"{path}: its class names differ from those of {names[0]}; shard the files apart")
         classes = columns.classes
+        if not sum(groups):
+            skipped.append(Problem(printable(name), "no rows"))
         first_row = group = 0
         while group < len(groups):
             count, rows = 1, groups[group]
@@ -136,7 +149,7 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
             first, first_row, group = first + rows, first_row + rows, group + count
     if not first:
         raise DataError(f"{root / names[0]}: has no rows")
-    return Source(classes or (), chunks)
+    return Source(classes or (), chunks, skipped=tuple(skipped))
 
 
 def _layout(path: Path, parquet: bool) -> tuple[pa.Schema, list[int]]:
@@ -149,6 +162,33 @@ def _layout(path: Path, parquet: bool) -> tuple[pa.Schema, list[int]]:
     with pa.memory_map(str(path)) as file:
         reader = _open_arrow(file)
         return reader.schema, [batch.num_rows for batch in _record_batches(reader)]
+
+
+def _check_pages(path: Path, column: str) -> None:
+    """Refuse a column whose pages are too large. Looked at is the first of each kind in a row group."""
+    with pq.ParquetFile(path) as file, path.open("rb") as pages:
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
+            for chunk in map(group.column, range(group.num_columns)):
+                if chunk.path_in_schema != column or chunk.total_uncompressed_size <= _MAX_PAGE_BYTES:
+                    continue
+                for place in filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)):
+                    if (size := _page_bytes(os.pread(pages.fileno(), 8, place))) > _MAX_PAGE_BYTES:
+                        raise DataError(
+                            f"{path}: column {column!r}: a row group of {group.num_rows} rows has a page of {size} bytes, and"
+                            f" {_MAX_PAGE_BYTES >> 20} MiB is the most; write it with fewer rows a group (row_group_size)"
+                        )
+
+
+def _page_bytes(header: bytes) -> int:
+    """Read a page's unpacked size: its header's second number. Returns 0 for an unknown header."""
+    if header[:1] + header[2:3] != 2 * _VARINT:
+        return 0
+    size = 0
+    for place, byte in enumerate(header[3:]):
+        size |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            break
+    return size >> 1
 
 
 def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:

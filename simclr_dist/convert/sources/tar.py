@@ -68,9 +68,9 @@ def _check_pax_records(content: bytes, place: int) -> None:
     """Check pax records, `length key=value\\n`. tarfile may leave out damaged ones. Raises ReadError."""
     at = 0
     while at < len(content) and content[at]:
-        length, _, record = content[at:].partition(b" ")
+        length, _, _ = content[at : at + 20].partition(b" ")  # of all that follows it would be quadratic
         size = int(length) if length.isdigit() else 0
-        _, equals, value = record[: size - len(length) - 2].partition(b"=")
+        _, equals, value = content[at + len(length) + 1 : at + max(size - 1, 0)].partition(b"=")
         if not equals or b"\0" in value or content[at + size - 1 : at + size] != b"\n":
             raise tarfile.ReadError(f"has a damaged header (at byte {place})")
         at += size

@@ -26,11 +26,12 @@ _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-_UNPACKED_AT_ONCE = 1 << 20
+_LONGEST_JPEG = 65500  # libjpeg's limit
+_PACKED_AT_ONCE = 1 << 12  # zlib makes at most 1032 times as much of it
 _CHANNELS = {0: 1, 2: 3}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
-# In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts.
-_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
+# In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts. (Without a + after the 0xFF, which would make it quadratic.)
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 class PreparedImage(NamedTuple):
@@ -57,8 +58,8 @@ def prepare_image(content: bytes, *, short_side: int | None = None, quality: int
 
     8-bit RGB and gray JPEG, PNG and WebP without EXIF rotation stay unchanged. Others (16 bits, palette, alpha, CMYK, other
     formats, first frame of animations) become RGB, alpha dropped: JPEG at `quality` from JPEG, else PNG. An image whose shorter
-    side exceeds `short_side` is shrunk to it and stored as JPEG. Raises DataError for what cannot be decoded, and for more than
-    100 megapixels (before decoding).
+    side exceeds `short_side` is shrunk to it and stored as JPEG, or as PNG if a side is too long for that. Raises DataError for
+    what cannot be decoded, and for more than 100 megapixels (before decoding).
     """
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -90,7 +91,7 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
         rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.BICUBIC)
     rgb.info = {}  # else the encoder would copy a colour profile that no longer fits
     target = io.BytesIO()
-    as_jpeg = shrink or extension == "jpg"
+    as_jpeg = (shrink or extension == "jpg") and max(rgb.size) <= _LONGEST_JPEG
     rgb.save(target, **{"format": "JPEG", "quality": quality} if as_jpeg else {"format": "PNG"})
     reason = reason or f"its shorter side exceeds {short_side} pixels"
     return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height, reason)
@@ -150,40 +151,30 @@ def _is_sound_png(content: bytes) -> bool:
     Pillow shows some that libpng refuses. One of those has ended the process in torchvision's reader (0.29, segmentation
     fault). Raises DataError where a chunk does not fit its checksum, for its pixels are wrong.
     """
-    at, packed = len(PNG_SIGNATURE), []
+    whole, at, unpacker, left = memoryview(content), len(PNG_SIGNATURE), zlib.decompressobj(), _pixel_data_size(content)
     while True:
         try:
             length, kind = struct.unpack_from(">I4s", content, at)
             (checksum,) = struct.unpack_from(">I", content, at + 8 + length)
         except struct.error:
             return False
-        body = content[at + 8 : at + 8 + length]
+        body = whole[at + 8 : at + 8 + length]
         critical = not kind[0] & 0x20
-        if critical and zlib.crc32(kind + body) != checksum:
+        if critical and zlib.crc32(body, zlib.crc32(kind)) != checksum:
             raise DataError(f"damaged: its {printable(kind.decode('latin-1'))} chunk does not fit its checksum")
         if kind == b"IDAT":
-            packed.append(body)
+            for start in range(0, length, _PACKED_AT_ONCE):
+                if unpacker.eof or left < 0:
+                    return False
+                try:
+                    left -= len(unpacker.decompress(body[start : start + _PACKED_AT_ONCE]))
+                except zlib.error:
+                    return False
         elif kind == b"IEND":
-            break
+            return unpacker.eof and not unpacker.unused_data and left == 0
         elif critical and kind not in (b"IHDR", b"PLTE"):
             return False
         at += 12 + length
-    return _unpacked_size(b"".join(packed)) == _pixel_data_size(content)
-
-
-def _unpacked_size(packed: bytes) -> int:
-    """Count the bytes of a zlib stream. Returns -1 for one that is damaged, cut off, or followed by more."""
-    unpacker, size = zlib.decompressobj(), 0
-    try:
-        while not unpacker.eof:
-            part = unpacker.decompress(packed, _UNPACKED_AT_ONCE)
-            packed = unpacker.unconsumed_tail
-            if not part and not packed and not unpacker.eof:
-                return -1
-            size += len(part)
-    except zlib.error:
-        return -1
-    return -1 if unpacker.unused_data else size
 
 
 def _pixel_data_size(content: bytes) -> int:

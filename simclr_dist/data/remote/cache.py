@@ -7,6 +7,7 @@ is named by its content, so the same images at another address are in the cache 
 
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +25,7 @@ GIB_VARIABLE = "SIMCLR_DIST_CACHE_GIB"
 DEFAULT_GIB = 100.0
 
 _POLL = 0.05
+_OURS = re.compile("[0-9a-f]{40}")  # names of shards; the folder may hold files of others, which are not removed
 _held: set[int] = set()  # descriptors of locks that a child of this process must not keep alive
 
 
@@ -157,7 +159,7 @@ class ShardCache:
                 return
             with suppress(FileNotFoundError):
                 if failed.stat().st_mtime > began:  # it failed while this process waited, and would fail again in the same way
-                    raise UnreachableError(failed.read_text(encoding="utf-8"))
+                    raise UnreachableError(failed.read_text(encoding="utf-8", errors="replace"))
             self._fetch(shard, needed, wait=True)
 
     def _fetch(self, shard: int, needed: Collection[int], *, wait: bool, stopped: Callable[[], bool] = lambda: False) -> bool:
@@ -214,6 +216,8 @@ class ShardCache:
         for entry in os.scandir(self._settings.folder):
             with suppress(FileNotFoundError):
                 name, _, kind = entry.name.partition(".")
+                if not _OURS.fullmatch(name):
+                    continue
                 if kind == "tar":
                     about = entry.stat()
                     shards.append((about.st_mtime, about.st_size, name))

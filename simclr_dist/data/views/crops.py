@@ -15,6 +15,8 @@ from torch import Tensor
 
 Interpolation = Literal["bicubic", "bilinear"]
 
+_LONG = 16  # times as long as wide: from there on the whole, resized, would have far more pixels than image and view
+
 
 def crop_view(image: Tensor, box: NDArray[np.int64], flip: bool, size: int, interpolation: Interpolation) -> Tensor:
     """Crop, resize with antialiasing and flip, on the CPU. uint8 [3, h, w] -> uint8 [3, size, size].
@@ -33,6 +35,10 @@ def eval_view(image: Tensor, size: int) -> Tensor:
 
     From size 96 on, the short side is resized to size x 256/224, below that to size. Then the centre is cut out.
     """
+    height, width = image.shape[-2:]
+    # Both ends of a very long image, as much of each, never reach the view.
+    over_height, over_width = max(height - _LONG * width, 0) // 2, max(width - _LONG * height, 0) // 2
+    image = image[:, over_height : height - over_height, over_width : width - over_width]
     height, width = image.shape[-2:]
     short = round(size * 256 / 224) if size >= 96 else size
     new_height, new_width = max(short, int(short * height / width)), max(short, int(short * width / height))
@@ -59,4 +65,7 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) 
     batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     if image.shape[-2:] == size:
         return batch[0].clone()
+    if image.shape[-2] > _LONG * max(size[0], image.shape[-1]):
+        # Fewer rows first: torch alone would widen each of them before it leaves most of them out.
+        batch = F.interpolate(batch, (size[0], image.shape[-1]), mode=interpolation, align_corners=False, antialias=True)
     return F.interpolate(batch, size, mode=interpolation, align_corners=False, antialias=True)[0]

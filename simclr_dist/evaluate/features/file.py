@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simclr_dist.system.errors import DataError, reason_of
-from simclr_dist.system.files import replacing
+from simclr_dist.system.files import fitting, replacing
 
 FORMAT = "simclr_dist features 1"
 
@@ -135,11 +135,13 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
             for number in range(file.num_row_groups):  # one at a time: memory for one more than what is returned
                 table = file.read_row_group(number, use_threads=False).combine_chunks()
                 rows = table.column("embedding").combine_chunks().flatten().to_numpy()
+                if not np.isfinite(rows).all():
+                    raise ValueError("it has numbers that are not finite")
                 embedding[start : start + len(table)] = rows.reshape(len(table), size)
                 parts.append(table.drop_columns("embedding"))
                 start += len(table)
             rest = pa.concat_tables(parts)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(f"{path}: not a readable file of features ({reason_of(error)}); embed the images again") from None
     label = rest.column("label").fill_null(-1).to_numpy()
     if label.min() < -1 or (about.classes and label.max() >= len(about.classes)) or rest.column("key").null_count:
@@ -173,14 +175,16 @@ def _schema(size: int, kind: pa.DataType) -> pa.Schema:
 
 def _read_about(path: Path, schema: pa.Schema) -> About:
     try:
-        about: dict[str, Any] = json.loads((schema.metadata or {})[_METADATA_KEY])
+        about = fitting(json.loads((schema.metadata or {})[_METADATA_KEY]), {"format": str})
         version = about.pop("format")
-        if not str(version).startswith("simclr_dist features"):
+        if not version.startswith("simclr_dist features"):
             raise KeyError(version)
         if version != FORMAT:
             raise DataError(f"{path}: its format is {version!r}, this simclr-dist reads {FORMAT!r}; embed the images again")
+        kinds = {"shape": dict, "image_size": int, "classes": list}
+        fitting(about, {name: kinds.get(name, str) for name in _MEANINGS})
         return About(**about | {"classes": tuple(about["classes"])})
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise _foreign(path) from None
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from simclr_dist.evaluate.features.file import About, Embedding, FeatureTable, read_about, read_features, write_features
 from simclr_dist.system.errors import DataError
+from simclr_dist.system.files import remove_leftovers
 
 
 def features_folder(result: Path) -> Path:
@@ -27,6 +28,7 @@ class FeatureStore:
         self.reused: dict[str, str] = {}
         self._about: dict[Path, About] = {}
         self._kept: list[Path] = []
+        remove_leftovers(folder, "*.parquet")
         for path in sorted(folder.glob("*.parquet")):
             try:
                 self._about[path] = read_about(path)

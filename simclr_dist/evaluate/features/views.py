@@ -1,5 +1,6 @@
 """Draw random views of images by (seed, epoch, row, view). They serve protocols that train, and signals of test images."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simclr_dist.config.ranges import check_ranges
+from simclr_dist.config.settings import ViewsConfig
+from simclr_dist.config.strict_yaml import merge
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.views.colour import colour_views
 from simclr_dist.data.views.crops import crop_view
 from simclr_dist.data.views.draws import ViewSettings, draw_views, preset_views
 from simclr_dist.evaluate.features.extraction import Images
+from simclr_dist.system.errors import ConfigError, DamagedError
 
 TRAINING_VIEW = 2  # pre-training draws views 0 and 1
 IMAGES = 4096  # at most: a mean over so many is good to some hundredths of a standard deviation
@@ -67,12 +72,19 @@ class TrainingViews(NamedTuple):
         return {"from": self.source, "seed": SEED, **{k: list(v) if isinstance(v, tuple) else v for k, v in values}}
 
 
-def training_views(card: Mapping[str, Any]) -> TrainingViews:
-    """Return the views that the encoder was trained with. Where the card has none: the paper's, for images of its size."""
+def training_views(card: Mapping[str, Any], source: str = "the encoder's card") -> TrainingViews:
+    """Return the views that the encoder was trained with. Where the card has none: the paper's, for images of its size.
+
+    `source` begins the DamagedError about settings that cannot be.
+    """
     size = {"image_size": card["image_size"], "mean": card["mean"], "std": card["std"]}
     if views := (card.get("config") or {}).get("views"):
-        trained = {name: value for name, value in views.items() if name != "preset"}
-        return TrainingViews(preset_views(views["preset"], trained | size), "the encoder's card")
+        try:
+            check_ranges(config := merge(ViewsConfig(), views, "config.views"))
+        except ConfigError as error:
+            raise DamagedError(f"{source}: {error}; take a whole copy of the encoder") from None
+        trained = dataclasses.asdict(config)
+        return TrainingViews(preset_views(trained.pop("preset"), trained | size), "the encoder's card")
     preset = "imagenet" if card["image_size"] >= 96 else "small"
     return TrainingViews(preset_views(preset, size), f"preset {preset}, as the encoder's card has none")
 

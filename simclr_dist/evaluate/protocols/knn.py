@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from simclr_dist.evaluate.settings import Settings
+from simclr_dist.method.loss.tiles import unit_rows
 
 # Weights become integers before they are summed, so that a vote does not depend on the order of the sum (atomics on a
 # GPU add in any order). 2**40 leaves 20 bits for the number of neighbours.
@@ -40,12 +41,12 @@ def weighted_knn(
     if len(train_h) == 0:
         raise ValueError("there are no training rows to vote")
     dtype = torch.float64 if train_h.dtype == torch.float64 else torch.float32
-    keys, labels = torch.nn.functional.normalize(train_h.to(dtype), dim=1), train_y.to(train_h.device)
+    keys, labels = unit_rows(train_h.to(dtype)), train_y.to(train_h.device)
     k = min(k, len(keys))
     votes = torch.zeros(len(test_h), classes, dtype=torch.int64, device=keys.device)
     rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(keys))
     for queries, counted in zip(test_h.split(rows_at_once), votes.split(rows_at_once), strict=True):
-        similarity = torch.nn.functional.normalize(queries.to(dtype), dim=1) @ keys.T
+        similarity = unit_rows(queries.to(dtype)) @ keys.T
         nearest, index = _nearest(similarity, k)
         weight = ((nearest - nearest[:, :1]).double() / temperature).exp()  # relative to the nearest: exp cannot overflow
         counted.scatter_add_(1, labels[index], (weight * _WEIGHT_ONE).round().long())

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simclr_dist.evaluate.protocols.scores import AT_ONCE, Predict, top1
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.system.errors import DataError
 
@@ -24,33 +25,33 @@ _ROWS_AT_ONCE = 4096
 _ROWS_SUMMED = 1024
 _ROWS_OF_HESSIAN = 8192
 _FINISHED = 4e-5  # largest entry of the preconditioned gradient; the loss is then within 4e-6 of its minimum
+_HISTORY_BYTES = 2**32  # of L-BFGS: 20 pairs of vectors, fewer where classes x columns are tens of millions
 _GOOD_ENOUGH = 1e-4  # the same for fits that are only compared with each other
 
 
 def linear_probe(
     train_h: Tensor,
     train_y: Tensor,
-    test_h: Tensor,
     *,
     classes: int,
     l2: float | None = None,
     seed: int = 0,
     max_iter: int = Settings.max_iter,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Fit a linear classifier on the training rows; score the test rows.
+) -> tuple[Predict, dict[str, Any]]:
+    """Fit a linear classifier on the training rows.
 
     Minimises mean cross-entropy + l2/2 * |W|^2 over weights W and an unpenalised bias, full batch, from zero, on
     features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Without
     `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then as with that l2 given.
-    Needs one float32 copy of train_h, two where l2 is chosen; the inputs are left as they are. The test rows are read
-    after all fitting.
+    Needs one float32 copy of train_h, two where l2 is chosen; the inputs are left as they are.
 
     Args:
-        train_h: [n, d] features. train_y: [n] int64 labels in [0, classes). test_h: [m, d], on the device of train_h.
+        train_h: [n, d] features. train_y: [n] int64 labels in [0, classes).
         seed: of the split on which l2 is chosen; without effect where l2 is given.
 
     Returns:
-        [m, classes] float32 logits on the device of the features, and a dict of plain values: the settings, `choice`
+        The classifier, from test rows [m, d] on the device of train_h to float32 logits [m, classes], and a dict of plain
+        values: the settings, `choice`
         (what `choose_l2` returns, or None), `converged`, `iterations`, `evaluations`, `gradient_max`, `loss` (with the
         penalty) and `train_top1` in percent.
 
@@ -70,9 +71,9 @@ def linear_probe(
         "l2": l2, "choice": choice, "max_iter": max_iter,
         "tolerance": TOLERANCE, "converged": fit.gradient_max <= TOLERANCE,
         "iterations": fit.iterations, "evaluations": fit.evaluations, "gradient_max": fit.gradient_max,
-        "loss": fit.loss, "train_top1": _top1(fit.logits(problem.x), problem.y),
+        "loss": fit.loss, "train_top1": top1(fit.logits, problem.x, problem.y, classes),
     }  # fmt: skip
-    return torch.cat([fit.logits(problem.like(rows)) for rows in test_h.split(_ROWS_AT_ONCE)]), info
+    return lambda h: torch.cat([fit.logits(problem.like(rows)) for rows in h.split(_ROWS_AT_ONCE)]), info
 
 
 def choose_l2(
@@ -102,14 +103,14 @@ def choose_l2(
         raise DataError(f"linear probe: {few} (no class has a row to spare for validation); give l2, or more images")
     problem = _standardised(train_h[fit_rows], train_y[fit_rows], classes)
     x, expected = problem.like(train_h[held_out]), train_y[held_out]
-    values, top1 = sorted(map(float, grid), reverse=True), []
+    values, right = sorted(map(float, grid), reverse=True), []
     fit: _Fit | None = None
     for value in values:
         fit = _fit(problem, value, max_iter, _GOOD_ENOUGH, start=fit)
-        top1.append(_top1(fit.logits(x), expected))
-    best = top1.index(max(top1))
+        right.append(top1(fit.logits, x, expected, classes))
+    best = right.index(max(right))
     return {
-        "l2": values[best], "grid": values, "validation_top1": top1, "validation_rows": len(held_out),
+        "l2": values[best], "grid": values, "validation_top1": right, "validation_rows": len(held_out),
         "share": VALIDATION_SHARE, "seed": seed, "at_edge": best in (0, len(values) - 1),
     }  # fmt: skip
 
@@ -221,7 +222,7 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
     optimizer = torch.optim.LBFGS(
         [v, u], lr=length, max_iter=1, max_eval=2 * max_iter + 20,
         tolerance_grad=finished, tolerance_change=1e-9,  # what float32 products resolve
-        history_size=20, line_search_fn="strong_wolfe",
+        history_size=min(20, max(3, _HISTORY_BYTES // (2 * v.nbytes))), line_search_fn="strong_wolfe",
     )  # fmt: skip
     optimizer.step(closure)
     if max_iter > 1 and max(float(v.grad.abs().max()), float(u.grad.abs().max())) > finished:  # type: ignore[union-attr]
@@ -236,7 +237,8 @@ def _objective(problem: _Problem, weight: Tensor, bias: Tensor, l2: float) -> tu
     loss = weight.new_zeros(())
     weight_gradient, bias_gradient = torch.zeros_like(weight.T), torch.zeros_like(bias)
     weight32, bias32, n = weight.float(), bias.float(), len(problem.x)
-    for rows, labels in zip(problem.x.split(_ROWS_AT_ONCE), problem.y.split(_ROWS_AT_ONCE), strict=True):
+    rows_at_once = max(1, min(_ROWS_AT_ONCE, AT_ONCE // problem.classes))
+    for rows, labels in zip(problem.x.split(rows_at_once), problem.y.split(rows_at_once), strict=True):
         # Classes come first: over a short last dimension softmax is 15 times slower on CPU, and so is rows.T @ residual.
         log_probability = torch.addmm(bias32, rows, weight32).T.contiguous().log_softmax(dim=0)
         picked = labels[None]
@@ -246,8 +248,3 @@ def _objective(problem: _Problem, weight: Tensor, bias: Tensor, l2: float) -> tu
         weight_gradient += residual @ rows
         bias_gradient += residual.sum(dim=1)
     return loss / n + 0.5 * l2 * weight.square().sum(), weight_gradient.T / n + l2 * weight, bias_gradient / n
-
-
-def _top1(logits: Tensor, labels: Tensor) -> float:
-    """Return the top-1 accuracy in percent."""
-    return 100 * int((logits.argmax(dim=1) == labels).sum()) / len(labels)

@@ -6,11 +6,13 @@ never clears the gradients, which sums them up over the whole training; here eve
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from simclr_dist.evaluate.protocols.scores import Predict, top1
 from simclr_dist.evaluate.settings import Settings
 
 HIDDEN = 128
@@ -24,46 +26,45 @@ _ROWS_AT_ONCE = 8192
 def mlp_probe(
     train_h: Tensor,
     train_y: Tensor,
-    test_h: Tensor,
     *,
     classes: int,
     epochs: int = Settings.mlp_epochs,
     batch_size: int = BATCH_SIZE,
     seeds: Sequence[int] = SEEDS,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Score the test rows by one MLP for each seed. Each scores after its last epoch.
+) -> tuple[list[Predict], dict[str, Any]]:
+    """Train one MLP for each seed.
 
-    A seed decides initial weights, order of the rows and dropout; the global random state is left as it was. The test rows
-    are read after the last step of the last MLP.
+    A seed decides initial weights, order of the rows and dropout; the global random state is left as it was.
 
     Args:
-        train_h: [n, d] features. train_y: [n] int64 labels in [0, classes). test_h: [m, d], on the device of train_h.
+        train_h: [n, d] features. train_y: [n] int64 labels in [0, classes).
         batch_size: at most; the last batch of an epoch has what is left.
 
     Returns:
-        [seeds, m, classes] float32 logits, to be measured one by one and joined by `scores.spread`, and a dict of plain
-        values: the settings, `steps` of each MLP, and for each seed `loss` (mean over the last epoch, with dropout) and
-        `train_top1` (percent, without).
+        The MLPs after their last epoch, each from test rows [m, d] on the device of train_h to float32 logits [m, classes],
+        to be measured one by one and joined by `scores.spread`, and a dict of plain values: the settings, `steps` of each
+        MLP, and for each seed `loss` (mean over the last epoch, with dropout) and `train_top1` (percent, without).
     """
     if epochs < 1 or batch_size < 1 or len(seeds) == 0:
         raise ValueError(f"epochs, batch_size and the number of seeds must be at least 1, got {epochs}, {batch_size}, {seeds}")
     if len(train_h) == 0:
         raise ValueError("there are no training rows to fit")
     device, x, y = train_h.device, train_h.float(), train_y.to(train_h.device)
-    networks, losses = [], []
+    predict: list[Predict] = []
+    losses = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for seed in seeds:
             torch.manual_seed(seed)
             network, loss = _fit(x, y, classes, epochs, batch_size)
-            networks.append(network)
+            predict.append(partial(_logits, network))
             losses.append(loss)
     info = {
         "layers": [x.shape[1], HIDDEN, HIDDEN, classes], "dropout": DROPOUT, "optimizer": "Adam", "lr": LR,
         "features": "as they are", "epochs": epochs, "batch_size": batch_size, "seeds": list(seeds),
         "steps": epochs * -(-len(x) // batch_size), "loss": losses,
-        "train_top1": [100 * int((_logits(network, x).argmax(dim=1) == y).sum()) / len(y) for network in networks],
+        "train_top1": [top1(one, x, y, classes) for one in predict],
     }  # fmt: skip
-    return torch.stack([_logits(network, test_h) for network in networks]), info
+    return predict, info
 
 
 def classifier(features: int, classes: int) -> nn.Sequential:

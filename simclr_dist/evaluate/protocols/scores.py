@@ -1,7 +1,9 @@
 """Score predictions: top-1 with its interval, top-5, each class, and confusions."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from simclr_dist.system.errors import DataError
 
-RESAMPLES = 1000
 DENSE = 100  # classes, up to which every cell of a confusion matrix is written
 TOP = 5
+AT_ONCE = 2**26  # scores that are in memory at a time: those of all rows and 21,000 classes would take gigabytes
+
+Predict = Callable[[Tensor], Tensor]  # from features [n, d] to scores [n, classes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Scores:
     """Scores of predictions for `images` test images; percentages in [0, 100].
 
     `top5` is None up to five classes, where it would always be right. `mean_per_class` is the mean recall of the
-    classes that the test set has. `interval` is the 95 % bootstrap interval of top1 over `RESAMPLES` resamples of the
-    test images: it holds what other test images would change, not what another training run would.
-    `confusion[i][j]` counts images of class i that were taken for class j.
+    classes that the test set has. `interval` is the 95 % interval of top1 (`wilson_interval`): it holds what other test
+    images would change, not what another training run would.
+    `confusion` has a row for each class: its images by predicted class. With more than `DENSE` classes a row has only counts
+    that are not 0, as {"predicted class": count}. `confusions` reads both.
     """
 
     images: int
@@ -45,20 +50,11 @@ class Scores:
     top5: float | None
     mean_per_class: float
     per_class: tuple[ClassScores, ...]
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: list[list[int]] | list[dict[str, int]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON. `per_class` is a list of dicts, in the order of the classes.
-
-        `confusion` has a row for each class: its counts by predicted class. With more than `DENSE` classes a row has only those
-        that are not 0, as {"predicted class": count}. `confusions` reads both.
-        """
-        confusion = [
-            list(row) if len(row) <= DENSE else {str(other): count for other, count in enumerate(row) if count}
-            for row in self.confusion
-        ]
-        plain = {"interval": list(self.interval), "per_class": [vars(one).copy() for one in self.per_class]}
-        return {**vars(self), **plain, "confusion": confusion}
+        """Return plain values for JSON. `per_class` is a list of dicts, in the order of the classes."""
+        return {**vars(self), "interval": list(self.interval), "per_class": [vars(one).copy() for one in self.per_class]}
 
 
 def confusions(confusion: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
@@ -69,48 +65,66 @@ def confusions(confusion: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
                 yield true, int(other), count
 
 
-def score(scores: Tensor, labels: Tensor) -> Scores:
-    """Measure a score matrix: logits, probabilities or votes. The largest in a row is the prediction.
+def score(scores: Tensor | Iterable[Tensor], labels: Tensor) -> Scores:
+    """Measure scores: logits, probabilities or votes. The largest in a row is the prediction.
 
     Equal scores rank by class, the lower first, so that nothing depends on how a sort breaks ties.
 
     Args:
-        scores: [m, classes] of any real type, m > 0. labels: [m] int64 in [0, classes).
+        scores: [m, classes] of any real type, m > 0; or the same in blocks of rows. labels: [m] int64 in [0, classes).
 
     Raises DataError where scores are not finite.
     """
-    if scores.dim() != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
-        raise ValueError(f"scores must be [m, classes] and labels [m], got {tuple(scores.shape)} and {tuple(labels.shape)}")
-    if bool((broken := ~scores.isfinite().all(dim=1)).any()):
+    ranks, predictions, start, broken, classes = [], [], 0, 0, 0
+    labels = labels.cpu()
+    for block in [scores] if isinstance(scores, Tensor) else scores:
+        true = labels[start : start + len(block), None]
+        if block.dim() != 2 or len(true) != len(block) or len(true) == 0:
+            raise ValueError(f"scores must be [m, classes] and labels [m], got {tuple(block.shape)} and {tuple(labels.shape)}")
+        block, start, classes = block.cpu(), start + len(block), block.shape[1]
+        broken += int((~block.isfinite().all(dim=1)).sum())
+        right = block.gather(1, true)
+        ranks.append(((block > right) | ((block == right) & (torch.arange(classes) < true))).sum(dim=1))
+        predictions.append(block.argmax(dim=1))  # the first of equals
+    if start != len(labels):
+        raise ValueError(f"scores must be [m, classes] and labels [m], got {start} rows and {tuple(labels.shape)}")
+    if broken:
         why = "the probe diverged, or features are not finite; look at the encoder's training, and at the scale of its features"
-        raise DataError(f"scores of {int(broken.sum())} of {len(scores)} test images are not finite: {why}")
-    scores, labels = scores.cpu(), labels.cpu()
-    classes, true = scores.shape[1], scores.gather(1, labels[:, None])
-    lower = torch.arange(classes) < labels[:, None]
-    rank = ((scores > true) | ((scores == true) & lower)).sum(dim=1)
-    predictions = scores.argmax(dim=1)  # the first of equals
-    confusion = torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, classes).numpy()
-    per_class, right = _per_class(confusion), int((rank == 0).sum())
+        raise DataError(f"scores of {broken} of {start} test images are not finite: {why}")
+    rank, prediction = torch.cat(ranks), torch.cat(predictions)
+    per_class, hits = _per_class(labels, prediction, classes), int((rank == 0).sum())
     return Scores(
-        images=len(labels),
-        top1=100 * right / len(labels),
-        interval=bootstrap_interval(right, len(labels)),
-        top5=100 * int((rank < TOP).sum()) / len(labels) if classes > TOP else None,
+        images=start,
+        top1=100 * hits / start,
+        interval=wilson_interval(hits, start),
+        top5=100 * int((rank < TOP).sum()) / start if classes > TOP else None,
         mean_per_class=100 * float(np.mean([one.recall for one in per_class if one.recall is not None])),
         per_class=per_class,
-        confusion=tuple(tuple(map(int, row)) for row in confusion),
+        confusion=_confusion(labels, prediction, classes),
     )
 
 
-def bootstrap_interval(right: int, images: int, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the accuracy, in percent. Accuracy is the share of right answers.
+def in_blocks(predict: Predict, h: Tensor, classes: int) -> Iterator[Tensor]:
+    """Predict scores block by block. `h` is [n, d]; at most `AT_ONCE` scores are in memory."""
+    return map(predict, h.split(max(1, AT_ONCE // classes)))
 
-    A resample draws `images` images with replacement. How many of them are right is, exactly, a binomial number: that
-    is what is drawn, in place of the images.
+
+def top1(predict: Predict, h: Tensor, labels: Tensor, classes: int) -> float:
+    """Return the top-1 accuracy in percent."""
+    predictions = torch.cat([block.argmax(dim=1) for block in in_blocks(predict, h, classes)])
+    return 100 * int((predictions == labels).sum()) / len(labels)
+
+
+def wilson_interval(right: int, images: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of the accuracy, in percent. `right` of the `images` answers are right.
+
+    Wilson 1927: the accuracies from which `right` is at most 1.96 standard deviations away. Unlike that of resampled images it
+    has a width where all or none are right.
     """
-    drawn = np.random.default_rng(seed).binomial(images, right / images, size=resamples)
-    low, high = np.percentile(100 * drawn / images, [2.5, 97.5])
-    return float(low), float(high)
+    z, share = NormalDist().inv_cdf(0.975), right / images
+    centre, half = share + z * z / (2 * images), z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    low, high = ((centre + side) / (1 + z * z / images) for side in (-half, half))
+    return 100 * low if right else 0.0, 100 * high if right < images else 100.0
 
 
 def spread(runs: Sequence[Scores]) -> dict[str, Any]:
@@ -153,11 +167,24 @@ def _line(name: str, width: int, fractions: Sequence[float | None], support: int
     return f"{name:>{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {support:7d}"
 
 
-def _per_class(confusion: np.ndarray[Any, Any]) -> tuple[ClassScores, ...]:
-    counts = zip(confusion.diagonal().tolist(), confusion.sum(axis=1).tolist(), confusion.sum(axis=0).tolist(), strict=True)
+def _per_class(labels: Tensor, predictions: Tensor, classes: int) -> tuple[ClassScores, ...]:
+    counted = (labels[labels == predictions], labels, predictions)
+    counts = zip(*(one.bincount(minlength=classes).tolist() for one in counted), strict=True)
     return tuple(
         ClassScores(right / max(predicted, 1), right / support, 2 * right / (support + predicted), support)
         if support
         else ClassScores(None, None, None, 0)
         for right, support, predicted in counts
     )
+
+
+def _confusion(labels: Tensor, predictions: Tensor, classes: int) -> list[list[int]] | list[dict[str, int]]:
+    cells, counts = (labels * classes + predictions).unique(return_counts=True)
+    if classes <= DENSE:
+        dense = torch.zeros(classes * classes, dtype=torch.int64).index_put((cells,), counts)
+        rows: list[list[int]] = dense.view(classes, classes).tolist()
+        return rows
+    sparse: list[dict[str, int]] = [{} for _ in range(classes)]
+    for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
+        sparse[cell // classes][str(cell % classes)] = count
+    return sparse

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from simclr_dist.evaluate.protocols.scores import Predict, top1
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.method.optim import learning_rate
 
@@ -26,25 +27,24 @@ EpochFeatures = Callable[[int], tuple[Tensor, Tensor]]
 
 def sgd_probe(
     train: EpochFeatures | tuple[Tensor, Tensor],
-    test_h: Tensor,
     *,
     classes: int,
     epochs: int = Settings.sgd_epochs,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Score the test rows by the classifier after its last epoch.
+) -> tuple[Predict, dict[str, Any]]:
+    """Train the classifier.
 
     Args:
         train: gives, for an epoch's number from 0, the features [n, d] of newly drawn views of all training images and
             their labels [n] int64 in [0, classes), both always in the shapes of the first epoch; or one such pair, for
             features that stay the same.
-        test_h: [m, d], on the device of the training features; read after the last step.
         batch_size: at most; of fewer training rows, all of them.
         seed: of the order of the rows. The caller seeds its crops.
 
     Returns:
-        [m, classes] float32 logits, and a dict of plain values: the settings, `views` ("new in every epoch" or "fixed"),
+        The classifier after its last epoch, from test rows [m, d] on the device of the training features to float32 logits
+        [m, classes], and a dict of plain values: the settings, `views` ("new in every epoch" or "fixed"),
         `paper_epochs`, `as_in_paper` (90 epochs, of new views), `steps`, `loss` (mean over the last epoch) and
         `train_top1` in percent (of the last epoch's rows, by the final classifier).
     """
@@ -60,7 +60,7 @@ def sgd_probe(
         "features": "as they are",
         "seed": seed, "steps": fit.steps, "loss": fit.loss, "train_top1": fit.train_top1,
     }  # fmt: skip
-    return fit.logits(test_h), info
+    return fit.logits, info
 
 
 class _Fit(NamedTuple):
@@ -108,4 +108,4 @@ def _fit(draw: EpochFeatures, classes: int, epochs: int, batch_size: int, seed: 
             total += loss.detach() * len(rows)
             step += 1
     fit = _Fit(weight, bias, batch_size, lr, steps, float(total) / len(h), 0.0)
-    return fit._replace(train_top1=100 * int((fit.logits(h).argmax(dim=1) == y).sum()) / len(y))
+    return fit._replace(train_top1=top1(fit.logits, h, y, classes))

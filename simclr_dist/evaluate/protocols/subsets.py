@@ -1,6 +1,7 @@
 """Draw class-balanced parts of a labelled set. The seed and the images' keys decide."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +30,9 @@ def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: in
     Raises DataError when a class has too few images, or would give none: which class, how many images, which share would do.
     """
     assert 0 < labels <= 1
-    members = [np.flatnonzero(manifest.label == label) for label in range(classes)]
+    by_class = manifest.label.argsort(kind="stable")
+    ends = manifest.label[by_class].searchsorted(np.arange(classes + 1))
+    members = [by_class[start:end] for start, end in itertools.pairwise(ends)]
     images = np.array([len(rows) for rows in members])
     scarcest = int(images.argmin())
     name = f"{manifest.folder}: class {repr(manifest.classes[scarcest]) if manifest.classes else scarcest}"

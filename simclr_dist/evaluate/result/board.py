@@ -84,7 +84,7 @@ def show_curve(run: Path, result: Result, say: Say) -> None:
             return
         curve = Curve(folder)
         try:
-            for step, (protocols, when) in sorted(comparable(run / "eval", result).items(), key=itemgetter(0)):
+            for step, (protocols, when) in sorted(comparable(run / "eval", result, say).items(), key=itemgetter(0)):
                 curve.add({"encoder": {"step": step}, "protocols": protocols}, when)
         except OSError as error:
             say(f"{folder}: the accuracy curve cannot be written: {reason_of(error)}")

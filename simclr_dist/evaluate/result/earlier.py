@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_dist.evaluate.classify import protocol_settings
-from simclr_dist.evaluate.result.file import read_result
-from simclr_dist.evaluate.result.report import TRAINED, Result
+from simclr_dist.evaluate.result.file import SHAPE, read_result
+from simclr_dist.evaluate.result.report import TRAINED, Result, Say
 from simclr_dist.evaluate.settings import Settings
-
-_SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")
+from simclr_dist.system.errors import DamagedError
 
 
 class Baselines(NamedTuple):
@@ -42,7 +41,7 @@ def difference(result: Result, settings: Settings, *, encoder: str, train: str, 
         if before is None:
             compared.append((f"protocol {protocol}", "left out", "measured"))
         else:
-            compared += [(name, before["settings"][name], value) for name, value in now.items()]
+            compared += [(name, before["settings"].get(name), value) for name, value in now.items()]
     if settings.baselines and result["classes"] and set(settings.protocols) - {"sgd"}:  # which has none
         compared.append(("baselines", "measured" if baselines(result) else "left out", "measured"))
         compared.append(("seed", result["settings"]["seed"], settings.seed))
@@ -58,15 +57,20 @@ def baselines(result: Result) -> Baselines | None:
     return Baselines(source, shape(result["encoder"]), by_protocol) if by_protocol else None
 
 
-def comparable(folder: Path, result: Result) -> dict[int, tuple[dict[str, Any], float]]:
+def comparable(folder: Path, result: Result, say: Say = lambda _: None) -> dict[int, tuple[dict[str, Any], float]]:
     """Find results like `result`, itself among them. Returns by step their protocols, and when they were written (since 1970).
 
     They are in a run's `folder`, of the same layer, precision and images. Only protocols of the same settings are taken.
-    A step's kept results (`file.write_result`) count too, as far as they are of the newest one's weights.
+    A step's kept results (`file.write_result`) count too, as far as they are of the newest one's weights. `say` gets a line
+    for a damaged one, which is left out.
     """
     by_step: dict[int, list[tuple[float, Result]]] = {}
     for path in folder.glob("step-*.json"):
-        one = read_result(path)
+        try:
+            one = read_result(path)
+        except DamagedError as error:
+            say(str(error))
+            continue
         if one and _images(one) == _images(result):
             by_step.setdefault(int(one["encoder"]["step"]), []).append((path.stat().st_mtime, one))
     points = {}
@@ -89,4 +93,4 @@ def _images(result: Result) -> tuple[Any, ...]:
 
 def shape(encoder: dict[str, Any]) -> dict[str, Any]:
     """Return those values of a result's `encoder` that baselines depend on."""
-    return {name: encoder[name] for name in _SHAPE}
+    return {name: encoder[name] for name in SHAPE}

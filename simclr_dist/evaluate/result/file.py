@@ -7,11 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.evaluate.result.report import FORMAT, UNTRAINED, Result, UnwrittenError
-from simclr_dist.system.errors import DataError, reason_of
-from simclr_dist.system.files import write_atomically
+from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Result, UnwrittenError
+from simclr_dist.system.errors import DamagedError, DataError, reason_of
+from simclr_dist.system.files import fitting, write_atomically
 
 _FILES = (("encoder", "sha256"), ("train", "digest"), ("test", "digest"))
+SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")  # of an encoder: its baselines' too
+_PARTS: dict[str, dict[str, Any]] = {
+    "encoder": {"file": str, "sha256": str, "step": int, **dict.fromkeys(SHAPE, object)},
+    "train": {"digest": str}, "test": {"digest": str}, "settings": {"layer": str, "precision": str, "seed": object},
+    "protocols": {}, "seconds": {},
+}  # fmt: skip
 
 
 def claim(path: Path, *, named: bool = False) -> None:
@@ -60,15 +66,23 @@ def write_result(path: Path, result: Result) -> str:
 
 
 def read_result(path: Path) -> Result:
-    """Read the result at `path`. Returns {} when there is none of this format."""
+    """Read the result at `path`. Returns {} when there is none of this format. Raises DamagedError for a damaged one."""
     try:
         content = path.read_bytes()
-        if FORMAT.encode() not in content[:200]:  # its first key: others need no reading
+        if content.lstrip().startswith(b"{") and FORMAT.encode() not in content[:200]:  # its first key: others need no reading
             return {}
-        result: Result = json.loads(content)
-    except (OSError, ValueError):
+        result = fitting(json.loads(content), {"format": str, "classes": int, **dict.fromkeys(_PARTS, dict)})
+        for name, kinds in _PARTS.items():
+            fitting(result[name], kinds)
+        for part in result["protocols"].values():
+            fitting(fitting(part, {"settings": dict, "results": dict})["results"], {TRAINED: dict})
+            for row in part["results"].values():
+                fitting(row, {"top1": int | float})
+        return result
+    except FileNotFoundError:
         return {}
-    return result if isinstance(result, dict) and result.get("format") == FORMAT and "seconds" in result else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: is damaged or cannot be read ({reason_of(error)}); evaluate its encoder again") from None
 
 
 def as_json(value: Any, indent: str = "") -> str:
@@ -104,7 +118,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Read a result of any format. Returns None for what is not JSON and so has no number."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -119,8 +133,11 @@ def _supersedes(result: Result, before: dict[str, Any]) -> bool:
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:
     """Return what a result's numbers depend on. Some of it may be missing: the result may be of an older format."""
-    parts = _dict(result, "protocols").items()
-    protocols = {name: {"settings": part.get("settings"), "rows": sorted(_dict(part, "results"))} for name, part in parts}
+    parts = _dict(result, "protocols")
+    protocols: dict[str, dict[str, Any]] = {}
+    for name in parts:
+        part = _dict(parts, name)
+        protocols[name] = {"settings": part.get("settings"), "rows": sorted(_dict(part, "results"))}
     changes_nothing = set[str]() if "runs" in result else {"batch_size", "workers"}  # a finetuning learns from its batches
     if "runs" not in result and not any(UNTRAINED in part["rows"] for part in protocols.values()):
         changes_nothing.add("seed")  # of its weights

@@ -1,5 +1,6 @@
 """Draw images and their nearest neighbours by cosine, as one PNG."""
 
+import functools
 import io
 import unicodedata
 from collections.abc import Sequence
@@ -7,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simclr_dist.evaluate.features.extraction import Images
+from simclr_dist.method.loss.tiles import unit_rows
 from simclr_dist.system.errors import ConfigError
 
 QUERIES, NEIGHBOURS = 8, 7
@@ -36,10 +37,10 @@ def choose_queries(label: Tensor, count: int = QUERIES, seed: int = 0) -> Tensor
     """
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(label))
     labels = label.cpu().numpy()
+    by_class = order[labels[order].argsort(kind="stable")]
     place = np.empty(len(labels), dtype=np.int64)  # of an image among those of its class, in the order drawn
-    for value in np.unique(labels):
-        members = order[labels[order] == value]
-        place[members] = np.arange(len(members)) + (0 if value >= 0 else len(labels))
+    place[by_class] = np.arange(len(labels)) - np.sort(labels).searchsorted(labels[by_class])
+    place[labels < 0] += len(labels)
     drawn = order[np.argsort(place[order], kind="stable")][:count]
     return torch.from_numpy(drawn[np.lexsort((drawn, labels[drawn]))])
 
@@ -51,7 +52,7 @@ def find_neighbours(h: Tensor, query: Tensor, count: int = NEIGHBOURS) -> Neighb
     """
     if len(h) < 2:
         raise ConfigError("neighbours: there is no other image to be one; give two images or more")
-    z = F.normalize(h.float(), dim=1)
+    z = unit_rows(h.float())
     query = query.to(h.device)
     cosine = (z[query] @ z.T).scatter_(1, query[:, None], -torch.inf)
     values, indices = cosine.sort(dim=1, descending=True, stable=True)
@@ -74,7 +75,7 @@ def neighbour_sheet(
     query, nearest = neighbours.query.tolist(), neighbours.nearest.tolist()
     sheet = Image.new("RGB", (_left(columns + 1) + _GAP, _top(rows) + _GAP), _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    drawn = [_drawable(name, number, font) for number, name in enumerate(classes)]
+    drawable = functools.cache(lambda number: _drawable(classes[number], number, font))
     beside = [(labels[q], labels[j]) for q, row in zip(query, nearest, strict=True) for j in row]
     if frames := [a == b for a, b in beside if min(a, b) >= 0]:
         title = f"{title}: {sum(frames)} of {len(frames)} of the query's class"
@@ -83,7 +84,7 @@ def neighbour_sheet(
         for column, index in enumerate([q, *others]):
             x, y, of, number = _left(column), _top(row), labels[index], ""
             sheet.paste(_thumbnail(images[index].image), (x, y))
-            name = "" if of < 0 else drawn[of] if classes else str(of)
+            name = "" if of < 0 else drawable(of) if classes else str(of)
             if column:
                 number = f"{neighbours.cosine[row, column - 1]:.2f}"
                 colour = _GRAY if min(of, labels[q]) < 0 else _RIGHT if of == labels[q] else _WRONG

@@ -1,11 +1,9 @@
 """Show an evaluation as one self-contained HTML page. It has numbers, curves, neighbours, and how to repeat it."""
 
 import base64
-import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +15,7 @@ from simclr_dist.evaluate.result.charts import line_chart
 from simclr_dist.evaluate.result.earlier import comparable
 from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, UnwrittenError, leak
 from simclr_dist.evaluate.signals import flat, meanings
+from simclr_dist.run.folder import read_metrics
 from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
 
@@ -112,7 +111,7 @@ def _accuracies(result: Result) -> str:
 def _charts(result: Result, run: Path | None) -> str:
     if run is None:
         return ""
-    lines = _metrics(run)
+    lines = read_metrics(run)
     charts = [
         line_chart("loss", {name: _points(lines, f"loss/{name}") for name in ("nt_xent", "dcl", "chance")}),
         line_chart("learning rate", {"rate": _points(lines, "optim/learning_rate")}),
@@ -126,20 +125,8 @@ def _charts(result: Result, run: Path | None) -> str:
     return "\n".join([*charts, line_chart("test accuracy over checkpoints", curves, unit=" %")])
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    try:
-        text = (run / "metrics.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    entries = []
-    for line in text.splitlines():
-        with suppress(ValueError):  # a kill may have cut the last line short
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
-
-
 def _points(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def _confusions(result: Result) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
-from simclr_dist.evaluate.protocols.scores import ClassScores, Scores, class_report
+from simclr_dist.evaluate.protocols.scores import DENSE, ClassScores, Scores, class_report
 from simclr_dist.evaluate.signals import flat, meanings
 from simclr_dist.method.distributed import World
 from simclr_dist.system.errors import DataError
@@ -112,6 +112,8 @@ def _protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
         row = mlp["results"][TRAINED]
         sd = row["spread"]["top1"]["sd"]
         lines.append(f"MLP: mean of {row['spread']['runs']} seeds" + ("" if sd is None else f", deviation {sd:.2f}"))
+        if result["classes"] > DENSE:
+            return [*lines, f"MLP: the first seed's {result['classes']} classes, one by one, are in the result"]
         names = result["class_names"] or None
         fields = {field.name: row[field.name] for field in dataclasses.fields(Scores)}
         per_class = tuple(ClassScores(**one) for one in row["per_class"])

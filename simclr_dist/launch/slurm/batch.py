@@ -49,6 +49,7 @@ class Submission:
         """Return the object that every task of a job runs."""
         if self.evaluation is None or kind == "train":
             command = ["simclr_dist.train", str(self.folder / "config.yaml"), *(self.profiled.options if self.profiled else [])]
+            command += ["--data.allow_pipe", "true"] * self.config.data.allow_pipe  # which no file may set, and the user typed
         else:
             shards = ["--train", self.evaluation.train, "--test", self.evaluation.test]
             command = ["simclr_dist.evaluate", "--watch", str(self.run), *shards]
@@ -85,7 +86,7 @@ def script(submission: Submission, kind: Kind, *, after: str | None = None) -> s
         ["#!/bin/bash"],
         ["# options", *(f"#SBATCH {flag}" for flag in flags)],
         ["# setup", *profile.setup, *exports],
-        ["# tasks", "export SUBMITIT_EXECUTOR=slurm", shlex.join(_tasks(submission, profile))],
+        ["# tasks", "export SUBMITIT_EXECUTOR=slurm PYTHONSAFEPATH=1", shlex.join(_tasks(submission, profile))],
         ["# end", "code=$?", f"exec {shlex.join(rescue)} $code"],
     ]
     return "\n\n".join("\n".join(section) for section in sections)

@@ -12,6 +12,7 @@ from simclr_dist.launch.slurm.requeue import Kind, go_on, settle
 from simclr_dist.launch.supervisor import supervise
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
+from simclr_dist.system.slurm_job import job_id, restart_count
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Job:
 
     def _end(self, task: submitit.JobEnvironment, code: int) -> int:
         """Settle what becomes of the job; return this task's exit code."""
-        run, job = Path(self.run), task.raw_job_id
+        run, job = Path(self.run), str(job_id())
         if code == PREEMPTED and task.global_rank != 0:
             # Rank 0 requeues, ends, and so takes the others along. But it may have got no signal, and then waits for this rank,
             # which ended before it could pass its own on.
@@ -69,7 +70,7 @@ class Job:
 
 def rank_variables(task: submitit.JobEnvironment) -> dict[str, str]:
     """Return torchrun's variables for a task of a job."""
-    job, restart = int(task.raw_job_id), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restart = int(task.raw_job_id), restart_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     variables = {
         "RANK": str(task.global_rank),

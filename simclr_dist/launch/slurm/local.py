@@ -37,10 +37,11 @@ def _run(submission: Submission, kind: Kind) -> int:
     start = newest_start(submission.run)
     executor = submitit.AutoExecutor(submission.folder, cluster="local")
     executor.update_parameters(tasks_per_node=profile.tasks, gpus_per_node=profile.gpus_per_node, timeout_min=_NO_LIMIT)
-    # submitit's controller has no way to take Ctrl-C but to kill the tasks; the tasks themselves listen to it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # submitit's controller has no way to take these but to kill the tasks, or to leave them behind. We pass a SIGTERM on.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     with submitit.helpers.environment_variables(**profile.environment):
         job = executor.submit(submission.job(kind))
+    signal.signal(signal.SIGHUP, before[signal.SIGHUP])
     signals.listen()
     out, err = tails(submission.folder, job.job_id)
     passed_on = 0  # the last stop signal that the tasks have

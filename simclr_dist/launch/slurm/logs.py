@@ -2,8 +2,11 @@
 
 import codecs
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
+
+from simclr_dist.system.errors import LAYOUT, DataError, printable, reason_of
 
 
 class Tail:
@@ -15,16 +18,19 @@ class Tail:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may come in two parts
 
     def copy(self) -> bool:
-        """Copy what is new; return whether there was anything."""
+        """Copy what is new, escaping control characters; return whether there was anything."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read)
                 new = file.read()
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be read: {reason_of(error)}") from None
         self._read += len(new)
-        self._to.write(self._decoder.decode(new))
-        self._to.flush()
+        with suppress(OSError) if self._to is sys.stderr else nullcontext():  # it may be a terminal that has gone
+            self._to.write(printable(self._decoder.decode(new), keep=LAYOUT))
+            self._to.flush()
         return bool(new)
 
 

@@ -15,13 +15,60 @@ from simclr_dist.system.errors import ConfigError
 
 # Options of sbatch that get the value of the key of the same name as it is.
 PASSED_ON = ("partition", "account", "qos", "cpus-per-task", "constraint", "exclude", "reservation", "mail-user", "mail-type")
-# Not for `extra`: options that a key sets, and those that the job's life depends on.
+# Options of sbatch (22.05 to 25.05) that only say what a job needs, when, and at which place in the queue.
+_RESOURCES = set(re.findall(r"\S+", """
+    acctg-freq batch begin cluster-constraint comment consolidate-segments contiguous core-spec cores-per-socket cpu-freq
+    cpus-per-gpu deadline delay-boot exclusive extra-node-info gpu-bind gpu-freq gpus gpus-per-socket gpus-per-task gres
+    gres-flags hint hold licenses mcs-label mem-bind mem-per-cpu mem-per-gpu mincpus network nice nodelist ntasks-per-core
+    ntasks-per-gpu ntasks-per-socket oom-kill-step overcommit oversubscribe power prefer priority profile propagate segment
+    sockets-per-node spread-job spread-segments switches thread-spec threads-per-core time-min tmp tres-bind tres-per-task
+    use-min-nodes wait-all-nodes wckey
+"""))  # fmt: skip
+# Variables that only choose among what is there. Others of the same families load a library, run or write a file:
+# NCCL_NET_PLUGIN, OMP_TOOL_LIBRARIES, TORCH_EXTENSIONS_DIR, UCX_MODULE_DIR, FI_PROVIDER_PATH, NCCL_DEBUG_FILE.
+_HARMLESS = {
+    f"{family}_{name}"
+    for family, names in {
+        "CUBLAS": "WORKSPACE_CONFIG",
+        "CUDA": "DEVICE_MAX_CONNECTIONS DEVICE_ORDER LAUNCH_BLOCKING MODULE_LOADING",
+        "FI": """
+            CXI_DISABLE_HOST_REGISTER CXI_DEFAULT_CQ_SIZE CXI_RDZV_PROTO CXI_RX_MATCH_MODE EFA_FORK_SAFE EFA_USE_DEVICE_RDMA
+            MR_CACHE_MONITOR PROVIDER
+        """,
+        "GLOO": "SOCKET_IFNAME",
+        "GOMP": "CPU_AFFINITY",
+        "KMP": "AFFINITY BLOCKTIME",
+        "MALLOC": "ARENA_MAX TRIM_THRESHOLD_",
+        "MKL": "DYNAMIC NUM_THREADS",
+        "NCCL": """
+            ALGO ASYNC_ERROR_HANDLING BLOCKING_WAIT BUFFSIZE COLLNET_ENABLE CROSS_NIC CUMEM_ENABLE DEBUG DEBUG_SUBSYS
+            DMABUF_ENABLE IB_ADAPTIVE_ROUTING IB_ADDR_FAMILY IB_ADDR_RANGE IB_AR_THRESHOLD IB_CUDA_SUPPORT IB_DISABLE
+            IB_GID_INDEX IB_HCA IB_MERGE_NICS IB_PCI_RELAXED_ORDERING IB_PKEY IB_QPS_PER_CONNECTION IB_RETRY_CNT
+            IB_ROCE_VERSION_NUM IB_SL IB_SPLIT_DATA_ON_QPS IB_TC IB_TIMEOUT IGNORE_CPU_AFFINITY LAUNCH_MODE MAX_CTAS
+            MAX_NCHANNELS MIN_CTAS MIN_NCHANNELS NET_GDR_LEVEL NET_GDR_READ NSOCKS_PERTHREAD NTHREADS NVLS_ENABLE P2P_DISABLE
+            P2P_LEVEL PROTO PXN_DISABLE SHM_DISABLE SOCKET_FAMILY SOCKET_IFNAME SOCKET_NTHREADS
+        """,
+        "NVIDIA": "TF32_OVERRIDE",
+        "OMP": """
+            DYNAMIC MAX_ACTIVE_LEVELS NUM_THREADS PLACES PROC_BIND SCHEDULE STACKSIZE THREAD_LIMIT WAIT_POLICY
+        """,
+        "OPENBLAS": "NUM_THREADS",
+        "PYTORCH": "ALLOC_CONF CUDA_ALLOC_CONF",
+        "TORCH": """
+            CPP_LOG_LEVEL DISTRIBUTED_DEBUG NCCL_ASYNC_ERROR_HANDLING NCCL_AVOID_RECORD_STREAMS NCCL_BLOCKING_WAIT
+            NCCL_ENABLE_MONITORING NCCL_HEARTBEAT_TIMEOUT_SEC NCCL_TRACE_BUFFER_SIZE SHOW_CPP_STACKTRACES
+        """,
+        "UCX": "IB_GID_INDEX NET_DEVICES TLS",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+# Never for `extra`: options that a key sets, and those that the job's life depends on.
 _KEY_OF = {option: option.replace("-", "_") for option in (*PASSED_ON, "nodes", "gpus-per-node", "time")} | {
     "ntasks-per-node": "tasks_per_node", "mem": "memory_gb", "signal": "stop_seconds", "export": "environment",
 }  # fmt: skip
 _FIXED = {
     "array", "chdir", "dependency", "error", "export-file", "input", "job-name", "kill-on-invalid-dep", "no-requeue",
-    "ntasks", "open-mode", "output", "parsable", "requeue", "test-only", "wait", "wrap",
+    "ntasks", "open-mode", "output", "parsable", "quiet", "requeue", "test-only", "wait", "wrap",
 }  # fmt: skip
 _MAIL_TYPES = {
     "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT",
@@ -58,7 +105,7 @@ class Profile:
     reservation: str | None = None
     """Reservation to run in."""
     container: str | None = None
-    """Image to run in."""
+    """Image to run in. Its programs run as you, so it needs --allow-setup."""
     container_runtime: Literal["apptainer", "pyxis"] | None = None
     """What runs the image."""
     container_mounts: tuple[str, ...] = ()
@@ -66,20 +113,21 @@ class Profile:
     container_python: str = "python3"
     """Python inside the image that has this package."""
     setup: tuple[str, ...] = ()
-    """Lines of shell that run on the first machine before the ranks start, like `module load cuda`."""
+    """Lines of shell that run on the first machine before the ranks start, like `module load cuda`. They need --allow-setup."""
     mail_user: str | None = None
     """Address for mail."""
     mail_type: str | None = None
     """Events to mail, with commas between them, like END,FAIL."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of the job, like NCCL_SOCKET_IFNAME."""
+    """Variables of the job, like NCCL_SOCKET_IFNAME; those that may run a program need --allow-setup."""
     stop_seconds: Annotated[int, Range(least=1, most=65535, meaning="is out of range; 1 to 65535")] = 120
     """How long before the time limit the ranks are told to stop: a step and a checkpoint must fit (SLURM may tell up to 60 s
     earlier)."""
     max_restarts: Natural = 3
     """Crashed starts in a row without a new checkpoint after which the job starts again; one more ends it."""
     extra: Mapping[str, str | bool] = field(default_factory=dict)
-    """More options of sbatch by their long names; true for one without a value."""
+    """More options of sbatch by their full names; true for one without a value. Those that ask for more than resources need
+    --allow-setup."""
 
     @property
     def tasks(self) -> int:
@@ -106,7 +154,7 @@ def load_profile(path: str | Path, *, allow_setup: bool = False) -> Profile:
 def profile_from_dict(values: Mapping[str, Any], source: str, *, allow_setup: bool = False) -> Profile:
     """Make a Profile of plain values, as in submission.json. `source` (a file) begins the ConfigError.
 
-    Set-up lines need `allow_setup`: they are commands, and a profile may have come from anywhere.
+    A profile may have come from anywhere: what may run a program needs `allow_setup`.
     """
     plain = dict(values)
     readers: dict[str, Callable[[Any, str], Any]] = {"setup": _lines, "container_mounts": _lines}
@@ -116,9 +164,28 @@ def profile_from_dict(values: Mapping[str, Any], source: str, *, allow_setup: bo
         plain["time"] = str(plain["time"])
     profile: Profile = dataclasses.replace(merge(Profile(), plain, source), **collected)
     _check(profile, source)
-    if profile.setup and not allow_setup:
-        raise ConfigError(f"{source}: setup: {profile.setup[0]!r} is a shell command; if you trust it, add --allow-setup")
+    if not allow_setup:
+        refuse_programs(profile, source)
     return profile
+
+
+def refuse_programs(profile: Profile, source: str) -> None:
+    """Refuse what may run a program, with a ConfigError that `source` begins."""
+    doubts: list[tuple[str, Any, str]] = [("setup", line, "is a shell command") for line in profile.setup]
+    if profile.container is not None:  # with its mounts and its Python
+        doubts.append(("container", profile.container, "is an image, whose programs run as you"))
+    doubts += [
+        (f"environment.{name}", value, "is for a variable that may run a program")
+        for name, value in profile.environment.items()
+        if name not in _HARMLESS
+    ]
+    doubts += [
+        (f"extra.{name}", value, f"is for an option that may do more than ask for resources{suggest(name, sorted(_RESOURCES))}")
+        for name, value in profile.extra.items()
+        if name not in _RESOURCES
+    ]
+    for key, value, why in doubts:
+        raise ConfigError(f"{source}: {key}: {value!r} {why}; if you trust it, add --allow-setup")
 
 
 def check_text(value: str, where: str) -> None:
@@ -155,10 +222,10 @@ def _variable(name: str, value: Any, where: str) -> str:
 def _option(name: str, value: Any, where: str) -> str | bool:
     if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
         raise ConfigError(f"{where}: {name!r} is not a long option of sbatch, like exclusive or gpu-bind")
-    if name in _KEY_OF:
-        raise ConfigError(f"{where}: write {_KEY_OF[name]} instead")
-    if name in _FIXED:
-        raise ConfigError(f"{where}: is not for a profile to say")
+    # sbatch takes the beginning of a name for the name.
+    if name not in _RESOURCES and (full := next((one for one in sorted({*_KEY_OF, *_FIXED}) if one.startswith(name)), None)):
+        where += f" (sbatch reads it as {full})" * (full != name)
+        raise ConfigError(f"{where}: {f'write {_KEY_OF[full]} instead' if full in _KEY_OF else 'is not for a profile to say'}")
     if value is True:
         return True
     if type(value) is int:
@@ -206,8 +273,9 @@ def _check(profile: Profile, source: str) -> None:
             refuse("mail_type", f"has an unknown event {event!r}{suggest(event, sorted(_MAIL_TYPES))}")
     if (profile.container is None) != (profile.container_runtime is None):
         refuse("container_runtime", f"contradicts container: {profile.container!r}; set both, or neither")
-    if profile.container_mounts and profile.container is None:
-        refuse("container_mounts", "has no effect without container")
+    for key in ("container_mounts", "container_python"):
+        if profile.container is None and getattr(profile, key) != getattr(Profile, key):
+            refuse(key, "has no effect without container")
     for mount in profile.container_mounts:
         check_text(mount, f"{source}: container_mounts")
         if not mount.startswith("/") or "," in mount:  # both runtimes put commas between mounts

@@ -11,6 +11,7 @@ from simclr_dist.run.folder import newest_step
 from simclr_dist.run.restarts import Ended, decide
 from simclr_dist.run.status import cancelled_jobs, note_death, read_ledger, read_status, record_event
 from simclr_dist.system.errors import PREEMPTED
+from simclr_dist.system.slurm_job import restart_count
 
 Kind = Literal["train", "eval"]
 
@@ -34,7 +35,7 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     fate = scheduler.overtaken(job)
     if fate == "cancelled" or job in cancelled_jobs(run):
         return Verdict(True, "cancelled", code=code)
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    restart = str(restart_count())
     for entry in read_ledger(run):  # a task has decided already, and the batch script asks after it
         if entry["event"] == "gave_up" and (entry.get("job"), entry.get("restart")) == (job, restart):
             return Verdict(True, entry["why"], code=code)
@@ -66,7 +67,7 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
 
 def go_on(run: Path, kind: Kind, job: str, verdict: Verdict, *, one_of_many: bool) -> bool:
     """Have the job requeued; return whether it is. Of `one_of_many` tasks one asks for all; the others return True at once."""
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    restart = str(restart_count())
     mark = run / "slurm" / f"{job}-{restart}.requeued"
     mark.parent.mkdir(parents=True, exist_ok=True)
     try:

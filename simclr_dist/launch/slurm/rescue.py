@@ -4,12 +4,12 @@ code.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from simclr_dist.launch.slurm.requeue import go_on, settle
 from simclr_dist.system.errors import PREEMPTED, say
+from simclr_dist.system.slurm_job import job_id
 
 
 def main() -> int:
@@ -22,7 +22,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.code == 0:
         return 0
-    job = os.environ["SLURM_JOB_ID"]
+    if (job := job_id()) is None:
+        parser.error("SLURM_JOB_ID is not set: this is for a batch script")
     verdict = settle(arguments.run, arguments.kind, job, arguments.code, arguments.max_restarts)
     say(f"job {job}: {'ends' if verdict.final else 'starts again'}: {verdict.why}")
     if verdict.final:

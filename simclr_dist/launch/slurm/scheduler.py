@@ -15,6 +15,7 @@ from typing import Literal
 
 from simclr_dist.system import signals
 from simclr_dist.system.errors import ConfigError, reason_of
+from simclr_dist.system.slurm_job import job_id, restart_count
 
 GONE, UNKNOWN = "GONE", "UNKNOWN"
 _OVER = {
@@ -92,7 +93,7 @@ def overtaken(job_id: str, *, seconds: float = 2.0) -> Literal["cancelled", "req
     job, restarts = _read("scontrol", answer.out), re.search(r" Restarts=([0-9]+) ", answer.out)
     if job is None or restarts is None:
         return None
-    if int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+    if int(restarts[1]) > restart_count():
         return "requeued"
     # A cancelled job is COMPLETING until its last process is gone, and only at a time limit is there a reason.
     return "cancelled" if job.name in ("COMPLETING", "CANCELLED") and job.reason != "TimeLimit" else None
@@ -133,7 +134,7 @@ def submit(script: Path, *, seconds: float = 600.0) -> str:
     def visible(name: str) -> bool:
         option = name.removeprefix("SBATCH_").lower().replace("_", "-")
         overrules = name.startswith("SBATCH_") and other_names.get(option, option) in options
-        inherited = "SLURM_JOB_ID" in os.environ and name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"
+        inherited = job_id() is not None and name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"
         return not overrules and not inherited
 
     environment = {name: value for name, value in os.environ.items() if visible(name)}

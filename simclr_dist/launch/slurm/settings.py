@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 
 from simclr_dist.launch.slurm import scheduler
+from simclr_dist.system.slurm_job import job_id
 
 _SECONDS = 5.0  # for an answer of scontrol
 _ENOUGH_SECONDS = 5.0  # beside the checkpoint: for the step that is under way
@@ -32,7 +33,7 @@ def dangers(checkpoint_seconds: float) -> tuple[str, list[Danger]]:
     answer = scheduler.ask(["scontrol", "show", "partition", "--oneliner", *([name] if name else [])], _SECONDS)
     partitions = [_fields(line) for line in answer.out.splitlines() if line.strip()] or [{}]
     partition = next((each for each in partitions if name or each.get("Default") == "YES"), partitions[0])
-    job, _ = _show("job", os.environ["SLURM_JOB_ID"]) if "SLURM_JOB_ID" in os.environ else ({}, "")
+    job, _ = _show("job", number) if (number := job_id()) else ({}, "")
     title = f"partition {partition.get('PartitionName', name or 'of the cluster')}"
     problems = _preemption(cluster, partition, checkpoint_seconds)
     cure = "submit with --requeue, as `simclr-dist submit` and launch/train.sbatch do"

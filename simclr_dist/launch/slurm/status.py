@@ -1,20 +1,20 @@
 """Describe a submitted run: its jobs' states in SLURM, steps, and ledger."""
 
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.config.load import load_config
+from simclr_dist.config.load import config_from_dict
+from simclr_dist.config.strict_yaml import read_settings
 from simclr_dist.data.collection import count_images
 from simclr_dist.launch.slurm import scheduler
+from simclr_dist.launch.slurm.submission import original_of
 from simclr_dist.run.claim import heartbeat
+from simclr_dist.run.folder import read_metrics
 from simclr_dist.run.status import read_ledger, read_status
-from simclr_dist.system.errors import UserError
+from simclr_dist.system.errors import UserError, printable
 
 _LINES = 5  # of the ledger
 
@@ -23,8 +23,11 @@ def describe(run: Path, record: Mapping[str, Any]) -> str:
     """Return the answer to `submit status`; `record` is the run's submission.json."""
     jobs = [job for job in (record["job_id"], record["eval_job_id"]) if job is not None]
     states = scheduler.states(jobs)
-    history = read_ledger(run)
-    lines = [str(run), f"  job         {jobs[0]}: {states[0]}", f"  run         {_progress(run, record)}"]
+    origin = original_of(run, record)
+    copied = f"; it was submitted for {origin[0]}, which is another folder" if origin else ""
+    damaged: list[str] = []
+    history = read_ledger(run, report=damaged.append)
+    lines = [str(run), f"  job         {jobs[0]}: {states[0]}{copied}", f"  run         {_progress(run, record)}"]
     starts = [entry for entry in history if entry["event"] == "start"]
     lost = sum(entry.get("steps_lost", 0) for entry in starts)
     reasons = Counter(str(entry.get("why")) for entry in history if entry["event"] == "requeued")
@@ -36,7 +39,8 @@ def describe(run: Path, record: Mapping[str, Any]) -> str:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
         details = (f"{key}={value}" for key, value in entry.items() if key not in ("time", "event") and value is not None)
         lines.append(f"  {title:11} {when} {entry['event']} {' '.join(details)}")
-    return "\n".join(lines)
+    lines += (f"  damaged     {line}" for line in damaged)
+    return "\n".join(map(printable, lines))
 
 
 def _progress(run: Path, record: Mapping[str, Any]) -> str:
@@ -47,7 +51,8 @@ def _progress(run: Path, record: Mapping[str, Any]) -> str:
     if beat:
         total = _total_steps(run, record)
         parts.append(f"step {beat['step']}" + (f" of {total} ({100 * beat['step'] / total:.1f} %)" if total else ""))
-    if (metrics := _last_metrics(run)).get("loss/nt_xent") is not None:
+    metrics = (read_metrics(run, last_bytes=65536) or [{}])[-1]
+    if "loss/nt_xent" in metrics:
         parts.append(f"loss {metrics['loss/nt_xent']:.4f} at step {metrics['step']}")
     if beat:
         parts.append(f"last heard of {_ago(time.time() - beat['time'])} ago")
@@ -55,24 +60,14 @@ def _progress(run: Path, record: Mapping[str, Any]) -> str:
 
 
 def _total_steps(run: Path, record: Mapping[str, Any]) -> int | None:
+    path = run / "slurm" / "config.yaml"
     try:
-        config = load_config(run / "slurm" / "config.yaml")
+        config = config_from_dict(read_settings(path, "config", "submit the run anew"), str(path))
         if config.steps is not None:
             return config.steps
         return config.total_steps(count_images(config.data.shards, config.data.samples, beside=record["working_directory"]))
     except UserError:  # the data may be gone, or on another machine
         return None
-
-
-def _last_metrics(run: Path) -> dict[str, Any]:
-    """Return the last whole line of metrics.jsonl; {} when there is none."""
-    with suppress(FileNotFoundError), (run / "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-        for line in reversed(file.read().splitlines()):
-            with suppress(ValueError):
-                metrics: dict[str, Any] = json.loads(line)
-                return metrics
-    return {}
 
 
 def _ago(seconds: float) -> str:

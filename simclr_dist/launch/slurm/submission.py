@@ -6,7 +6,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ from simclr_dist.launch.slurm.requeue import Kind
 from simclr_dist.run.folder import check_run_folder, newest_step
 from simclr_dist.run.status import record_event
 from simclr_dist.system.errors import ConfigError, reason_of
-from simclr_dist.system.files import write_atomically
+from simclr_dist.system.files import read_object, write_atomically
 from simclr_dist.train.profiling import Profile as StepProfile
 
+_RECORD = {
+    "job_id": str, "eval_job_id": str | None, "config": str, "overrides": list, "working_directory": str, "profile": dict,
+    "evaluation": dict | None,
+}  # fmt: skip
 # Starts that ran into the time limit, after which submitit ends a job; it counts all starts of a limit of ten minutes or less.
 _MOST_TIMEOUTS = 1_000_000
 
@@ -103,28 +107,44 @@ def store_config(submission: Submission) -> None:
         submission.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(submission.folder / "config.yaml", write_yaml(submission.config.to_dict()).encode())
         (submission.run / "cancelled").unlink(missing_ok=True)
+        for earlier in submission.folder.glob("*.pkl"):  # of ended jobs, or put there to be run in the place of ours
+            earlier.unlink()
     except OSError as error:
         raise ConfigError(f"run_folder: {str(submission.run)!r}: cannot be written: {reason_of(error)}") from None
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Read what was submitted last for a run folder. Raises ConfigError when nothing was."""
-    try:
-        record: dict[str, Any] = json.loads((run / "submission.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{run}: no job was submitted for this folder: it has no submission.json") from None
-    except ValueError as error:
-        raise ConfigError(f"{run / 'submission.json'}: is damaged: {error}") from None
-    if not isinstance(record, dict) or not {"job_id", "eval_job_id", "profile"} <= set(record):
-        raise ConfigError(f"{run / 'submission.json'}: is not the record of a submission; submit the run anew")
+    """Read what was submitted last for a run folder. Raises ConfigError when nothing was, DataError for a damaged record."""
+    record = read_object(run / "submission.json", _RECORD, "move it elsewhere and submit the run anew")
+    if not record:
+        raise ConfigError(f"{run}: no job was submitted for this folder: it has no submission.json")
+    for key in ("job_id", "eval_job_id"):  # which become words of commands: --user=me would be all of my jobs
+        if (number := record[key]) is not None and not re.fullmatch("[0-9]+", number):
+            raise ConfigError(f"{run / 'submission.json'}: {key}: {number!r} is no job's number; submit the run anew")
     return record
 
 
+def original_of(run: Path, record: Mapping[str, Any]) -> tuple[Path, bool] | None:
+    """Return a copy's original, and whether that is there. None for the folder of the jobs, also when it was moved."""
+    original = Path(str(record.get("run_folder", run)))
+    try:
+        same, there = original.samefile(run), True
+    except OSError:
+        same, there = record.get("inode") == run.stat().st_ino, False
+    return None if same else (original, there)
+
+
 def refuse_if_alive(run: Path) -> None:
-    """Raise ConfigError when a job of the run folder waits or runs. Also raise it when that cannot be ruled out."""
+    """Raise ConfigError when a job of the run folder waits or runs. Also raise it when that cannot be ruled out.
+
+    A copy has no job.
+    """
     if not (run / "submission.json").exists():
         return
     record = read_record(run)
+    match original_of(run, record):
+        case _, True:
+            return
     for job in filter(None, (record["job_id"], record["eval_job_id"])):
         state = scheduler.state(job)
         if state.name == scheduler.UNKNOWN:
@@ -142,6 +162,8 @@ def _write_record(submission: Submission, jobs: Sequence[str]) -> None:
         "config": submission.source,
         "overrides": submission.overrides,
         "working_directory": str(submission.working_directory),
+        "run_folder": str(submission.run),
+        "inode": submission.run.stat().st_ino,
         "time": time.time(),
         "profile": dataclasses.asdict(submission.profile),
         "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),

@@ -1,5 +1,6 @@
 """Compute NT-Xent and its decoupled form. Chen et al. 2020, equation 1; Yeh et al. 2022 (DCL)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_dist.method.distributed import all_gather, rank, world_size
-from simclr_dist.method.loss.tiles import Similarities, gather_views
+from simclr_dist.method.distributed import all_gather, first_derivative_only, rank, world_size
+from simclr_dist.method.loss.tiles import Similarities, gather_views, unit_rows
 
 if TYPE_CHECKING:
     from simclr_dist.method.loss import fused
@@ -38,38 +39,51 @@ class NTXentLoss(nn.Module):
 
     `decoupled` leaves the positive out of the denominator (DCL). `scale` multiplies the loss: 2 for that of SimCLR's official
     code, which adds the means over the two views.
+
+    All three are the same on every rank. Raises ValueError for a temperature or scale that is not above 0 and finite. There is
+    no second derivative: a backward with create_graph raises RuntimeError.
     """
 
     def __init__(self, temperature: float = 0.1, *, decoupled: bool = False, scale: float = 1.0) -> None:
         super().__init__()
+        for name, value in (("temperature", temperature), ("scale", scale)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"NTXentLoss: {name}: {value} must be above 0, and finite")
         self.temperature, self.decoupled, self.scale = temperature, decoupled, scale
         self._agreed = False  # whether the ranks' shapes were the same at the last check
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Compute the loss, a scalar. z_a, z_b: float [n, d], row i of each a view of image i; need not be normalised.
 
-        Raises ValueError, on every rank, when shapes or types differ between the views or the ranks. On CUDA the ranks are
+        n and d are at least 1; with one image in all, the loss is 0. Raises ValueError, on every rank, when shapes or types
+        differ between the views or the ranks, and when the ranks' losses have other settings. On CUDA the ranks are
         compared at the first call only, since that waits for the device.
         """
         self._check(z_a, z_b)
         with torch.autocast(z_a.device.type, enabled=False), _full_precision():
             z = torch.cat([z_a, z_b])
-            z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+            z = unit_rows(z if z.dtype == torch.float64 else z.float())
             loss: Tensor = _NTXent.apply(z, self.temperature, self.decoupled)
             return self.scale * loss
 
     def _check(self, z_a: Tensor, z_b: Tensor) -> None:
-        good = z_a.dim() == 2 and z_a.shape == z_b.shape and z_a.dtype == z_b.dtype
+        same = z_a.shape == z_b.shape and z_a.dtype == z_b.dtype
+        good = same and z_a.dim() == 2 and z_a.numel() > 0 and z_a.is_floating_point()
         if world_size() > 1 and not (z_a.is_cuda and self._agreed):
             mine = [*z_a.shape, z_a.dtype == torch.float64] if good else [-1, -1, -1]
-            shapes = all_gather(torch.tensor(mine, device=z_a.device)).tolist()
+            settings = [self.temperature, self.decoupled, self.scale]
+            ranks = all_gather(torch.tensor([*mine, *settings], dtype=torch.float64, device=z_a.device)).tolist()
+            shapes = [list(map(int, of_rank[:3])) for of_rank in ranks]
             if any(shape != shapes[0] for shape in shapes):
                 each = ", ".join(f"[{n}, {d}]{' float64' * double}" if n >= 0 else "what is none" for n, d, double in shapes)
                 raise ValueError(f"every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass {each}")
+            if any(of_rank != ranks[0] for of_rank in ranks):
+                each = ", ".join(f"({temperature:g}, {bool(dcl)}, {scale:g})" for *_, temperature, dcl, scale in ranks)
+                raise ValueError(f"temperature, decoupled and scale must be the same, but ranks 0, 1, ... have {each}")
             self._agreed = good
         if not good:
             kinds = f"{list(z_a.shape)} {z_a.dtype} and {list(z_b.shape)} {z_b.dtype}"
-            raise ValueError(f"z_a and z_b must be [n, d], both the same, but are {kinds}")
+            raise ValueError(f"z_a and z_b must be float [n, d], both the same and not empty, but are {kinds}")
 
 
 @contextmanager
@@ -133,7 +147,7 @@ class _NTXent(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None

@@ -1,11 +1,10 @@
 """Measure a step's embeddings. How near partners are, how spread the rest, how many dimensions are in use."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.method.distributed import all_sum, rank
-from simclr_dist.method.loss.tiles import Similarities, gather_views
+from simclr_dist.method.loss.tiles import Similarities, gather_views, unit_rows
 
 
 @torch.no_grad()
@@ -18,7 +17,7 @@ def embedding_statistics(z_a: Tensor, z_b: Tensor) -> dict[str, float]:
     embedding/effective_rank is `rank_me`. One walk over the tiles, no matrix.
     """
     n = len(z_a)
-    z = F.normalize(torch.cat([z_a, z_b]).float(), dim=1)
+    z = unit_rows(torch.cat([z_a, z_b]).float())
     columns = gather_views(z)
     positive = (z * z.roll(n, 0)).sum(1)
     nearly = positive - 1e-5  # rounding must not hide a tie; NaN is never below

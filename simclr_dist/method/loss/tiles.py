@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_dist.method.distributed import all_gather, world_size
@@ -12,6 +13,15 @@ from simclr_dist.method.distributed import all_gather, world_size
 # Two tiles are alive at a time. On the CPU they should stay in a core's cache, on a GPU fill it with work.
 _CPU_TILE_BYTES = 2**20
 _CUDA_TILE_BYTES = 64 * 2**20
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Divide each row by its norm, however large or small. Float [n, d]; rows of zeros stay.
+
+    Rows are scaled by a power of two first, which rounds nothing: float32's squares end at norms of 1.8e19 and 1e-23.
+    """
+    largest = x.detach().abs().amax(1, keepdim=True)
+    return F.normalize(x * (largest.frexp().mantissa / largest).nan_to_num(1.0), dim=1)
 
 
 def gather_views(z: Tensor) -> Tensor:

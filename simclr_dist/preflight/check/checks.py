@@ -27,6 +27,8 @@ def run_checks(config: Config | None, world: World, only: Sequence[str] = NAMES)
         findings.append(_gradient(world, exact))
     if config is not None and "shards" in only:
         findings += disks.shards(config, world)
+    if config is not None and "memory" in only:
+        findings += machines.memory(config, world)
     seconds = 0.0
     if config is not None and ("folder" in only or "slurm" in only):
         of_folder, seconds = disks.folder(config, world, _checkpoint_bytes(config))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-NAMES = ("versions", "network", "clock", "gradient", "shards", "folder", "slurm")  # the checks, in their order
-OF_A_CONFIG = ("shards", "folder")  # checks of what a config names
+NAMES = ("versions", "network", "clock", "gradient", "shards", "memory", "folder", "slurm")  # the checks, in their order
+OF_A_CONFIG = ("shards", "memory", "folder")  # checks of what a config names
 
 
 @dataclass(frozen=True)

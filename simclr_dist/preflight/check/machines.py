@@ -8,11 +8,14 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
 from simclr_dist import __version__
-from simclr_dist.method.distributed import World, all_gather, all_gather_objects
+from simclr_dist.config.settings import Config
+from simclr_dist.method.distributed import World, all_gather, all_gather_objects, local_ranks
+from simclr_dist.preflight import shared_memory
 from simclr_dist.preflight.check.findings import Finding, place_of
 from simclr_dist.system.errors import reason_of
 
@@ -69,6 +72,14 @@ def clock(world: World) -> list[Finding]:
     if skew > _SKEW_SECONDS:
         return [Finding("clock", "warning", f"{host} is {skew:.1f} s away from {hosts[0]}", "set the clocks by NTP (chrony)")]
     return [Finding("clock", "ok", f"at most {1e3 * skew:.0f} ms apart")]
+
+
+def memory(config: Config, world: World) -> list[Finding]:
+    """Compare each machine's shared memory with what its workers need."""
+    finding = shared_memory.compare(config, world.size, local_ranks(), pinned=world.device.type == "cuda")
+    findings = all_gather_objects((place_of(world.rank), finding))
+    place, worst = max(findings, key=lambda pair: ("ok", "warning", "failure").index(pair[1].level))
+    return [worst if worst.level == "ok" else replace(worst, seen=f"{place}: {worst.seen}")]
 
 
 def _names(world: World) -> list[Finding]:

@@ -1,6 +1,5 @@
 """Draw one picture of a run: views, loss, and nearest neighbours."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from simclr_dist.data.steps import StepDataset, two_views
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.result.neighbours import find_neighbours
+from simclr_dist.run.folder import read_metrics
 from simclr_dist.train.describe import view_settings
 
 _TILE, _GAP, _SHOWN, _NEIGHBOURS = 64, 4, 8, 7
@@ -53,7 +53,7 @@ def _views(sheet: Image.Image, run: Path, at: tuple[int, int]) -> None:
 
 
 def _loss(sheet: Image.Image, run: Path, box: tuple[int, int, int, int]) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run)
     steps, losses = [line["step"] for line in lines], [line["loss/nt_xent"] for line in lines]
     chance, (left, top, right, bottom) = lines[0]["loss/chance"], box
     low, high = min(losses), max(chance, *losses)

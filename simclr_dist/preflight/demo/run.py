@@ -8,13 +8,14 @@ from pathlib import Path
 
 from simclr_dist.config.load import load_config
 from simclr_dist.convert.shards import write_shards
+from simclr_dist.data.manifest import MANIFEST_NAME
 from simclr_dist.encoder.names import encoders
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.demo.images import write_demo_images
 from simclr_dist.run.folder import check_run_folder
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
-from simclr_dist.system.files import write_atomically
+from simclr_dist.system.files import read_object, write_atomically
 
 CONFIG = Path(__file__).parents[2] / "demo.yaml"
 DATA = Path("data/demo")
@@ -33,7 +34,7 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
         if code := torchrun(processes, ["-m", "simclr_dist.train", str(CONFIG), *overrides], run):
             return code
         _measure(run)
-    summary: dict[str, dict[str, float]] = json.loads((run / "summary.json").read_text())
+    summary = read_object(run / "summary.json", {"linear": dict}, f"remove {run} to start anew")
     encoder = encoders(run)[-1]
     print((run / "summary.txt").read_text())
     command_name = typed("simclr-dist")
@@ -58,15 +59,15 @@ def typed(program: str) -> str:
 
 
 def _prepare_images() -> None:
-    if (DATA / "test" / "manifest.parquet").exists():
+    if (DATA / "test" / MANIFEST_NAME).exists():
         return
-    images = DATA / "images"
+    images = DATA / ".simclr-dist-images"  # a name that is nobody else's, since it is removed
     print("generating 6,000 images", flush=True)
     if not images.exists():  # a killed start may have left them; they are whole if they are there
         write_demo_images(images)
     for split in ("train", "test"):
-        shutil.rmtree(DATA / split, ignore_errors=True)
-        write_shards(images / split, DATA / split, shard_size=500, seed=0, processes=1, strict=True, progress=False)
+        if not (DATA / split / MANIFEST_NAME).exists():
+            write_shards(images / split, DATA / split, shard_size=500, seed=0, processes=1, strict=True, progress=False)
     shutil.rmtree(images)
 
 

@@ -6,12 +6,12 @@ from simclr_dist.config.settings import Config
 from simclr_dist.method.distributed import GLOO_MESSAGE_BYTES
 from simclr_dist.preflight.plan.trace import Footprint
 from simclr_dist.preflight.plan.traffic import BUCKET_BYTES
+from simclr_dist.preflight.shared_memory import cut
 
 OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "adamw": 2}
 _TILE_BYTES = 2**20  # of the loss on a CPU thread; Triton's kernels on CUDA keep theirs on the chip
 # Copies of a view's images while colour and blur work: one, one in the order of the hues, five of the blurred half.
 _COLOURING = 4.5
-_PREFETCH = 2  # steps that a DataLoader's worker keeps ready
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Memory:
     activations: float  # kept for the backward of one micro-batch
     loss: float
     phases: dict[str, float]
-    host: float  # of the data workers, in ordinary memory
+    host: float  # crops made ahead and in hand, in ordinary memory
+    shared: float  # the part of it that is in shared memory, at most
     host_saving: float  # of rank 0 while it saves
 
     @property
@@ -81,10 +82,21 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
         phases["first pass"] = step + z + footprint.without_graph.peak(views)
         phases["loss"] = step + 2 * z + loss
         phases["backward"] = step + 3 * z + max(footprint.first.peak(views), gradient + footprint.later.peak(views)) + exchange
-    host = 2 * crop * max(1, _PREFETCH * config.data.workers)
+    portions, workers = cut(config, ranks), config.data.workers
+    host = portions.portion_bytes * portions.most(workers)
+    shared = portions.shared_bytes(workers, pinned=on_cuda)[1]
     saved = checkpoint_bytes(config, footprint)
     return Memory(
-        weights, gradient + buckets, optimizer, 2 * view, kept, z + loss, phases, host, 0 if saved is None else 2 * saved
+        weights,
+        gradient + buckets,
+        optimizer,
+        2 * view,
+        kept,
+        z + loss,
+        phases,
+        host,
+        shared,
+        0 if saved is None else 2 * saved,
     )
 
 

@@ -146,7 +146,8 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
         table.append((f"fits {plan.machines.gpu.name}", _fit_text(plan, plan.machines.gpu)))
     workers = config.data.workers
     saving = f"; rank 0 another {_size(memory.host_saving)} while it saves" if memory.host_saving else ""
-    table.append(("ordinary memory a rank", f"{_size(memory.host)} of crops made ahead by {_count(workers, 'worker')}{saving}"))
+    table.append(("ordinary memory a rank", f"{_size(memory.host)} of crops made ahead and in hand{saving}"))
+    table.append(("shared memory a rank", f"{_size(memory.shared)} of it at most in /dev/shm, by {_count(workers, 'worker')}"))
     return table
 
 

@@ -55,7 +55,7 @@ def step_traffic(config: Config, footprint: Footprint, ranks: int, *, on_cuda: b
         _norm_backward(config, footprint, ranks, on_cuda=on_cuda),
         Traffic("embeddings", 1, gathered(2 * local * dim * number, ranks)),
         Traffic("log-sum-exps", 1, gathered(4 * local * number, ranks)),
-        *([] if on_cuda else [Traffic("shapes", 1, gathered(3 * 8, ranks))]),
+        *([] if on_cuda else [Traffic("shapes", 1, gathered(6 * 8, ranks))]),
         Traffic("gradients", calls, summed(gradient, ranks), hidden=not in_rank_order),
         Traffic("stop flag", 1, summed(4, ranks)),
     ]

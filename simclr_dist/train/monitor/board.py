@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
 
+from simclr_dist.method.loss.tiles import unit_rows
 from simclr_dist.system.files import append
 
 SAMPLE = 256  # images of rank 0 whose cosines the histograms show
@@ -61,7 +61,7 @@ def layout() -> Any:
 
 def cosines(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the cosines of partners and of other images. [n] and [n * (n - 1)], from the first 256 rows of [n, d] views."""
-    a, b = (F.normalize(z[:SAMPLE].float(), dim=1) for z in (z_a, z_b))
+    a, b = (unit_rows(z[:SAMPLE].float()) for z in (z_a, z_b))
     matrix = a @ b.T
     return matrix.diagonal(), matrix[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
 

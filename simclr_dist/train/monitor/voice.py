@@ -15,6 +15,7 @@ from torch.utils.tensorboard.summary import image, scalar, text
 from tqdm import tqdm
 
 from simclr_dist.run.status import write_status
+from simclr_dist.system.errors import LAYOUT, printable
 from simclr_dist.system.files import append
 from simclr_dist.train.monitor.alarms import Alarms, Numbers
 from simclr_dist.train.monitor.board import EventFile, cosine_histogram, cosines, layout
@@ -57,6 +58,7 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print and log a line for people."""
         if self._active:
+            line = printable(line, keep=LAYOUT)
             self._note(line)
             self._try("standard output", lambda: _print(line))
 

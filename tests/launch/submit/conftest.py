@@ -29,7 +29,7 @@ gpus_per_node: 0
 tasks_per_node: 2
 cpus_per_task: 3
 time: 01:00:00
-environment: {NAME: it's $HOME, NUMBER: 1}
+environment: {NCCL_DEBUG: it's $HOME, OMP_NUM_THREADS: 1}
 """
 
 
@@ -38,7 +38,7 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     """PATH holds one empty folder, and no variable of a SLURM is set."""
     stand_ins = StandIns(tmp_path / "slurm")
     monkeypatch.setenv("PATH", str(stand_ins.bin))
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
         monkeypatch.delenv(name, raising=False)
     return stand_ins
 

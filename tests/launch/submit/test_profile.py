@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from simclr_dist.config.strict_yaml import read_yaml
+from simclr_dist.launch.slurm import profile as rules
 from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict
 from simclr_dist.system.errors import ConfigError
 
@@ -109,6 +111,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "short option": ({"extra": {"p": "main"}}, "extra.p: 'p' is not a long option of sbatch"),
     "dashes": ({"extra": {"--nice": "5"}}, "extra.--nice: '--nice' is not a long option of sbatch"),
     "option false": ({"extra": {"exclusive": False}}, "extra.exclusive: False is neither text nor true"),
+    "option by its beginning": ({"extra": {"wra": "date"}}, "extra.wra (sbatch reads it as wrap): is not for a profile to say"),
+    "our option by its beginning": ({"extra": {"expor": "ALL"}}, "extra.expor (sbatch reads it as export): write environment"),
+    "Python without image": ({"container_python": "/x"}, "container_python: '/x' has no effect without container"),
     "option of two lines": ({"extra": {"nice": "1\n#SBATCH --x"}}, r"extra.nice: '1\n#SBATCH --x': must be one line"),
 }
 
@@ -138,6 +143,47 @@ def test_set_up_lines_must_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="setup: 'module load cuda' is a shell command; if you trust it, add --allow-setup"):
         load_profile(path)
     assert load_profile(path, allow_setup=True).setup == ("module load cuda",)
+
+
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "setup: 'date' is a shell command": {"setup": ["date"]},
+    "container: '/x.sif' is an image, whose programs run as you": {"container": "/x.sif", "container_runtime": "apptainer"},
+    "container: '/y.sif' is": {"container": "/y.sif", "container_runtime": "pyxis", "container_python": "/mine/python"},
+    "extra.bb: 'x' is for an option that may do more than ask for resources": {"extra": {"nice": 1, "bb": "x"}},
+    "extra.exclusiv: True is for an option that may do more than ask for resources; did you mean 'exclusive'?": {
+        "extra": {"exclusiv": True}
+    },
+} | {
+    f"environment.{name}: 'x' is for a variable that may run a program": {"environment": {"NCCL_DEBUG": "INFO", name: "x"}}
+    for name in (
+        "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "PATH", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "BASH_ENV", "ENV",
+        "IFS", "SHELLOPTS", "PROMPT_COMMAND", "GIT_SSH_COMMAND", "SLURM_TASK_PROLOG", "SBATCH_EXPORT", "NCCL_NET_PLUGIN",
+        "NCCL_CONF_FILE", "NCCL_DEBUG_FILE", "OMP_TOOL_LIBRARIES", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CC",
+        "CXX", "UCX_MODULE_DIR", "FI_PROVIDER_PATH", "TRITON_CACHE_DIR", "CUDA_INJECTION64_PATH", "https_proxy", "nccl_debug",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", PROGRAMS)
+def test_what_may_run_a_program_must_be_allowed(message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(PROGRAMS[message]))
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{tmp_path}/p.yaml: {message}')}") as refused:
+        load_profile(tmp_path / "p.yaml")
+    assert str(refused.value).endswith("; if you trust it, add --allow-setup")
+    assert load_profile(tmp_path / "p.yaml", allow_setup=True)
+
+
+def test_options_of_resources_are_those_of_sbatch() -> None:
+    """By their full names, and none that `extra` may never have."""
+    manual = subprocess.run(["man", "sbatch"], capture_output=True, text=True, check=False).stdout
+    if not manual:
+        pytest.skip("no manual of sbatch")
+    of_later_versions = {
+        "consolidate-segments", "oom-kill-step", "segment", "spread-segments", "tres-bind", "tres-per-task"
+    }  # fmt: skip
+    plain = re.sub(".\b", "", manual).replace("\N{HYPHEN}", "-")
+    assert not rules._RESOURCES & {*rules._KEY_OF, *rules._FIXED}
+    assert rules._RESOURCES - set(re.findall(r"^ +(?:-\w, )?--([a-z-]+)", plain, re.MULTILINE)) <= of_later_versions
 
 
 @pytest.mark.parametrize("content", [None, b"\xff", b"- a", b"nodes: [", b"nodes: 1\nnodes: 2"])

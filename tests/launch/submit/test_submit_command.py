@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from simclr_dist.config.load import load_config
 from simclr_dist.config.strict_yaml import read_yaml
 from simclr_dist.run.claim import claim_run, heartbeat
 from simclr_dist.run.status import read_ledger, read_status, record_event, record_start, write_status
-from stand_ins import Command, StandIns, refused
+from stand_ins import SBATCH, Command, StandIns, refused
 
 EVAL = ("--eval", "--train", "shards", "--test", "shards")
 PROFILED = ("config.yaml", "--profile", "profile.yaml", "--profile-steps")
@@ -159,6 +160,61 @@ def test_a_folder_with_a_job_but_no_slurm(here: Path, slurm: StandIns, command: 
     for program in slurm.bin.iterdir():
         program.unlink()
     assert "SLURM is not here: no squeue on PATH" in refused(command(action, "run"))
+
+
+def test_shell_commands_of_a_config_need_a_word(here: Path, slurm: StandIns, command: Command) -> None:
+    """It goes to the job, which reads a file; and a resumed run needs it anew, for its folder's files too."""
+    data = "{shards: 'pipe:cat shards/shard-{000000..000001}.tar', reader: stream, samples: 24, workers: 0, allow_pipe: true}"
+    text = (here / "config.yaml").read_text().replace("{shards: shards, workers: 0}", data)
+    (here / "config.yaml").write_text(text)
+    why = "data.allow_pipe: true lets data.shards run shell commands"
+    assert f"config.yaml: {why}" in refused(command("config.yaml", "--profile", "profile.yaml"))
+    assert not (here / "run").exists()
+    (here / "config.yaml").write_text(text.replace(", allow_pipe: true", ""))
+    submitted(command, "--data.allow_pipe", "true")
+    assert asked(here, 100) == ["simclr_dist.train", str(here / "run/slurm/config.yaml"), "--data.allow_pipe", "true"]
+    claim = claim_run(here / "run")
+    claim.beat(1)
+    claim.release()
+    write_status(here / "run", "running", None)
+    shutil.copy(here / "run/slurm/config.yaml", here / "run")
+    assert ", step 1 of 3 (33.3 %), " in command("status", "run")[1]
+    assert command("cancel", "run")[0] == 0
+    assert f"run/slurm/config.yaml: {why}" in refused(command("resume", "run"))
+    assert command("resume", "run", "--data.allow_pipe=true")[0] == 0
+    assert asked(here, 101)[2:] == ["--data.allow_pipe", "true"]
+
+
+@pytest.mark.parametrize(
+    "what", ["environment: {PATH: /mine}", "container: /x.sif, container_runtime: pyxis", "extra: {bb: x}"]
+)
+def test_what_may_run_a_program_needs_a_word_each_time(here: Path, slurm: StandIns, command: Command, what: str) -> None:
+    (here / "mine.yaml").write_text(f"{{gpus_per_node: 0, {what}}}")
+    typed = ("config.yaml", "--profile", "mine.yaml")
+    for more in ((), ("--dry-run",), EVAL):
+        assert "; if you trust it, add --allow-setup" in refused(command(*typed, *more))
+    other = (*EVAL, "--eval-profile", "mine.yaml")
+    assert "mine.yaml: " in refused(command("config.yaml", "--profile", "profile.yaml", *other))
+    assert not (here / "run").exists()
+    assert command(*typed, *EVAL, "--allow-setup")[0] == 0
+    assert command("cancel", "run")[0] == 0
+    assert "submission.json: profile: " in refused(command("resume", "run"))
+    assert command("resume", "run", "--allow-setup")[0] == 0
+
+
+def test_local_takes_no_variables_that_run_programs(
+    here: Path, no_slurm: StandIns, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves out needs no word."""
+    monkeypatch.setattr("simclr_dist.launch.slurm.local.run_here", lambda submission: 0)
+    profile = "gpus_per_node: 0\nsetup: [date]\ncontainer: /x.sif\ncontainer_runtime: pyxis\nextra: {bb: x}\n"
+    (here / "mine.yaml").write_text(profile)
+    assert command("config.yaml", "--local", "--profile", "mine.yaml")[0] == 0
+    (here / "mine.yaml").write_text(profile + "environment: {LD_PRELOAD: mine.so}\n")
+    line = "simclr-dist: mine.yaml: environment.LD_PRELOAD: 'mine.so' is for a variable that may run a program"
+    code, _, err = command("config.yaml", "--local", "--profile", "mine.yaml")
+    assert (code, err.splitlines()[-1]) == (2, f"{line}; if you trust it, add --allow-setup")
+    assert command("config.yaml", "--local", "--profile", "mine.yaml", "--allow-setup")[0] == 0
 
 
 def test_set_up_lines_need_a_word(here: Path, slurm: StandIns, command: Command) -> None:
@@ -351,6 +407,75 @@ def test_a_run_folder_that_was_moved(here: Path, slurm: StandIns, command: Comma
     assert command("resume", "moved")[0] == 0
     assert load_config(here / "moved/slurm/config.yaml").run_folder == str(here / "moved")
     assert not (here / "run").exists()
+
+
+def test_a_moved_run_is_cancelled_and_a_copy_is_not(here: Path, slurm: StandIns, command: Command) -> None:
+    submitted(command, *EVAL)
+    (here / "run").rename(here / "moved")
+    shutil.copytree(here / "moved", here / "copy", symlinks=True)
+    which = f"not cancelled: job 100 and 101 was submitted for '{here}/run'"
+    said = refused(command("cancel", "copy"))
+    assert f"{which}; which is not here; if this is that folder, moved, `scancel 100 101` does it" in said.replace('"', "'")
+    (here / "moved").rename(here / "run")
+    said = refused(command("cancel", "copy"))
+    assert f"; cancel it there: `simclr-dist submit cancel {shlex.quote(str(here / 'run'))}`" in said
+    assert not (slurm.folder / "cancelled").exists()
+    assert not (here / "copy/cancelled").exists()
+    assert "; it was submitted for " in command("status", "copy")[1]
+    assert "its job 100 is RUNNING" in refused(command("resume", "run"))
+    assert command("resume", "copy")[0] == 0, "its own job"
+    assert json.loads((here / "copy/submission.json").read_text())["job_id"] == "102"
+    assert command("cancel", "copy")[0] == 0
+    assert (slurm.folder / "cancelled").read_text() == "102 103\n"
+    (here / "run").rename(here / "moved")
+    assert command("cancel", "moved")[0] == 0
+    assert (slurm.folder / "cancelled").read_text() == "102 103\n100 101\n"
+
+
+@pytest.mark.parametrize("action", ["status", "logs", "cancel", "resume"])
+@pytest.mark.parametrize("key", ["job_id", "eval_job_id"])
+def test_a_job_s_number_is_a_number(here: Path, slurm: StandIns, command: Command, action: str, key: str) -> None:
+    submitted(command, *EVAL)
+    path = here / "run/submission.json"
+    for value in ("--user=me", "100 101", "../100", 100, ["100"], ""):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        line = refused(command(action, "run"))
+        assert "submission.json: " in line
+        assert f"{key}: {value!r}" in line
+    assert not (slurm.folder / "cancelled").exists()
+
+
+def test_no_pickle_waits_for_a_job_in_a_folder_from_elsewhere(here: Path, slurm: StandIns, command: Command) -> None:
+    """A task takes what lies there under its number, and a job may begin before ours is in its place."""
+    submitted(command)
+    command("cancel", "run")
+    for number in (101, 102):
+        (here / f"run/slurm/{number}_submitted.pkl").write_bytes(b"not ours")
+    slurm.write("sbatch", f'#!/bin/sh\n/bin/ls "{here}/run/slurm" > {{folder}}/listed\n' + SBATCH.removeprefix("#!/bin/sh\n"))
+    assert command("resume", "run")[0] == 0
+    listed = (slurm.folder / "listed").read_text()
+    assert "_submitted.pkl" not in listed
+    assert asked(here, 101)[0] == "simclr_dist.train"
+
+
+CONTROL = "\x1b]0;title\x07\x1b[2J\r\x9b31m\u202e"
+ESCAPED = r"\x1b]0;title\x07\x1b[2J\r\x9b31m\u202e"
+
+
+def test_no_control_character_reaches_the_terminal(here: Path, slurm: StandIns, command: Command) -> None:
+    submitted(command)
+    run = here / "run"
+    for name, stream in (("out", 1), ("err", 2)):
+        (run / f"slurm/100_0_log.{name}").write_bytes(f"{CONTROL}: {name}\n\té\n".encode())
+        assert command("logs", "run")[stream] == f"{ESCAPED}: {name}\n\té\n"
+    record_event(run, f"stop{CONTROL}", why=f"{CONTROL}\nforged", **{f"key{CONTROL}": 1})
+    record_event(run, "requeued", kind="train", job="100", why=CONTROL, crash=False, saved=0)
+    write_status(run, f"crashed{CONTROL}", 1, reason=f"{CONTROL}\nforged")
+    lines = command("status", "run")[1].splitlines()
+    assert lines[2] == rf"  run         crashed{ESCAPED} ({ESCAPED}\nforged)"
+    assert lines[3] == f"  starts      0, 0 steps lost between them; requeued 1 x: {ESCAPED}"
+    assert lines[5].endswith(rf" stop{ESCAPED} why={ESCAPED}\nforged key{ESCAPED}=1")
+    assert len(lines) == 7
 
 
 def test_a_resumed_run_stays_where_it_is(here: Path, slurm: StandIns, command: Command) -> None:

@@ -14,6 +14,7 @@ import ranks
 from host_sync import no_host_sync
 from simclr_dist.method.distributed import World
 from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
+from simclr_dist.method.loss.tiles import unit_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Z_A = torch.tensor([[0.8, 0.6], [-0.7, 0.7]], dtype=torch.float64)
@@ -284,9 +285,54 @@ def test_only_the_gradient_is_kept() -> None:
 
 
 def test_shapes_that_do_not_fit() -> None:
-    for shapes in (((3, 4), (2, 4)), ((3, 4), (3, 5)), ((3, 4, 1), (3, 4, 1))):
-        with pytest.raises(ValueError, match=r"z_a and z_b must be \[n, d\], both the same, but are"):
+    for shapes in (((3, 4), (2, 4)), ((3, 4), (3, 5)), ((3, 4, 1), (3, 4, 1)), ((0, 4), (0, 4)), ((3, 0), (3, 0))):
+        with pytest.raises(ValueError, match=r"z_a and z_b must be float \[n, d\], both the same and not empty, but are"):
             NTXentLoss(0.1)(*map(torch.ones, shapes))
+    with pytest.raises(ValueError, match=r"but are \[3, 4\] torch.int64 and \[3, 4\] torch.int64"):
+        NTXentLoss(0.1)(*torch.ones(2, 3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["temperature", "scale"])
+def test_settings_that_are_no_settings(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^NTXentLoss: {name}: {value} must be above 0, and finite$"):
+        NTXentLoss(**{name: value})
+
+
+def test_there_is_no_second_derivative() -> None:
+    """Without a refusal it would be that of the normalisation alone."""
+    z_a, z_b = _pair(5, 3)
+    with pytest.raises(RuntimeError, match="no second derivative of NT-Xent"):
+        torch.autograd.grad(NTXentLoss(0.3)(z_a, z_b), z_a, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative of NT-Xent"):
+        (NTXentLoss(0.3, scale=2.0)(z_a, z_b) + z_a.square().sum()).backward(create_graph=True)
+
+
+@pytest.mark.parametrize("norm", [1e-37, 1e-30, 1e-13, 1e-12, 1.0, 1.8e19, 1e25, 1e37, 3e38])
+def test_rows_of_any_norm(norm: float) -> None:
+    z_a, z_b = (norm * z.detach() / z.detach().norm(dim=1, keepdim=True) for z in _pair(9, 16))
+    for shape in (torch.ones(9, 1), torch.ones(9, 1).scatter_(0, torch.tensor([[4]]), 1 / norm)):
+        low = [(z * shape.double()).float().requires_grad_() for z in (z_a, z_b)]
+        exact = [z.detach().double().requires_grad_() for z in low]
+        rows = torch.cat([z / z.norm(dim=1, keepdim=True) for z in exact])
+        expected = _value_and_gradient(nt_xent_reference(*rows.split(9), 0.2), *exact)
+        value, gradient = _value_and_gradient(NTXentLoss(0.2)(*low), *low)
+        assert value == pytest.approx(expected[0], rel=1e-5)
+        errors, sizes = (gradient - expected[1]).norm(dim=1), expected[1].norm(dim=1)
+        assert (errors <= 2e-5 * sizes).all()
+
+
+def test_rows_of_ordinary_norm_keep_their_bits() -> None:
+    for dtype in (torch.float32, torch.float64):
+        z = (torch.cat(_pair(300, 128, dtype=dtype)) * torch.logspace(-9, 9, 600, dtype=dtype)[:, None]).detach()
+        ours, torchs = (z.clone().requires_grad_() for _ in range(2))
+        upstream = torch.randn(z.shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
+        rows, expected = unit_rows(ours), F.normalize(torchs, dim=1)
+        assert torch.equal(rows, expected)
+        rows.backward(upstream)
+        expected.backward(upstream)
+        assert torch.equal(ours.grad, torchs.grad)
+    assert torch.equal(unit_rows(torch.tensor([[0.0, 0.0], [3e-45, 0.0]])), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
 
 
 def _uneven(world: World) -> list[str]:
@@ -306,11 +352,17 @@ def _uneven(world: World) -> list[str]:
         except ValueError as error:
             said.append(str(error))
     loss(torch.ones(5, 4), torch.ones(5, 4))
+    for change in ({"temperature": 0.5}, {"decoupled": True}, {"scale": 2.0}):
+        try:
+            NTXentLoss(**change if last else {})(torch.ones(5, 4), torch.ones(5, 4))
+        except ValueError as error:
+            said.append(str(error))
     return said
 
 
 def test_ranks_that_pass_something_else_are_refused_on_every_rank() -> None:
     line = "every rank must pass embeddings of one shape and type, but ranks 0, 1, ... pass "
+    settings = "temperature, decoupled and scale must be the same, but ranks 0, 1, ... have "
     for said in ranks.run(_uneven, 3):
         assert said == [
             line + "[3, 4], [4, 4], [5, 4]",
@@ -318,6 +370,9 @@ def test_ranks_that_pass_something_else_are_refused_on_every_rank() -> None:
             line + "[3, 4], [3, 4], what is none",
             line + "[3, 4], [3, 4], [3, 4] float64",
             line + "[3, 4], [3, 4], what is none",
+            settings + "(0.1, False, 1), (0.1, False, 1), (0.5, False, 1)",
+            settings + "(0.1, False, 1), (0.1, False, 1), (0.1, True, 1)",
+            settings + "(0.1, False, 1), (0.1, False, 1), (0.1, False, 2)",
         ]
 
 
@@ -338,7 +393,7 @@ def _collectives(world: World) -> list[list[list[int]]]:
 
 
 def test_two_collectives_in_the_forward_and_none_in_the_backward() -> None:
-    """The embeddings and two numbers a row; before them the shapes."""
+    """The embeddings and two numbers a row; before them shapes and settings."""
     for forward, backward in ranks.run(_collectives, 2):
-        assert forward == [[3], [2, 6, 4], [2, 2, 6]]
+        assert forward == [[6], [2, 6, 4], [2, 2, 6]]
         assert backward == []

@@ -21,6 +21,7 @@ from simclr_dist.method.distributed import World
 from simclr_dist.preflight.check import disks, machines
 from simclr_dist.preflight.check.checks import run_checks
 from simclr_dist.preflight.check.findings import Finding, failed, table
+from simclr_dist.preflight.shared_memory import cut
 
 
 def _rows(findings: Sequence[Finding]) -> list[list[str]]:
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _all_but_gradient(here: World, config: Config) -> list[list[str]]:
-    only = ("versions", "network", "clock", "shards", "folder")
+    only = ("versions", "network", "clock", "shards", "memory", "folder")
     return _rows(run_checks(config, here, only)[0])
 
 
@@ -50,7 +51,7 @@ def test_two_sound_ranks(folder: Path) -> None:
     assert first == second
     assert [(check, level) for check, level, _, _ in first] == [
         ("versions", "ok"), ("network", "ok"), ("network", "ok"), ("network", "ok"), ("clock", "ok"), ("shards", "ok"),
-        ("folder", "ok"),
+        ("memory", "ok"), ("folder", "ok"),
     ]  # fmt: skip
     assert "plan --bandwidth" in first[3][2]
     assert sorted(str(path) for path in folder.rglob("*")) == before, "nothing is left behind"
@@ -193,6 +194,18 @@ def test_a_run_folder_that_cannot_be_written() -> None:
         assert rows[0][2].startswith("rank 0: /proc: ")
 
 
+@pytest.mark.parametrize(("mib", "level"), [(1, "failure"), (4, "warning"), (64, "ok")])
+def test_shared_memory_that_is_too_small(mib: int, level: str) -> None:
+    """On one CPU rank with 2 workers a step takes 2.3 MiB, and the workers are at most 4 portions ahead of two steps."""
+    config = Config(global_batch_size=8, device="cpu")
+    assert cut(config, 1).portion_bytes / 2**20 == pytest.approx(2.3, abs=0.01)
+    with mock.patch("simclr_dist.preflight.shared_memory.shared_memory", return_value=(mib * 2**20, mib * 2**20)):
+        (finding,) = run_checks(config, World(0, 1, 0, torch.device("cpu")), ["memory"])[0]
+    assert finding.level == level
+    assert "data.workers: 1 x 2 workers share up to 13.8 MiB" in finding.seen
+    assert ("docker run --shm-size" in finding.cure) == (level != "ok")
+
+
 def test_the_table() -> None:
     findings = [Finding("clock", "warning", "late", "NTP"), Finding("folder", "failure", "not shared", "share it")]
     assert table(findings).splitlines()[1:3] == ["                    cure: NTP", "failure  folder     not shared"]
@@ -210,7 +223,7 @@ def test_the_command(folder: Path) -> None:
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the distributed gradient is one process's" in done.stdout
-    assert done.stdout.rstrip().endswith("9 checks: 0 failed, 0 with a warning")
+    assert done.stdout.rstrip().endswith("10 checks: 0 failed, 0 with a warning")
     next((folder / "shards").glob("*.tar")).write_bytes(b"")
     done = subprocess.run(
         [*program, "--only", "shards"], cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -51,6 +51,16 @@ def test_the_papers_run() -> None:
     assert "whole 8192 x 8192 matrix would be 256.0 MiB" in rows["memory a rank: loss"]
 
 
+def test_workers_share_steps_and_do_not_multiply_them() -> None:
+    """A step of 4096 images has 75 portions of 55: in hand, being gathered, and 10 ahead of each of 8 workers."""
+    rows = table(paper(data=DataConfig(shards="none", workers=8)), world_size=1, samples=IMAGENET)
+    portion = 2 * 55 * 3 * 224**2 / 2**30
+    made, waiting = float(rows["ordinary memory a rank"].split()[0]), float(rows["shared memory a rank"].split()[0])
+    assert made == pytest.approx((2 * 75 + 8 * 10) * portion, abs=0.01)
+    assert waiting == pytest.approx((1 + 8 * 10) * portion, abs=0.01)
+    assert rows["shared memory a rank"].endswith(" GiB of it at most in /dev/shm, by 8 workers")
+
+
 def test_micro_batches_and_processes() -> None:
     rows = table(paper(micro_batches=16), world_size=1, samples=IMAGENET)
     assert rows["global batch"] == "4096 = 16 micro-batches x 1 rank x 256"

@@ -11,6 +11,7 @@ import torch
 import training_runs as runs
 from simclr_dist.config.load import load_config
 from simclr_dist.data.manifest import load_manifest
+from simclr_dist.data.reader import ShardDataset
 from simclr_dist.method.distributed import World
 from simclr_dist.train.describe import view_settings
 from simclr_dist.train.learner import build_learner
@@ -67,6 +68,34 @@ def test_it_tells_good_features_from_bad_and_leaves_the_encoder_alone(shards: Pa
             return torch.nn.functional.one_hot(own, 3).float()
 
     learner.model.encoder = Knows()  # type: ignore[assignment]
+    assert probe.measure(learner.model) == {"probe/knn_top1": 100.0}
+
+
+def test_labels_with_gaps_and_equal_votes(
+    shards: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that gives a constant: the first 20 voting images decide, two classes are equal, and the lower one wins."""
+    config = load_config(runs.write_config(tmp_path, shards, probe={"every_epochs": 1, "shards": str(held_out)}))
+    ids = np.array([4, 1_000_000, 2**63 - 1])
+    order = np.array([0, 0, 2, 0, 1, 0] * 11)[:61]  # of the voting ones, 0, 2, 4 ..., a third has each of 0, 2 and 1
+
+    class Numbered(ShardDataset):
+        def __init__(self, where: str) -> None:
+            super().__init__(where)
+            self.manifest = dataclasses.replace(self.manifest, label=ids[order])
+
+    monkeypatch.setattr("simclr_dist.train.probe.ShardDataset", Numbered)
+    probe = OnlineProbe(config, view_settings(config), load_manifest(shards), HERE, steps_per_epoch=8)
+    assert probe.classes == 3
+    learner = build_learner(config, HERE)
+
+    class Constant(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ones(len(x), 4)
+
+    learner.model.encoder = Constant()  # type: ignore[assignment]
+    assert np.bincount(order[::2][:20]).tolist() == [7, 6, 7]
+    assert (order[1::2] == 0).all()
     assert probe.measure(learner.model) == {"probe/knn_top1": 100.0}
 
 
