@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: help install demo test test-waiting test-computing test-fast lint api bench bench-faults bench-image clean
+.PHONY: help install demo test test-waiting test-computing test-fast test-oldest lint api bench bench-faults bench-image clean
 
 help:
 	@echo "make demo       the first run: small built-in data set, training, result"
 	@echo "make test       all tests          make test-fast   those of a few seconds"
+	@echo "make test-oldest    those of a few seconds, with the oldest packages that setup.cfg allows (5 GB of disk)"
 	@echo "make lint       ruff and mypy      make bench       measurements of what a run learns"
 	@echo "make api        the API reference from the docstrings, in build/api"
 	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (half an hour, root, SLURM)"
@@ -44,6 +46,17 @@ test-computing: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m 'not slow'
 
+# setup.cfg's lower bounds, torchvision and setuptools as this torch wants them, and constraints.txt for all others.
+$(OLDEST)/.installed: setup.cfg constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	awk -F'>=|==|,' '/^ +[a-z-]+>=/ {gsub(" ", "", $$1); bound[$$1]; print $$1 "==" $$2} \
+		/^[A-Za-z].*==/ && !($$1 in bound) && $$1 !~ /^(torchvision|setuptools)$$/' setup.cfg constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt --editable '.[test,dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m 'not slow'
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -66,4 +79,4 @@ bench-image: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/image.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info

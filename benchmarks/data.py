@@ -32,12 +32,12 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as v1
-from torchvision.io import ImageReadMode
 from torchvision.transforms import v2
 
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.order import Plan, epoch_order
+from simclr_dist.data.pixels.decode import decode
 from simclr_dist.data.pixels.resize import crop_views
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, coloured, load_steps
@@ -47,12 +47,6 @@ from simclr_dist.data.views.draws import PRESETS, ViewDraws, ViewSettings, draw_
 
 Contestant = Callable[[], object]
 Costs = dict[str, list[float]]
-
-
-def decoded(content: bytes) -> Tensor:
-    """As `ShardDataset` decodes."""
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return torch.ops.image.decode_image(pixels, ImageReadMode.RGB.value, False)
 
 
 def drawn(settings: ViewSettings, images: Sequence[Tensor], epoch: int) -> list[ViewDraws]:
@@ -94,11 +88,11 @@ def contestants(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, 
     hashes = [hashlib.sha256(content).digest() for content in contents]
     epoch = iter(range(10**6))
     small = settings.image_size <= 40
-    in_memory = torch.stack([decoded(content).contiguous() for content in contents]) if small else None
+    in_memory = torch.stack([decode(content).contiguous() for content in contents]) if small else None
 
     def read() -> list[Tensor]:
         assert [hashlib.sha256(content).digest() for content in contents] == hashes
-        return [decoded(content) for content in contents]
+        return [decode(content) for content in contents]
 
     def crops() -> list[tuple[Tensor, ViewDraws]]:
         images = read()
@@ -128,7 +122,7 @@ def contestants(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, 
         theirs = lightly.SimCLRTransform(input_size=settings.image_size, cj_strength=strength, gaussian_blur=blur)
         found["lightly SimCLRTransform"] = lambda: [theirs(pil(content)) for content in contents]
     found["torchvision v1 on PIL"] = lambda: [[one(image) for _ in (0, 1)] for image in map(pil, contents)]
-    found["torchvision v2 on tensors"] = lambda: [[two(image) for _ in (0, 1)] for image in map(decoded, contents)]
+    found["torchvision v2 on tensors"] = lambda: [[two(image) for _ in (0, 1)] for image in map(decode, contents)]
     found["bare decode_jpeg"] = lambda: [
         torchvision.io.decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)) for content in contents
     ]
@@ -137,7 +131,7 @@ def contestants(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, 
 
 def stages(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, Contestant]:
     """What ours consists of; colour is measured whole and without its two dearest operations."""
-    images = [decoded(content) for content in contents]
+    images = [decode(content) for content in contents]
     draws = drawn(settings, images, 0)
     views = [cropped(images, d, settings) for d in draws]
 
@@ -153,7 +147,7 @@ def stages(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, Conte
 
     return {
         "sha256": lambda: [hashlib.sha256(content).digest() for content in contents],
-        "decode": lambda: [decoded(content) for content in contents],
+        "decode": lambda: [decode(content) for content in contents],
         "draws": lambda: drawn(settings, images, 1),
         "crops": lambda: [cropped(images, d, settings) for d in draws],
         "colour, all": colour(lambda d: d),

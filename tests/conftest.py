@@ -20,6 +20,10 @@ import torch  # noqa: E402
 from simclr_dist.system import signals  # noqa: E402
 
 torch.set_num_threads(1)
+# Ignored under nohup, and in a script's background; programs that tests start would ignore them too. A handler stays here.
+for _number, _handler in ((signal.SIGHUP, lambda *_: None), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_collection_finish() -> None:

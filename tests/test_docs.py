@@ -21,11 +21,13 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:\.venv/bin/)?simclr-dist (.+)")
 
-# Behind the tutorial's Python: torchvision's network gives what ours gives.
+# Behind the tutorial's Python: torchvision's network and transforms give what ours give.
 SAME = """
 images = torch.randn(3, 3, card["image_size"], card["image_size"])
 with torch.no_grad():
     torch.testing.assert_close(plain(images), encoder(images))
+image = torch.randint(256, (3, 50, 70), dtype=torch.uint8)
+torch.testing.assert_close(preprocess(image), encoder.preprocess(image))
 """
 
 # What makes the tutorial's run small enough for a test.

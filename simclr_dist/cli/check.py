@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from simclr_dist.cli.exits import under_torchrun
 from simclr_dist.cli.options import at_least
-from simclr_dist.cli.train import one_a_gpu, tell_start
+from simclr_dist.cli.train import count_gpus, tell_start
 from simclr_dist.config.load import load_config
 from simclr_dist.config.settings import Config
 from simclr_dist.launch.torchrun import torchrun
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _as_rank(config, [arguments.only] if arguments.only else NAMES)
     only = ["--only", arguments.only] if arguments.only else []
     command = ["-m", "simclr_dist", "check", *([arguments.config] if arguments.config else []), *only, *overrides]
-    processes = arguments.processes or max(2, one_a_gpu(config or Config()))
+    processes = arguments.processes or max(2, count_gpus(config or Config()))
     tell_start(processes)
     return torchrun(processes, command)
 

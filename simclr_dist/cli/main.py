@@ -7,12 +7,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from simclr_dist.cli import check, demo, embed, eval, export, finetune, manual, plan, shard, submit, train
 from simclr_dist.cli.completion import SHELLS, complete, script
 from simclr_dist.cli.exits import exit_code, refused, under_torchrun
 from simclr_dist.system import stdout
+from simclr_dist.system.cores import wait_without_spinning
 from simclr_dist.system.errors import OutputError, say
 from simclr_dist.system.version import describe
 
@@ -27,12 +29,21 @@ VERBS = {
 }
 
 
+def _keep_folder_off_path() -> None:
+    """Keep the current folder off the path of what we start. A torch.py there would be taken for torch."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root, others = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if sys.path[0] == root and root not in others:  # `python -m` in a clone, which may not be what is installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, others)])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code. A process that torchrun has started does the work of one rank."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # else what we start would take a torch.py of the folder that we are in for torch
+    _keep_folder_off_path()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"] and under_torchrun():
         return train.main(arguments[1:])
+    wait_without_spinning()
     try:
         with stdout.checked():
             return _run(arguments)
@@ -54,8 +65,7 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     try:
-        how = {"quiet": parsed.verb == "check", "is_rank": parsed.verb in _RUN_AS_RANKS}
-        return exit_code(lambda: VERBS[parsed.verb].run(parsed, rest), **how)
+        return exit_code(lambda: VERBS[parsed.verb].run(parsed, rest), is_rank=parsed.verb in _RUN_AS_RANKS)
     except KeyboardInterrupt:
         say(manual.interrupted(parsed.verb))
         return _INTERRUPTED

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.options import add_settings, at_least, settings_from
 from simclr_dist.convert.settings import ShardSettings
+from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", nargs="?", metavar="SRC", help="where the images are")
     add("destination", nargs="?", metavar="DST", help="folder to write; must not exist")
     add_settings(parser, ShardSettings, short_side="PIXELS", split="SHARES", image_column="NAME", label_column="NAME")
-    add("--processes", type=at_least(1), default=os.cpu_count(), metavar="N", help="(default: all cores)")
+    add("--processes", type=at_least(1), default=cores(), metavar="N", help="(default: all cores)")
     add("--strict", action="store_true", help="refuse when a file is not an image, instead of leaving it out")
     add("--part", metavar="I/N", help="only the I-th of N parts of the decoding, into DST.partial")
     add("--finish", action="store_true", help="write the shards of a conversion whose parts are all done")
@@ -83,6 +83,12 @@ def _report(summary: "ShardSummary", destination: Path) -> None:
     print(f"{summary.written} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, {classes}")
     links = f", {summary.links} links followed" * bool(summary.links)
     print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept{links}")
+    for kind, count in summary.changes.items():
+        print(f"re-encoded: {count} ({kind})")
+    for name, reason in summary.copies[:_SHOWN]:
+        print(f"duplicate: {name}: {reason}")
+    if summary.copies:
+        print(f"duplicates: {len(summary.copies)} in all, listed in {destination / 'duplicates.jsonl'}")
     _report_left_out(summary.rejected, summary.skipped, destination)
     print(f"written to {', '.join(map(str, summary.destinations))}")
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", action="store_true", help="add a job that evaluates the run's encoders; with logs: that job's")
     add("--train", metavar="SHARDS", help="with --eval: labelled shards that kNN and the probe learn from")
     add("--test", metavar="SHARDS", help="with --eval: labelled shards that the accuracy is measured on")
-    add("--eval-profile", metavar="FILE", help="with --eval: its own profile (default: one rank of the training's)")
+    add("--eval-profile", metavar="FILE", help="with --eval: its own profile (default: one rank's share of the training's)")
     add(
         "--allow-setup",
         action="store_true",
@@ -164,7 +164,7 @@ def _evaluation(
     elif before is not None and arguments.profile is None:
         profile = profile_from_dict(before.get("profile", {}), f"{where}.profile", allow_setup=arguments.allow_setup)
     else:
-        profile = dataclasses.replace(profile, nodes=1, gpus_per_node=min(profile.gpus_per_node, 1), tasks_per_node=1)
+        profile = profile.of_one_rank
     return Evaluation(shards["train"], shards["test"], profile)
 
 

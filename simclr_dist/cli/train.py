@@ -14,6 +14,7 @@ from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.system import signals
+from simclr_dist.system.cores import wait_without_spinning
 from simclr_dist.system.errors import PREEMPTED, ConfigError, say
 from simclr_dist.system.ranks import read_place
 from simclr_dist.train.profiling import parse_profile, take_profile
@@ -51,15 +52,19 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     nodes = _meeting(arguments, config)
     from simclr_dist.data.collection import count_images, find_tars
     from simclr_dist.data.views.draws import PRESETS
-    from simclr_dist.run.folder import check_run_folder
+    from simclr_dist.run.folder import check_run_folder, newest_step
 
     check_run_folder(config, held=nodes is not None)  # the machines that this one joins may have begun
     if config.data.samples is not None:
         find_tars(config.data.shards, allow_pipe=config.data.allow_pipe)
     samples = count_images(config.data.shards, config.data.samples)
     machines = range(nodes.least, nodes.most + 1) if nodes else range(1, 2)
-    check_fits(config, samples, machines[0] * (arguments.processes or 1))  # before torch is imported to count GPUs
-    processes = arguments.processes or one_a_gpu(config)
+    done = newest_step(Path(config.run_folder))
+    check_fits(config, samples, machines[0] * (arguments.processes or 1), done)  # before torch is imported to count GPUs
+    gpus = count_gpus(config)
+    processes = arguments.processes or max(1, gpus)
+    if processes > gpus and (gpus or config.device == "cuda"):
+        raise ConfigError(f"--processes: {processes} ranks need a GPU each, and this machine has {gpus}; or set device: cpu")
     for number in machines:
         check_fits(config, samples, number * processes)
         check_machine(config, config.views.image_size or PRESETS[config.views.preset].image_size, processes, number * processes)
@@ -71,6 +76,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Train as one rank; return the exit code. `argv`: `CONFIG [--profile STEPS [--profile-rank R]] [--key value]`."""
+    wait_without_spinning()
     return exit_code(lambda: _train(argv))
 
 
@@ -126,14 +132,14 @@ def _meeting(arguments: argparse.Namespace, config: Config) -> Nodes | None:
     return Nodes(least, most, arguments.rdzv_endpoint, config.first_step_timeout_minutes)
 
 
-def one_a_gpu(config: Config) -> int:
-    """Return the default number of ranks on this machine. It is one for each GPU, or one on the CPU."""
+def count_gpus(config: Config) -> int:
+    """Return the number of this machine's GPUs. It is 0 for a run on the CPU."""
     if config.device == "cpu":
-        return 1
+        return 0
     with signals.uncollected():
         import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def tell_start(processes: int) -> None:

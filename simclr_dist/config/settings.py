@@ -211,7 +211,7 @@ class Config:
     """Run folder: resumed when it holds this run, refused when it holds another."""
     seed: Annotated[int, Range(least=0, below=2**64)] = 0
     """Decides start weights, order and views."""
-    global_batch_size: Count = 4096
+    global_batch_size: Annotated[int, Range(least=2)] = 4096
     """Images a step over all ranks: each anchor has 2 * (global_batch_size - 1) negatives."""
     micro_batches: Count = 1
     """Micro-batches that the global batch is cut into; the BatchNorm group is one of them over all ranks."""
@@ -272,6 +272,16 @@ class Config:
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
         return round(self.optim.warmup_epochs * self.steps_per_epoch(samples))
+
+    def files_kept(self, total: int) -> tuple[int, int]:
+        """Return how many checkpoints and encoders a run of `total` steps keeps.
+
+        The checkpoints are those that lie there at a time, at most. One that is being written counts: an older one goes later.
+        """
+        keep, saves = self.checkpoint, -(-total // self.checkpoint.every)
+        older = max(0, saves - keep.keep_last - 1) * keep.every  # newest step that keep_last leaves to keep_every
+        kept = older // math.lcm(keep.every, keep.keep_every) if keep.keep_every else 0
+        return min(saves, keep.keep_last + 1) + kept, -(-total // keep.export_every) if keep.export_every else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain nested dict, as config.yaml and a checkpoint hold it."""

@@ -131,6 +131,7 @@ def _merge(settings: Any, values: Any, source: str, suggestions: Sequence[str], 
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
+            name = next(leaves({name: value}), (name,))[0]  # below a misspelt section: as far as a setting
             raise ConfigError(f"{source}: {name}: unknown key{suggest(name, suggestions)}")
         current = getattr(settings, key)
         if dataclasses.is_dataclass(current):
@@ -185,18 +186,33 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 # Other programs' names of settings.
 _SYNONYMS = {
-    "arch": "encoder", "backbone": "encoder", "batch_size": "global_batch_size", "learning_rate": "base_lr", "lr": "base_lr",
+    "amp": "precision", "arch": "encoder", "backbone": "encoder", "batch": "global_batch_size",
+    "batch_size": "global_batch_size", "batchsize": "global_batch_size", "learning_rate": "base_lr", "lr": "base_lr",
     "max_epochs": "epochs", "max_steps": "steps", "num_workers": "workers", "tau": "temperature", "wd": "weight_decay",
 }  # fmt: skip
 
 
 def suggest(word: str, names: Sequence[Any]) -> str:
-    """Return `; did you mean ...?` with the nearest name, or nothing."""
-    names = [str(name) for name in names]
-    synonym = _SYNONYMS.get(word.rpartition(".")[2].replace("-", "_"))
-    if same := [name for name in names if name.rpartition(".")[2] == synonym]:
-        return f"; did you mean '{same[0]}'?"
-    close = difflib.get_close_matches(word, names, n=1)
-    if not close:  # the right name in the wrong section
-        close = [name for name in names if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """Return `; did you mean ...?` with the nearest name, or nothing.
+
+    What stands behind the last dot must be near: one begins with the other, or a typo lies between them. The section then
+    decides among several.
+    """
+    typed = word.rpartition(".")[2].lower()
+    synonym = _SYNONYMS.get(typed.replace("-", "_"))
+
+    def nearness(name: str) -> tuple[bool, bool, bool, float]:
+        last = name.rpartition(".")[2].lower()
+        longer = len(last) > 2 and re.match(rf"{re.escape(last)}(?!\d)", typed) is not None
+        begins = longer or (len(typed) > 2 and last.startswith(typed))
+        ratio = max(_ratio(typed, last), _ratio(typed, last[: len(typed) + 1]))
+        least = 0.8 if re.search(r"\d", last) else 0.7  # what has a number is soon another thing: an a6000 is no a100
+        misspelt = ratio > least or sorted(typed) == sorted(last)
+        return last == synonym, last == typed, begins, _ratio(word, name) if begins or misspelt else 0.0
+
+    best = max(map(str, names), key=nearness, default="")
+    return f"; did you mean '{best}'?" if any(nearness(best)) else ""
+
+
+def _ratio(word: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, word, name).ratio()

@@ -4,7 +4,7 @@ import ast
 import functools
 import importlib.util
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -156,8 +156,11 @@ def _check_optimizer(config: Config, refuse: _Refuse) -> None:
         refuse("optim.name", "turns its own adaptation off at weight_decay 0; use lars, or set optim.weight_decay above 0")
 
 
-def check_fits(config: Config, samples: int, world_size: int) -> None:
-    """Refuse a global batch that does not fit data, ranks or micro-batches."""
+def check_fits(config: Config, samples: int, world_size: int, done: int = 0) -> None:
+    """Refuse a global batch, or a length, that does not fit.
+
+    The batch must fit data, ranks and micro-batches. `done`: steps that the run has done, which are the least.
+    """
     batch = config.global_batch_size
     if batch > samples:
         raise ConfigError(
@@ -179,6 +182,27 @@ def check_fits(config: Config, samples: int, world_size: int) -> None:
         key = "warmup_epochs" if config.optim.warmup_steps is None else "warmup_steps"
         value = getattr(config.optim, key)
         raise ConfigError(f"optim.{key}: {value}: a warm-up of {warmup} steps is longer than the run of {total}; lower it")
+    if done > total:
+        length = f"steps: {total}" if config.epochs is None else f"epochs: {config.epochs:g}, or {total} steps"
+        why = f"the run in {config.run_folder} has done {done} already"
+        raise ConfigError(f"{length}: {why}; ask for more, or name another run_folder")
+
+
+def doubts(config: Config, samples: int, world_size: int, side: int, short_side: float | None) -> Iterator[str]:
+    """Yield a line for each setting that is allowed and seldom meant.
+
+    `side`: of a view in pixels; `short_side`: of the median image, None where it is not known.
+    """
+    batch = config.global_batch_size
+    if 2 * batch > samples:
+        step = f"a step takes {100 * batch / samples:.0f} % of the {samples} images"
+        yield f"global_batch_size: {batch}: {step}, so others of an image's class are most of its negatives; lower it"
+    if world_size > 3 and (each := batch // world_size) < 32:
+        dealt = f"is dealt to {world_size} ranks, {each} images each; it counts the images of all ranks"
+        yield f"global_batch_size: {batch}: {dealt}: with 256 each it is {256 * world_size}"
+    if short_side is not None and side > short_side > 0:
+        median = f"is more than the images have: the median's short side is {short_side:g} pixels"
+        yield f"views.image_size: {side}: {median}, so most views are enlarged; {short_side:g} costs less and shows the same"
 
 
 def check_machine(config: Config, side: int, ranks: int, world_size: int) -> None:

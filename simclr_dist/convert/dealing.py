@@ -9,6 +9,13 @@ from simclr_dist.system.errors import DataError
 SPLIT_NAMES = ("train", "test")
 
 
+def find_copies(sha256: NDArray[np.bytes_]) -> tuple[Rows, Rows]:
+    """Find images whose bytes came before. Returns their positions, and for each that of the first such image."""
+    _, first, copy_of = np.unique(sha256, return_index=True, return_inverse=True)
+    copies = np.flatnonzero(first[copy_of] != np.arange(len(sha256)))
+    return copies, first[copy_of][copies]
+
+
 def deal(
     index: Rows, label: Rows, sha256: NDArray[np.bytes_], *, total: int, seed: int, split: tuple[float, ...] | None
 ) -> dict[str, Rows]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,31 +67,33 @@ class Decoder:
     def _make(self, number: int, chunk: Chunk, stamp: str) -> dict[str, Any]:
         rows: list[tuple[Any, ...]] = []
         rejected: list[Problem] = []
+        changes: Counter[str] = Counter()
         temporary = self.partial.temporary()
         try:
             with temporary.open("xb") as file:
                 for original in chunk.read():
                     try:
-                        content, row = self._row(number, original, file.tell())
+                        content, row, changed = self._row(number, original, file.tell())
                     except DataError as error:
                         rejected.append(Problem(printable(original.name), str(error)))
                         continue
                     rows.append(row)
+                    changes.update(changed)
                     file.write(content)
                 kept = file.tell()
             if kept:
                 put(temporary, self.partial.unit(number, "bytes"))
         finally:
             temporary.unlink(missing_ok=True)
-        about = {"settings": self.settings, "stamp": stamp, "good": len(rows), "rejected": rejected}
+        about = {"settings": self.settings, "stamp": stamp, "good": len(rows), "rejected": rejected, "changes": changes}
         table = row_table(rows, _SCHEMA.with_metadata({_ABOUT: json.dumps(about).encode()}))
         with pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
         put(temporary, self.partial.unit(number))
         return about
 
-    def _row(self, number: int, original: Original, kept: int) -> tuple[bytes, tuple[Any, ...]]:
-        """Make the record, and the bytes to keep in the unit. It has `kept` bytes. Raises DataError for what is no image."""
+    def _row(self, number: int, original: Original, kept: int) -> tuple[bytes, tuple[Any, ...], tuple[str, ...]]:
+        """Make the record. Returns bytes to keep in the unit (which has `kept`), it, and what was changed. Raises DataError."""
         if original.problem is not None:
             raise DataError(original.problem)
         image = prepare_image(original.content, short_side=self.short_side, quality=self.quality)
@@ -100,7 +103,7 @@ class Decoder:
         return b"" if readable else image.content, (
             number, original.index, os.fsencode(original.name), original.label, image.extension, image.width, image.height,
             os.fsencode(path or ""), offset, len(image.content), hashlib.sha256(image.content).digest(), converted,
-        )  # fmt: skip
+        ), image.changes  # fmt: skip
 
 
 def _read_about(path: Path) -> dict[str, Any] | None:
@@ -117,21 +120,31 @@ def _read_about(path: Path) -> dict[str, Any] | None:
 class Records:
     """All good images, in the order of `Partial.records`. `sha256` has 32 bytes each.
 
-    `converted` counts those that are stored re-encoded. `stamps` has that of each unit's chunk, as it was read.
+    `converted` counts those that are stored re-encoded, `changes` why, by kind. `stamps` has that of each unit's chunk, as it
+    was read.
     """
 
     index: NDArray[np.int64]
     label: NDArray[np.int64]
     sha256: NDArray[np.bytes_]
     converted: int
+    changes: dict[str, int]
     rejected: tuple[Problem, ...]
     stamps: tuple[str, ...]
+
+
+def names_of(partial: Partial, rows: NDArray[np.int64]) -> list[str]:
+    """Return printable names of records. `rows` are their places in `Partial.records`."""
+    with pa.memory_map(str(partial.records)) as file:
+        names = pa.ipc.open_file(file).read_all().column("name").take(pa.array(rows))
+        return [printable(os.fsdecode(name)) for name in names.to_pylist()]
 
 
 def gather(partial: Partial, units: int) -> Records:
     """Gather the records of all units in one file. 48 bytes an image stay in memory."""
     rejected: list[Problem] = []
     stamps: list[str] = []
+    changes: Counter[str] = Counter()
     waiting: list[pa.Table] = []
     temporary = partial.temporary()
     with pa.ipc.new_file(str(temporary), _SCHEMA) as writer:
@@ -145,6 +158,7 @@ def gather(partial: Partial, units: int) -> Records:
             about = json.loads(table.schema.metadata[_ABOUT])
             rejected += [Problem(*entry) for entry in about["rejected"]]
             stamps.append(about["stamp"])
+            changes.update(about.get("changes", {}))  # a unit of an earlier version has none
             waiting.append(table.replace_schema_metadata(None))
             if sum(map(len, waiting)) >= _ROWS_A_BATCH or number == units - 1:
                 writer.write_table(pa.concat_tables(waiting).combine_chunks())
@@ -158,6 +172,7 @@ def gather(partial: Partial, units: int) -> Records:
             table.column("label").to_numpy().copy(),
             np.frombuffer(hashes.buffers()[1], "S32", len(hashes)).copy() if len(hashes) else np.zeros(0, "S32"),
             pc.sum(table.column("converted"), min_count=0).as_py(),
+            dict(changes),
             tuple(rejected),
             tuple(stamps),
         )

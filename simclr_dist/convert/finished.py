@@ -14,6 +14,7 @@ from simclr_dist.system.files import fitting, json_lines, read_object
 
 RECORD_NAME = "conversion.json"
 REJECTED_NAME = "rejected.jsonl"
+DUPLICATES_NAME = "duplicates.jsonl"
 _CURE = "name a new folder for the shards, or remove this one"
 
 
@@ -23,8 +24,9 @@ class ShardSummary:
 
     `written` images in `shards` tars of `bytes` together; `destinations` are the folders that hold a manifest. `rejected`
     images are left out for the reason given; `skipped` files were never taken for images. `converted` images are stored
-    re-encoded, `duplicates` have the same bytes as another one and are kept. `links` of a folder were followed. `already`: all
-    was there from an earlier run.
+    re-encoded; `changes` counts why, by kind. `duplicates` have the same bytes as another one and are kept; `copies` names
+    them, and images that the other side of a split has. `links` of a folder were followed. `already`: all was there from an
+    earlier run.
     """
 
     destinations: tuple[Path, ...]
@@ -35,25 +37,27 @@ class ShardSummary:
     rejected: tuple[Problem, ...]
     skipped: tuple[Problem, ...]
     converted: int
+    changes: dict[str, int]
     duplicates: int
+    copies: tuple[Problem, ...]
     links: int
     already: bool = False
 
 
 def write_record(
-    folder: Path, about: dict[str, object], converted: int, rejected: Sequence[Problem], skipped: Sequence[Problem]
-) -> list[Path]:
-    """Write both files of a conversion. `about` is what a second run must agree on. Returns their paths."""
+    folder: Path, about: dict[str, object], converted: int, changes: dict[str, int],
+    rejected: Sequence[Problem], skipped: Sequence[Problem], copies: Sequence[Problem],
+) -> list[Path]:  # fmt: skip
+    """Write the files of a conversion's record. `about` is what a second run must agree on. Returns their paths."""
     record = folder / RECORD_NAME
-    counts = {"converted": converted, "rejected": len(rejected), "skipped": count_reasons(skipped)}
+    counts = {"converted": converted, "changes": changes, "rejected": len(rejected), "skipped": count_reasons(skipped)}
     record.write_text(json.dumps(about | counts, indent=1) + "\n", encoding="ascii")
-    return [record, *write_rejected(folder, rejected)]
+    return [record, *write_list(folder / REJECTED_NAME, rejected), *write_list(folder / DUPLICATES_NAME, copies)]
 
 
-def write_rejected(folder: Path, rejected: Iterable[Problem]) -> list[Path]:
-    """List what is left out in `folder`/rejected.jsonl. Returns [its path], or [] where nothing is left out."""
-    lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in rejected]
-    path = folder / REJECTED_NAME
+def write_list(path: Path, problems: Iterable[Problem]) -> list[Path]:
+    """List images and reasons in a file. Returns [its path], or [] where there are none."""
+    lines = [json.dumps({"source": problem.name, "reason": problem.reason}) + "\n" for problem in problems]
     if lines:
         path.write_text("".join(lines), encoding="ascii")
     else:
@@ -62,9 +66,9 @@ def write_rejected(folder: Path, rejected: Iterable[Problem]) -> list[Path]:
 
 
 def check_rejected(folder: Path) -> None:
-    """Refuse a rejected.jsonl that is none. `write_rejected` would replace it. Raises DataError."""
+    """Refuse a rejected.jsonl that is none. `write_list` would replace it. Raises DataError."""
     try:
-        list(_read_rejected(folder))
+        list(_read_list(folder / REJECTED_NAME))
     except DamagedError:
         raise DataError(f"{folder / REJECTED_NAME}: was not written by simclr-dist; move it elsewhere") from None
 
@@ -74,23 +78,23 @@ def read_record(folder: Path, about: dict[str, object], source: Source, sides: S
 
     Raises DataError when the record, a manifest or a shard of it is missing or damaged.
     """
-    record = read_object(folder / RECORD_NAME, {"converted": int}, _CURE)
-    converted, _, _ = record.pop("converted", 0), record.pop("rejected", 0), record.pop("skipped", {})
+    record = read_object(folder / RECORD_NAME, {"converted": int, "changes?": dict}, _CURE)
+    converted, changes = record.pop("converted", 0), record.pop("changes", {})
+    record.pop("rejected", 0), record.pop("skipped", {})
     if record != json.loads(json.dumps(about)):
         return None
-    rejected = tuple(_read_rejected(folder))
+    rejected, copies = (tuple(_read_list(folder / name)) for name in (REJECTED_NAME, DUPLICATES_NAME))
     manifests = [load_manifest(folder / side) for side in sides]
     hashes = np.concatenate([manifest.sha256 for manifest in manifests])
     return ShardSummary(
         tuple(folder / side for side in sides), written=len(hashes), shards=sum(len(manifest.shards) for manifest in manifests),
         bytes=sum(int(manifest.shard_bytes.sum()) for manifest in manifests), classes=source.classes,
-        rejected=rejected, skipped=source.skipped, converted=converted,
-        duplicates=len(hashes) - len(np.unique(hashes.view("S32"))), links=source.links, already=True,
+        rejected=rejected, skipped=source.skipped, converted=converted, changes=changes,
+        duplicates=len(hashes) - len(np.unique(hashes.view("S32"))), copies=copies, links=source.links, already=True,
     )  # fmt: skip
 
 
-def _read_rejected(folder: Path) -> Iterator[Problem]:
-    path = folder / REJECTED_NAME
+def _read_list(path: Path) -> Iterator[Problem]:
     try:
         lines = json_lines(path.read_bytes(), lambda line: fitting(line, {"source": str, "reason": str}))
         for _, line in lines:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from simclr_dist.convert.finished import REJECTED_NAME, check_rejected, write_rejected
+from simclr_dist.convert.finished import REJECTED_NAME, check_rejected, write_list
 from simclr_dist.convert.partial import disk_errors
 from simclr_dist.convert.sources.archives import is_label, parse_label, read_label, webdataset_key, why_unsafe
 from simclr_dist.convert.sources.folders import is_hidden
@@ -20,6 +20,7 @@ from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
 from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import DataError, printable
 
 _UNREADABLE = "a name that is no printable text"
@@ -59,7 +60,7 @@ def index_shards(
         with tempfile.TemporaryFile(dir=folder):  # fails now, and not after hours of work
             pass
         tables: list[pa.Table] = []
-        with bar, workers(min(processes or os.cpu_count() or 1, len(tars)), (__name__,), folder) as run:
+        with bar, workers(min(processes or cores(), len(tars)), (__name__,), folder) as run:
             for table, problems, hidden in run(_read_tar, tars):
                 tables.append(table)
                 rejected += problems
@@ -74,7 +75,7 @@ def index_shards(
         if pc.count_distinct(rows.column("key")).as_py() < len(rows):
             keys = pc.binary_join_element_wise(rows.column("shard"), rows.column("key"), "/")
             rows = rows.set_column(0, rows.schema.field("key"), keys)
-        write_rejected(folder, rejected)
+        write_list(folder / REJECTED_NAME, rejected)
         names = [path.name for path, table in zip(tars, tables, strict=True) if len(table)]
         manifest = write_manifest(folder, names, rows, ())
     labelled = pc.sum(pc.greater_equal(rows.column("label"), 0)).as_py()

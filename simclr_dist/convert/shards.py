@@ -20,15 +20,17 @@ import PIL
 from tqdm import tqdm
 
 from simclr_dist.config.ranges import Range
-from simclr_dist.convert.dealing import SPLIT_NAMES, deal
-from simclr_dist.convert.decoding import Decoder, gather
+from simclr_dist.convert.dealing import SPLIT_NAMES, deal, find_copies
+from simclr_dist.convert.decoding import Decoder, Records, gather, names_of
 from simclr_dist.convert.finished import RECORD_NAME, ShardSummary, read_record, write_record
 from simclr_dist.convert.partial import Partial, StaleError, check, disk_errors, hold
 from simclr_dist.convert.settings import ShardSettings
 from simclr_dist.convert.sources.find import find_source
-from simclr_dist.convert.sources.originals import Problem, ReadError, Source
+from simclr_dist.convert.sources.originals import Problem, ReadError, Source, split_names
 from simclr_dist.convert.workers import Map, processes_for, workers
 from simclr_dist.convert.writing import Writer, cut, write_manifests
+from simclr_dist.data.manifest import read_manifest
+from simclr_dist.data.pixels import tiff
 from simclr_dist.system.errors import ConfigError, DamagedError, DataError
 from simclr_dist.system.files import read_object, sync
 
@@ -147,7 +149,7 @@ class _Conversion:
             listing.update(chunk.identity())
         self.about: dict[str, object] = {
             "source": str(Path(source).resolve()), **asdict(settings), "parts": parts, "listing": listing.hexdigest(),
-            "format": _FORMAT, "Pillow": PIL.__version__,
+            "format": _FORMAT, "Pillow": PIL.__version__, **tiff.reader(),
         }  # fmt: skip
 
     def check_unused(self) -> None:
@@ -212,7 +214,9 @@ class _Conversion:
                 for written in run(Writer(partial, self.source.classes), shards):
                     shown.update(written)
         total_bytes = write_manifests(partial, shards, self.source.classes)
-        for path in write_record(partial.out, self._lasting(records.stamps), records.converted, rejected, self.source.skipped):
+        copies = self._copies(partial, records)
+        about = self._lasting(records.stamps)
+        for path in write_record(partial.out, about, records.converted, records.changes, rejected, self.source.skipped, copies):
             sync(path)
         sync(partial.out)
         partial.out.rename(self.destination)
@@ -221,8 +225,22 @@ class _Conversion:
         return ShardSummary(
             tuple(self.destination / side for side in sides), written=len(records.index), shards=len(shards), bytes=total_bytes,
             classes=self.source.classes, rejected=rejected, skipped=self.source.skipped, converted=records.converted,
-            duplicates=len(records.sha256) - len(np.unique(records.sha256)), links=self.source.links,
+            changes=records.changes, duplicates=len(records.sha256) - len(np.unique(records.sha256)), copies=copies,
+            links=self.source.links,
         )  # fmt: skip
+
+    def _copies(self, partial: Partial, records: Records) -> tuple[Problem, ...]:
+        """Name images that the other side of a split has, sharded before. Those that come twice in this one follow."""
+        copies: list[Problem] = []
+        sides = split_names((path.name for path in self.destination.parent.iterdir()), folders=True)
+        for side in sides if split_names([self.destination.name], folders=True) else ():
+            with suppress(DataError):  # not in shards yet, or not of ours
+                other = read_manifest(self.destination.with_name(side))
+                shared = np.flatnonzero(np.isin(records.sha256, other.sha256.view("S32")))
+                why = f"the same bytes as an image of {other.folder}, so on both sides of the split"
+                copies += [Problem(name, why) for name in names_of(partial, shared)]
+        pairs = zip(*(names_of(partial, rows) for rows in find_copies(records.sha256)), strict=True)
+        return *copies, *(Problem(name, f"the same bytes as {first}") for name, first in pairs)
 
 
 def _check_destination(destination: Path, source: Path) -> None:

@@ -18,6 +18,7 @@ from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import DataError, printable
 
 _Members = dict[int, tuple[str, int]]  # name and size by place
@@ -58,7 +59,7 @@ def verify_shards(
     shards = sum(len(manifest.shards) for manifest in manifests)
     numbers, reported = np.zeros(3, dtype=np.int64), 0
     bar = tqdm(total=sum(map(len, manifests)), unit="image", disable=not (progress and sys.stderr.isatty()))
-    with bar, workers(min(processes or os.cpu_count() or 1, shards), (__name__,), folder) as run:
+    with bar, workers(min(processes or cores(), shards), (__name__,), folder) as run:
         tasks = [task for manifest in manifests for task in _tasks(manifest)]
         for (_, _, rows), (lines, *counted) in zip(tasks, run(bind(_check_shard, decode=decode), tasks), strict=True):
             for line in lines:

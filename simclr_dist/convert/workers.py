@@ -20,6 +20,7 @@ from typing import Any
 from simclr_dist.convert.sources.originals import ReadError
 from simclr_dist.data.portions import MORE_SHARED_MEMORY, SHARED_MEMORY
 from simclr_dist.system import signals
+from simclr_dist.system.cores import cores
 
 _SILENT_SECONDS = 600.0  # without a result, and without computing
 _END_SECONDS = 5.0  # that workers have to finish what they do
@@ -29,8 +30,7 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 def processes_for(images: int) -> int:
     """Count the processes that pay off. Starting one takes as long as decoding some hundred images."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus, 1 + images // 500)
+    return min(cores(), 1 + images // 500)
 
 
 @contextmanager

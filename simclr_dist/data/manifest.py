@@ -56,6 +56,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.key)
 
+    @property
+    def short_side(self) -> float:
+        """Return the median of the images' shorter sides, in pixels."""
+        return float(np.median(np.minimum(self.width, self.height)))
+
 
 class ManifestRow(NamedTuple):
     """One image as `write_manifest` takes it. `shard` is the tar's file name; `sha256` has 32 bytes."""
@@ -119,13 +124,16 @@ def load_manifest(folder: str | Path) -> Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read `folder`/manifest.parquet like `load_manifest`, but do not look at the shards."""
     path = folder / MANIFEST_NAME
+    of_images = f"if it holds images, `simclr-dist shard {folder} DST` makes shards of them, and DST is what to name"
     if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
-        raise DataError(f"{folder}: no such folder of shards; make one with `simclr-dist shard SRC {folder}`")
+        cure = of_images if os.path.exists(folder) else f"make one with `simclr-dist shard SRC {folder}`"  # noqa: PTH110
+        raise DataError(f"{folder}: no such folder of shards; {cure}")
     if not path.is_file():
-        inner = sorted(str(p.parent) for p in folder.glob(f"*/{MANIFEST_NAME}"))
-        cure = f"name one of {', '.join(inner)}" if inner else f"make it with `simclr-dist shard SRC {folder}`"
-        if not inner and any(folder.glob("*.tar")):
+        cure = of_images if any(folder.glob("*")) else f"make it with `simclr-dist shard SRC {folder}`"
+        if any(folder.glob("*.tar")):
             cure = f"for tars of others `simclr-dist shard --index {folder}` writes one"
+        if inner := sorted(str(p.parent) for p in folder.glob(f"*/{MANIFEST_NAME}")):
+            cure = f"name one of {', '.join(inner)}"
         raise DataError(f"{folder}: has no {MANIFEST_NAME}; {cure}")
     try:
         content = path.read_bytes()
@@ -192,7 +200,9 @@ def check_shards(manifest: Manifest) -> None:
 
 def _read_about(folder: Path | str, path: str, table: pa.Table) -> tuple[tuple[str, ...], NDArray[np.int64], tuple[str, ...]]:
     """Read shards and classes from the schema's metadata. Returns shard names, int64 [s, 2] (bytes, samples), class names."""
-    foreign = DataError(f"{path}: not a manifest of simclr-dist; make one with `simclr-dist shard SRC {folder}`")
+    foreign = DataError(
+        f"{path}: not a manifest of simclr-dist; move it away, and `simclr-dist shard --index {folder}` writes one"
+    )
     try:
         about: Any = json.loads(table.schema.metadata[_METADATA_KEY])
         version = about["version"]

@@ -1,9 +1,11 @@
 """Read images by manifest row, and check each."""
 
 import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +18,11 @@ from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.pixels.decode import decode
 from simclr_dist.data.remote.ahead import Ahead
 from simclr_dist.data.remote.cache import CacheSettings, ShardCache, cache_settings
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.files import fitting
+
+_BLOCK = 512  # of a tar
+_LONGEST_JSON = 1 << 15
 
 
 class Sample(NamedTuple):
@@ -76,15 +82,31 @@ class ShardDataset(Dataset[Sample]):
 
     def read(self, row: int) -> bytes:
         """Read the image's bytes as they were converted. Raises DataError when sha256 says otherwise."""
-        right = self._right(row, content := self._bytes(row))
+        place = int(self.manifest.size[row]), int(self.manifest.offset[row])
+        right = self._right(row, content := self._bytes(row, *place))
         if not right and self._cache is not None:
             shard = int(self.manifest.shard[row])
             self._cache.again(shard)
             self._close(shard)
-            right = self._right(row, content := self._bytes(row))
+            right = self._right(row, content := self._bytes(row, *place))
         if not right:
             raise DataError(f"{self._name(row)}: its bytes are not those of the manifest (sha256); shard the images again")
         return content
+
+    def source(self, row: int) -> str | None:
+        """Look up the name that the image had before it was sharded. Returns None where its tar has no JSON with one."""
+        m = self.manifest
+        header, start, size = f"{m.key[row]}.json\0".encode(), int(m.offset[row]) - _BLOCK, int(m.size[row])
+        begin, end = max(0, start - _LONGEST_JSON), start + _BLOCK + size + -size % _BLOCK
+        # A sample's members are in the order of their extensions: the JSON comes after jpg, and before png and webp.
+        around = self._bytes(row, start - begin, begin), self._bytes(row, _LONGEST_JSON, end)
+        for part, place in zip(around, (around[0].rfind(header), around[1].find(header, 0, len(header))), strict=True):
+            with suppress(ValueError, RecursionError):  # it is other people's, or damaged
+                if place >= 0 and place % _BLOCK == 0:
+                    length = int(part[place + 124 : place + 135], 8)
+                    about = json.loads(part[place + _BLOCK : place + _BLOCK + length])
+                    return printable(fitting(about, {"source": str})["source"])
+        return None
 
     def bad_sample(self, row: int, _: str) -> str:
         """Name an image that could not be read: by its key."""
@@ -116,10 +138,10 @@ class ShardDataset(Dataset[Sample]):
     def _right(self, row: int, content: bytes) -> bool:
         return bool(hashlib.sha256(content).digest() == self.manifest.sha256[row].tobytes())
 
-    def _bytes(self, row: int) -> bytes:
-        m = self.manifest
+    def _bytes(self, row: int, size: int, offset: int) -> bytes:
+        """Read bytes of the image's tar."""
         try:
-            return os.pread(self._descriptor(int(m.shard[row])), int(m.size[row]), int(m.offset[row]))
+            return os.pread(self._descriptor(int(self.manifest.shard[row])), size, offset)
         except OSError as error:
             raise DataError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
 

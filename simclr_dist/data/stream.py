@@ -25,8 +25,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from simclr_dist.data.collection import PIPE, find_tars
 from simclr_dist.data.order import Plan, Rows
-from simclr_dist.data.pixels.decode import decode
-from simclr_dist.data.pixels.images import PNG_SIGNATURE, check_pixels, prepare_image
+from simclr_dist.data.pixels.decode import decode, turn_upright
+from simclr_dist.data.pixels.images import check_pixels, orientation_of, prepare_image
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import fetch, is_url
@@ -205,26 +205,27 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
         raise DataError(f"{name}: has no member that ends in {', '.join(_SUFFIXES)}")
     content = sample[suffix]
     try:
-        width, height = _size(content)
+        width, height, orientation, plain = _header(content)
     except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
         # For unknown bytes, Pillow's text holds a memory address: another line in every epoch.
         why = "" if isinstance(error, UnidentifiedImageError) else f": {printable(reason_of(error)[:200])}"
         raise DataError(f"{name}: not an image{why}") from None
     try:
         check_pixels(width, height)
-        # Nobody has checked these files. Decoders show damaged and 16-bit PNGs without a word, and a GIF may have many frames.
-        image = decode(prepare_image(content).content if content.startswith((PNG_SIGNATURE, b"GIF8")) else content)
+        # Nobody has checked these files. Decoders show damaged and 16-bit PNGs without a word, and others may have many frames.
+        image = turn_upright(decode(content), orientation) if plain else decode(prepare_image(content).content)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     label = bytes(sample.get("cls", b"")).strip()
     return Sample(image, int(label) if label.isdigit() and len(label) < 18 else -1, row)
 
 
-def _size(content: bytes) -> tuple[int, int]:
-    """Read width and height from the header, without decoding."""
+def _header(content: bytes) -> tuple[int, int, int, bool]:
+    """Read width, height and EXIF orientation without decoding. The fourth: is it a JPEG, or a WebP of one frame?"""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # check_pixels reports the limit instead
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            return image.size
+            plain = image.format not in ("PNG", "GIF") and not (image.format == "WEBP" and getattr(image, "is_animated", False))
+            return *image.size, orientation_of(image) if plain else 1, plain
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -8,8 +8,11 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +27,7 @@ from simclr_dist.config.ranges import Count, Natural, Positive, Range, check_ran
 from simclr_dist.config.settings import Encoder, Stem
 from simclr_dist.config.strict_yaml import merge
 from simclr_dist.encoder.names import check_is_file
+from simclr_dist.encoder.preprocess import preprocess, preprocess_card
 from simclr_dist.method.model import ResNet, build_projector
 from simclr_dist.system.errors import ConfigError, DamagedError, DataError, SaveError, reason_of
 from simclr_dist.system.files import fitting, write_atomically
@@ -58,27 +62,46 @@ class _ProjectorCard:
     encoder_sha256: str = ""
 
 
-def export_encoder(path: Path, encoder: nn.Module, card: Card, projector: nn.Module | None = None) -> None:
+def export_encoder(
+    path: Path, encoder: nn.Module, card: Card, projector: nn.Module | None = None, *, elsewhere: Sequence[str | Path] = ()
+) -> None:
     """Write `path` (.safetensors), its card, and the projector, if any, to `projector_path(path)`.
 
-    The card must have what `_EncoderCard` has; `shape_card` is added. The projector names its encoder by the digest of
-    the encoder's file. The encoder is written last: where it is, the others are. Raises SaveError when the disk does not take
-    one of them.
+    The card must have what `_EncoderCard` has; `shape_card` and `preprocess` are added. The projector names its encoder by the
+    digest of the encoder's file. The encoder is written last: where it is, the others are. Raises SaveError when the disk does
+    not take one of them. Then they lie in a new folder in the first of `elsewhere` that takes them, as the error says.
     """
     assert isinstance(encoder, ResNet)
-    text = json.dumps({"format": "simclr_dist encoder 1", **card, **shape_card(encoder, card)}, indent=2, sort_keys=True)
+    about = {"format": "simclr_dist encoder 1", **card, **shape_card(encoder, card), "preprocess": preprocess_card(card)}
+    text = json.dumps(about, indent=2, sort_keys=True)
     content = save(_weights(encoder), metadata={"card": text})
     files = {path.with_suffix(".json"): text.encode() + b"\n"}
     if projector is not None:
         shape = {"format": "simclr_dist projector 1", **_projector_shape(projector, encoder.feature_size)}
         shape["encoder_sha256"] = hashlib.sha256(content).hexdigest()
         files[projector_path(path)] = save(_weights(projector), metadata={"card": json.dumps(shape, sort_keys=True)})
-    for file, data in {**files, path: content}.items():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+    files[path] = content
+    file = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, data in files.items():
             write_atomically(file, data)
-        except OSError as error:
-            raise SaveError(f"{file}: cannot be written: {error.strerror}") from None
+    except OSError as error:
+        raise SaveError(file, error, _written_to(elsewhere, files)) from None
+
+
+def _written_to(places: Sequence[str | Path], files: Mapping[Path, bytes]) -> str:
+    """Write the files to the first place that takes them. Returns the end of an error's line, with the path of the last."""
+    for place in places:
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="encoder-", dir=place))
+            for file, data in files.items():
+                write_atomically(folder / file.name, data)
+            return f"; the encoder is {folder / file.name}"
+        except OSError:
+            shutil.rmtree(folder or "", ignore_errors=True)
+    return f"; nor is there room for the encoder in {' or '.join(map(str, places))}" if places else ""
 
 
 def projector_path(encoder: str | Path) -> Path:
@@ -89,7 +112,8 @@ def projector_path(encoder: str | Path) -> Path:
 def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: str = "h") -> nn.Module:
     """Load an exported encoder in eval mode. Its card (dict) is `.card`.
 
-    Forward: float [n, 3, s, s], normalised with card["mean"] and card["std"], to [n, card["feature_size"]]. `layer` is what
+    `.preprocess(image)` turns a PIL image, or uint8 [3, h, w], into its input, float [3, s, s]; card["preprocess"] says how.
+    Forward: float [n, 3, s, s] to [n, card["feature_size"]]. `layer` is what
     comes out: "h", the representation; "projector.N", the projector after its Nth linear layer with BatchNorm and ReLU
     (h is the 0th, as SimCLR v2, section 2, counts); "z", the projector's last layer. card["layer"] is h or projector.N.
 
@@ -102,6 +126,7 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: st
     check_is_file(path)
     with _reading(path, "an encoder"):
         card, weights = _read(path, _EncoderCard())
+        card["preprocess"] = preprocess_card(card)  # which older cards lack
         encoder = ResNet(card["encoder"], width=card["width"], stem=card["stem"])
         _check_card(card, encoder)
     _fill(encoder, weights, f"{path}: its weights do not fit its card ({card['encoder']}, width {card['width']})")
@@ -185,8 +210,9 @@ def file_digest(path: str | Path) -> str:
 
 
 def with_card(encoder: nn.Module, card: Card, device: str | torch.device) -> nn.Module:
-    """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`."""
+    """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`. `.preprocess` makes its input."""
     encoder.card = card  # type: ignore[assignment]
+    encoder.preprocess = partial(preprocess, card)  # type: ignore[assignment]
     return encoder.to(device).eval().requires_grad_(False)
 
 

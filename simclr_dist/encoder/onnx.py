@@ -21,9 +21,10 @@ _MOST = 2**31 - 2**20  # bytes of weights: protobuf ends at 2 GiB, and the graph
 def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h") -> float:
     """Write an exported encoder as ONNX. Returns its largest difference from torch, relative to the largest |h|.
 
-    Input "images": float32 [n, 3, s, s], any n, s = card["image_size"], normalised with card["mean"] and card["std"]. Output:
-    float32 [n, card["feature_size"]], named "h" whatever the `layer` (as of `load_encoder`). The card is in the file's metadata
-    under "card", as JSON. ONNX Runtime and torch see the same noise images, in batches of 1 and 3, before the file is written.
+    Input "images": float32 [n, 3, s, s], any n, s = card["image_size"], as `encoder.preprocess` makes them. Output: float32
+    [n, card["feature_size"]], named "h" whatever the `layer` (as of `load_encoder`). The card is in the file's metadata under
+    "card", as JSON, without the run's config. The same encoder and versions give the same bytes in every folder.
+    ONNX Runtime and torch see the same noise images, in batches of 1 and 3, before the file is written.
 
     Raises ConfigError for a name that does not end in .onnx and where a package is not installed; DataError for what is not
     our encoder, a model above ONNX's 2 GiB, outputs that differ by more than TOLERANCE, and a file that cannot be written.
@@ -43,8 +44,13 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     shapes, example = ({0: torch.export.Dim("n", min=1)},), (torch.zeros(2, 3, side, side),)
     program = torch.onnx.export(encoder, example, dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
     assert program is not None
-    program.model.metadata_props["card"] = json.dumps(card, sort_keys=True)
-    content = program.model_proto.SerializeToString()
+    model = program.model_proto
+    _clear(model)
+    model.producer_version = torch.__version__.partition("+")[0]  # the same for every build of it
+    # The config holds paths of the machine that trained.
+    public = {key: value for key, value in card.items() if key != "config"}
+    model.metadata_props.add(key="card", value=json.dumps(public, sort_keys=True))
+    content = model.SerializeToString(deterministic=True)
     difference = _difference(encoder, content, side)
     if not difference <= TOLERANCE:
         raise DataError(f"{encoder_path}: ONNX Runtime's output differs from torch's by {difference:.1e}; nothing was written")
@@ -53,6 +59,16 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {reason_of(error)}") from None
     return difference
+
+
+def _clear(message: Any) -> None:
+    """Clear what no runtime reads. It has this machine's paths and lines of source."""
+    for name in {"doc_string", "metadata_props"} & set(message.DESCRIPTOR.fields_by_name):
+        message.ClearField(name)
+    for field, value in message.ListFields():
+        if field.message_type:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _clear(part)
 
 
 def _difference(encoder: torch.nn.Module, content: bytes, side: int) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simclr_dist.encoder.file import shape_card, with_card
 from simclr_dist.encoder.names import Foreign
+from simclr_dist.encoder.preprocess import preprocess_card
 from simclr_dist.method.model import ResNet
 from simclr_dist.system.errors import ConfigError, DataError, reason_of
 
@@ -67,7 +68,7 @@ def load_foreign(
         "init": f"published weights {path.name} (not known: how they were trained)", "data_digest": None,
         "weights": {"file": str(path), "prefix": prefix, "left_out": _left_out(tensors, prefix, encoder)},
     }  # fmt: skip
-    return with_card(encoder, card, device)
+    return with_card(encoder, {**card, "preprocess": preprocess_card(card)}, device)
 
 
 def _read(path: Path) -> Mapping[Any, Any]:

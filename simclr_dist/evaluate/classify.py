@@ -9,23 +9,29 @@ import numpy as np
 
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features
 from simclr_dist.evaluate.protocols import mlp
-from simclr_dist.evaluate.protocols.knn import weighted_knn
-from simclr_dist.evaluate.protocols.linear import linear_probe
+from simclr_dist.evaluate.protocols.knn import MOST_NEIGHBOURS, neighbours, weighted_knn
+from simclr_dist.evaluate.protocols.linear import folds, linear_probe
 from simclr_dist.evaluate.protocols.scores import Predict, Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.sgd import EpochFeatures, sgd_probe
 from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Say
 from simclr_dist.evaluate.settings import Settings
 
 
-def protocol_settings(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return the settings of each protocol to measure. Two results with the same ones can be compared."""
+def protocol_settings(settings: Settings, rows: int) -> dict[str, dict[str, Any]]:
+    """Return the settings of each protocol, of `rows` labelled training images.
+
+    Two results with the same ones can be compared.
+    """
     l2, views = "chosen" if settings.l2 is None else settings.l2, "new crop and flip of each image in every epoch"
     every: dict[str, dict[str, Any]] = {
-        "knn": {"k": settings.k, "temperature": settings.temperature, "similarity": "cosine"},
+        "knn": {"k": settings.k or MOST_NEIGHBOURS, "temperature": settings.temperature, "similarity": "cosine"},
         "linear": {"l2": l2, "max_iter": settings.max_iter, "solver": "L-BFGS", "features": "standardised"},
         "sgd": {"epochs": settings.sgd_epochs, "views": views, "seed": settings.seed},
         "mlp": {"hidden": mlp.HIDDEN, "dropout": mlp.DROPOUT, "learning_rate": mlp.LR, "epochs": settings.mlp_epochs},
     }
+    every["knn"]["k_used"] = neighbours(settings.k, rows)
+    if settings.l2 is None and folds(rows) > 1:
+        every["linear"]["folds"] = folds(rows)
     return {name: every[name] for name in settings.protocols}
 
 
@@ -62,10 +68,8 @@ def classify(
             say(f"{kind}: {NAMES[protocol]} {rows[kind]['top1']:.2f} % in {rows[kind]['seconds']:.0f} s")
             if kind != TRAINED:
                 del rows[kind]["confusion"], rows[kind]["per_class"]
-    parts = {name: {"settings": values, "results": results[name]} for name, values in protocol_settings(settings).items()}
-    if "knn" in parts:
-        parts["knn"]["settings"]["k_used"] = min(settings.k, len(features["train"][TRAINED].labelled().h))
-    return parts
+    used = protocol_settings(settings, len(features["train"][TRAINED].labelled().h))
+    return {name: {"settings": values, "results": results[name]} for name, values in used.items()}
 
 
 def by_new_crops(test: Features, classes: int, settings: Settings, crops: EpochFeatures) -> dict[str, Any]:
@@ -75,13 +79,14 @@ def by_new_crops(test: Features, classes: int, settings: Settings, crops: EpochF
     return {**_score(predict, test, classes).to_dict(), **info, "seconds": time.perf_counter() - begin}
 
 
-def _score(predict: Predict, test: Features, classes: int) -> Scores:
-    return score(in_blocks(predict, test.h, classes), test.label)
+def _score(predict: Predict, test: Features, classes: int, *, votes: bool = False) -> Scores:
+    return score(in_blocks(predict, test.h, classes), test.label, votes=votes)
 
 
 def _knn(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
-    how: dict[str, Any] = {"k": settings.k, "temperature": settings.temperature, "classes": classes}
-    return _score(partial(weighted_knn, train.h, train.label, **how), test, classes).to_dict()
+    k = neighbours(settings.k, len(train.h))
+    how: dict[str, Any] = {"k": k, "temperature": settings.temperature, "classes": classes}
+    return _score(partial(weighted_knn, train.h, train.label, **how), test, classes, votes=True).to_dict()
 
 
 def _linear(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:

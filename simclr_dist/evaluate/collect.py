@@ -50,17 +50,17 @@ class Collector:
         """Collect the features of "train" and "test", by encoder. With `pixels`, `RAW_PIXELS` is one of them."""
         return {name: self._set(name, pixels) for name in self._sets.images}
 
-    def views(self, drawn: views.TrainingViews) -> list[Features]:
-        """Collect the trained encoder's features of two augmented views. `views.choose_rows` chooses the test images."""
+    def views(self, drawn: views.TrainingViews) -> list[dict[str, Features]]:
+        """Collect the features of two augmented views, by encoder. `views.choose_rows` chooses the test images."""
         manifest, images, settings = self._sets.test, self._sets.images["test"], drawn.settings
         rows = views.choose_rows(len(manifest))
         keys = [str(manifest.key[row]) for row in rows]
-        features: list[Features] = []
+        features = []
         for view, name in enumerate(("view a", "view b")):
-            about = self._about("test", self._sha256, views={"seed": views.SEED, "view": view, **vars(settings)})
+            wanted = self._encoders("test", views={"seed": views.SEED, "view": view, **vars(settings)})
             crops = views.RandomCrops(images, settings, rows.tolist(), seed=views.SEED, epoch=0, view=view)
             how = {"view": views.as_it_is, "colour": views.view_colour(rows, settings, view), "title": f"{name} of test images"}
-            features += self._collect(name, {TRAINED: about}, crops, keys, manifest.label[rows], **how).values()
+            features.append(self._collect(name, wanted, crops, keys, manifest.label[rows], **how))
         return features
 
     def crops(self, epoch: int) -> tuple[Tensor, Tensor]:
@@ -85,11 +85,15 @@ class Collector:
         wanted = {}
         if pixels:
             wanted[RAW_PIXELS] = About("", {"pixels": side}, RAW_PIXELS, side, "uint8", manifest.digest, self._sets.names[name])
+        wanted |= self._encoders(name)
+        return self._collect(name, wanted, images, manifest.key.tolist(), manifest.label, title=f"{name} features")
+
+    def _encoders(self, name: str, **shape: Any) -> dict[str, About]:
+        wanted = {}
         if self._untrained is not None:
             mean, std = self._card["mean"], self._card["std"]
-            wanted[UNTRAINED] = self._about(name, self._untrained, init="random", mean=mean, std=std)
-        wanted[TRAINED] = self._about(name, self._sha256)
-        return self._collect(name, wanted, images, manifest.key.tolist(), manifest.label, title=f"{name} features")
+            wanted[UNTRAINED] = self._about(name, self._untrained, init="random", mean=mean, std=std, **shape)
+        return {**wanted, TRAINED: self._about(name, self._sha256, **shape)}
 
     def _about(self, name: str, sha256: str, **shape: Any) -> About:
         manifest = self._sets.images[name].manifest

@@ -52,6 +52,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._files)
 
+    def source(self, row: int) -> str:
+        return self.key[row]
+
     def __getitem__(self, row: int) -> Sample:
         """Read an image. Raises DataError with the file's name for what is no image, or is larger than is decoded."""
         root, name, label = self._files[row]
@@ -132,10 +135,10 @@ def embed_within(
         raise DataError(f"none of the {len(images)} images can be read, like {_reason(images, 0)}")
     digest, classes, keys = _describe(images, label, world.device)
     about = About.of_card(card, file_digest(encoder), precision=settings.precision, data_digest=digest, classes=classes)
-    left_out = np.flatnonzero(bad).tolist()
+    left_out, rows = np.flatnonzero(bad).tolist(), np.flatnonzero(~bad).tolist()
     if left_out:
-        label, h, keys = label[~bad], h[~bad], [key for key, lost in zip(keys, bad, strict=True) if not lost]
-    on_rank_0(lambda: write_features(out, keys, label, h, about))
+        label, h, keys = label[~bad], h[~bad], [keys[row] for row in rows]
+    on_rank_0(lambda: write_features(out, keys, label, h, about, [images.source(row) for row in rows]))
     return Embedded(len(h), h.shape[1], len(left_out), tuple(_reason(images, row) for row in left_out[:_NAMED]))
 
 

@@ -24,7 +24,7 @@ from simclr_dist.evaluate.result.earlier import Baselines, shape
 from simclr_dist.evaluate.result.file import claim, write_result
 from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.result.page import claim_page, page, write_page
-from simclr_dist.evaluate.result.report import FORMAT, TRAINED, Result, Say, hardware, versions
+from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Result, Say, hardware, versions
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
@@ -92,7 +92,7 @@ def measure(
     untrained = untrained_encoder(card, settings.seed, world.device) if fresh else None
     store = FeatureStore(features, say) if features is not None and world.is_main else None
     collector = Collector(world, sets, settings, trained, described["sha256"], untrained, store)
-    by_set = collector.sets(pixels=fresh)
+    by_set = collector.sets(pixels=fresh and sets.classes > 0)
     views = collector.views(drawn)
     extracted = time.perf_counter() - begin
     epochs = settings.sgd_epochs if sets.classes and "sgd" in settings.protocols else 0
@@ -111,12 +111,12 @@ def measure(
     }  # fmt: skip
     result = {
         "format": FORMAT, "encoder": described, **sets.describe(),
-        "largest_class_percent": sets.largest_class_percent(), "test_images_in_train": sets.shared(),
-        "settings": general,
+        "largest_class_percent": sets.largest_class_percent(), "test_images_in_train": sets.shared(), "settings": general,
         "baselines_measured_for": reused.measured_for if reused else Path(described["file"]).name if fresh else None,
         "features_reused": store.reused if store else {},
         "protocols": classify(by_set, sets.classes, settings, sgd=sgd, reused=reused.protocols if reused else {}, say=say),
-        "signals": _signals(test, views, sets, card),
+        "signals": _signals(TRAINED, by_set["test"], views, sets) | _false_negatives(sets, card),
+        "untrained_signals": _signals(UNTRAINED, by_set["test"], views, sets) if fresh else reused.signals if reused else {},
         "command": _command(encoder, sets, settings), "hardware": hardware(world), "versions": versions(),
         "seconds": {"features": extracted, "total": time.perf_counter() - begin},
     }  # fmt: skip
@@ -173,15 +173,22 @@ def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> l
     return command
 
 
-def _signals(test: Features, views: list[Features], sets: Sets, card: Card) -> dict[str, Any]:
-    """Measure the test features without labels. Adds what labels say about the batches of the training."""
-    measured = signals(test.h, sets.test.key.tolist())
-    measured["views"] = view_signals(*(view.h for view in views))
+def _signals(kind: str, test: dict[str, Features], views: list[dict[str, Features]], sets: Sets) -> dict[str, Any]:
+    """Measure the test features of one encoder without labels."""
+    measured = signals(test[kind].h, sets.test.key.tolist())
+    measured["views"] = view_signals(*(view[kind].h for view in views))
+    if kind == UNTRAINED:
+        del measured["near_duplicates"]["listed"]  # nearly all pairs are
+    return measured
+
+
+def _false_negatives(sets: Sets, card: Card) -> dict[str, Any]:
+    """Compute what labels say about the batches of the training."""
     batch = (card.get("config") or {}).get("global_batch_size")
     labels = torch.from_numpy(sets.train.label[sets.train.label >= 0].astype(np.int64))
     if batch and 1 < batch <= len(labels):
-        measured["false_negatives"] = {"batch": batch, **false_negatives(labels, batch)._asdict()}
-    return measured
+        return {"false_negatives": {"batch": batch, **false_negatives(labels, batch)._asdict()}}
+    return {}
 
 
 def _describe_encoder(path: str | Path, card: Card) -> dict[str, Any]:

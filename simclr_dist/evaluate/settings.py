@@ -25,12 +25,12 @@ Protocol = Literal["knn", "linear", "sgd", "mlp"]
 class Settings:
     """How features are made and classified. Raises ConfigError for the first value out of its range."""
 
-    k: Count = 200
-    """Neighbours that vote, at most the training images."""
+    k: Count | None = None
+    """Neighbours that vote (default: a twentieth of the training images, from 10 to 200)."""
     temperature: Positive = 0.1
     """A neighbour's weight is exp(cosine / temperature)."""
     l2: NonNegative | None = None
-    """Weight penalty of the linear probe (default: chosen on a part of the training images)."""
+    """Weight penalty of the linear probe (default: chosen on held-out training images)."""
     max_iter: Count = 1000
     """Limit of the linear probe's iterations."""
     batch_size: Count = 256

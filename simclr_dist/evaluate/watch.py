@@ -16,7 +16,7 @@ from simclr_dist.encoder.file import file_digest
 from simclr_dist.encoder.names import encoders, result_path
 from simclr_dist.evaluate.features.extraction import EncoderError
 from simclr_dist.evaluate.job import measure
-from simclr_dist.evaluate.result.board import Curve, board_folder, watchers_lock
+from simclr_dist.evaluate.result.board import Curves, board_folder, watchers_lock
 from simclr_dist.evaluate.result.earlier import Baselines, baselines, difference
 from simclr_dist.evaluate.result.file import read_result
 from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Result, Say, UnwrittenError
@@ -142,7 +142,7 @@ class _Encoders:
         self._run, self._settings, self._say = run, settings, say
         self._digests = {"train": sets.train.digest, "test": sets.test.digest}
         self._folder = board_folder(run, settings.layer)
-        self._curve = Curve(self._folder)
+        self._curves = Curves(self._folder)
         self._files: dict[Path, tuple[int, ...]] = {}  # as they were when they were last looked at
         self.good: dict[Path, bool] = {}  # whether an encoder has a result
         self.baselines: Baselines | None = None
@@ -184,15 +184,16 @@ class _Encoders:
     def _take_in(self, path: Path, result: Result, how: str) -> None:
         self.good[path] = True
         try:
-            self._curve.add(result, result_path(path, layer=self._settings.layer).stat().st_mtime)
+            self._curves.add(result, result_path(path, layer=self._settings.layer).stat().st_mtime)
         except OSError as error:
             self._say(f"{self._folder}: cannot be written ({error.strerror}); tried again at the next encoder")
         parts = result["protocols"].items()
-        line = f"{path.stem}: " + ", ".join(f"{NAMES[name]} {part['results'][TRAINED]['top1']:.2f} %" for name, part in parts)
+        tops = [f"{NAMES[name]} {part['results'][TRAINED]['top1']:.2f} %" for name, part in parts]
+        line = f"{path.stem}: {', '.join(tops) or 'signals, without labels'}"
         if self._settings.baselines:
             self.baselines = self.baselines or baselines(result)
             rows = [part["results"][UNTRAINED]["top1"] for _, part in parts if UNTRAINED in part["results"]]
-            line += "; untrained " + ", ".join(f"{top1:.2f}" for top1 in rows)
+            line += "; untrained " * bool(parts) + ", ".join(f"{top1:.2f}" for top1 in rows)
         self._say(f"{line}; {how}")
 
 

@@ -24,8 +24,10 @@ from simclr_dist.run.folder import newest_step
 from simclr_dist.run.restarts import Ended, decide, pause_seconds
 from simclr_dist.run.status import End, name_cause, note_death, read_notes, read_status, record_event
 from simclr_dist.system import signals
+from simclr_dist.system.cores import threads_a_rank
 from simclr_dist.system.errors import LAST_WORD, PREEMPTED, say
 
+_REFUSED_SECONDS = 10.0  # the others mostly end with it, and rank 0 has a line to say and a status to write
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk
 _Start = Callable[[Callable[[int], bool]], tuple[int, dict[int, End]]]  # `_run_ranks` of these ranks
 
@@ -36,9 +38,9 @@ def torchrun(
     """Run `command` with `processes` ranks on this machine; return its exit code. `command` is `-m MODULE ...`.
 
     The code is the one in `run`/status.json, or in the ranks' notes where they did not get so far, or 75 after a stop. After a
-    crash all starts again, until `max_restarts` starts in a row have brought no new checkpoint. A start for which too few
-    machines came together does not count. Raises ConfigError when this machine cannot use the rendezvous' address, and
-    KeyboardInterrupt when ranks without a `run`, which have nothing to save, are stopped.
+    crash all starts again, as `restarts.decide` has it. A start for which too few machines came together does not count. Raises
+    ConfigError when this machine cannot use the rendezvous' address, and KeyboardInterrupt when ranks without a `run`, which
+    have nothing to save, are stopped.
     """
     signals.listen()
     agent = None
@@ -50,21 +52,22 @@ def torchrun(
         code, notes = ranks(lambda _: bool(signals.requested()))
         if signals.requested():
             raise KeyboardInterrupt
-        return max((note.code for note in notes.values()), default=int(code != 0))
+        return max([int(code != 0), *(note.code for note in notes.values())])
     note_death(run)  # of an earlier start
     crashes: list[Ended] = []
     before, since, attempts = newest_step(run), time.monotonic(), 0
     while True:
-        end, why, met = _start(ranks, run, nodes, since)
+        end, why, met, disk = _start(ranks, run, nodes, since)
         if end is not None:
             return end
         if met:
-            crashes.append(Ended(crash=True, saved=newest_step(run)))
+            crashes.append(Ended(crash=True, saved=newest_step(run), disk=disk))
             decision = decide(crashes, max_restarts, before=before)
             if not decision.again:
                 if run.is_dir():
                     record_event(run, "gave_up", why=why)
-                say(f"{why}; given up (--max-restarts {max_restarts})")
+                if not disk:  # the rank has said what is to be mended
+                    say(f"{why}; given up (--max-restarts {max_restarts})")
                 return 1
             since, attempts = time.monotonic(), decision.fruitless
             record_event(run, "restart", why=why, host=socket.gethostname(), fruitless=decision.fruitless)
@@ -79,10 +82,11 @@ def torchrun(
             return PREEMPTED
 
 
-def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple[int | None, str, bool]:
+def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple[int | None, str, bool, bool]:
     """Start the ranks once. The other machines are waited for from `since` on.
 
-    Returns the exit code, None when another start may follow; why this one ended; and whether all machines had come together.
+    Returns the exit code, None when another start may follow; why this one ended; whether all machines had come together; and
+    whether it ended by a disk that refuses.
     """
     earlier = newest_start(run)
     watch = _Watch(run, earlier, nodes, since)
@@ -93,7 +97,7 @@ def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple
         name_cause(run, earlier, cause)
     status = read_status(run)
     ended = status if status.get("start", 0) > earlier else {}
-    final = [note.code for note in notes.values() if note.state != "crashed"]
+    final = [note.code for note in notes.values() if note.state not in ("crashed", "done")]
     why = str(ended.get("reason") or f"the ranks ended with {code}")
     if ended.get("state") in ("done", "preempted", "failed", "diverged"):
         end: int | None = int(ended["exit_code"])
@@ -103,7 +107,7 @@ def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple
         end = 1 if ended else PREEMPTED  # nothing was begun that could be lost
     else:
         end = None if code else 0
-    return end, why, nodes is None or watch.began
+    return end, why, nodes is None or watch.began, any(note.disk for note in notes.values())
 
 
 def _cause(gone: Sequence[int], notes: Mapping[int, End]) -> str | None:
@@ -112,7 +116,7 @@ def _cause(gone: Sequence[int], notes: Mapping[int, End]) -> str | None:
         if rank not in notes:
             who = f"rank {rank} on {socket.gethostname()}"
             return f"{who} was killed, or crashed outside Python; was memory short? the system's log (dmesg) says so"
-    return next((f"rank {rank}: {notes[rank].why}" for rank in gone if not notes[rank].lost), None)
+    return next((f"rank {rank}: {notes[rank].why}" for rank in gone if notes[rank].why and not notes[rank].lost), None)
 
 
 def _within(seconds: float, happens: Callable[[], object]) -> bool:
@@ -132,13 +136,13 @@ def _run_ranks(
 
     `agent`: torchrun's options for these machines; None for one rank, which needs no torchrun.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
     # The last: else an agent that joins a rendezvous anew waits for an address that nobody publishes again.
     # PET_*, of a platform: torchrun would take them for options, and PET_NNODES has it wait for machines.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
-    env = {"OMP_NUM_THREADS": threads, **inherited, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {"OMP_NUM_THREADS": str(threads_a_rank(processes)), **inherited, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with tempfile.TemporaryDirectory(prefix="simclr_dist-") as folder:
-        env[LAST_WORD] = str(Path(folder, "note"))
+        note = Path(folder, "note")
+        env[LAST_WORD] = str(note)
         if agent is None:
             code = supervise([sys.executable, *command], env=env)
         else:
@@ -147,8 +151,17 @@ def _run_ranks(
             agent = [f"--log-dir={folder}", "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", *agent]
             agent += [f"--nproc-per-node={processes}", "--max-restarts=0"]
             command = ["-m", "torch.distributed.run", *agent, *command]
-            code = supervise([sys.executable, *command], env=env, tell=children, give_up=is_over)
-        return code, read_notes(Path(folder, "note"))
+            code = supervise(
+                [sys.executable, *command], env=env, tell=children, give_up=lambda child: is_over(child) or _is_refused(note)
+            )
+        notes = read_notes(note)
+        return code or max((end.code for end in notes.values()), default=0), notes
+
+
+def _is_refused(note: Path) -> bool:
+    """Return whether a rank has refused some seconds ago. torchrun does not see it, as the rank ends with 0."""
+    refused = [rank for rank, end in read_notes(note).items() if end.code and (end.disk or end.state != "crashed")]
+    return any(time.time() > Path(f"{note}.{rank}").stat().st_mtime + _REFUSED_SECONDS for rank in refused)
 
 
 class _Watch:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from simclr_dist.method.meeting import meet
+from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import LostRankError, RankError, SaveError, StoppedError, UserError
 from simclr_dist.system.ranks import read_place
 
@@ -59,6 +60,8 @@ def process_group(device: str = "auto", timeout_minutes: float = 10.0) -> Iterat
         if size > 1 and gpus > 1 and not os.environ.get("LOCAL_RANK"):
             raise RankError(f"LOCAL_RANK: is not set, and says which of the {gpus} GPUs here is that of rank {rank}")
         torch.cuda.set_device(gpu)
+    if "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():  # which knows the affinity, and no quota
+        torch.set_num_threads(cores())
     where = torch.device("cuda", gpu) if on_cuda else torch.device("cpu")
     if place.master is not None:
         timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -103,7 +106,7 @@ def environment(world: World) -> dict[str, Any]:
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
     }
 
 

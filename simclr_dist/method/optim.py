@@ -13,6 +13,8 @@ Group = dict[str, Any]
 
 _CACHE_BYTES = 2**20
 
+OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "adamw": 2}  # numbers that each keeps for a weight; others' are not known
+
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
     """Return the rate of step 0, 1, ... A linear warm-up reaches `peak` in its last step; then a cosine falls to 0.

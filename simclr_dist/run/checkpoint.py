@@ -50,7 +50,7 @@ def save(
             raise
         _remove(_superseded(folder, step, keep_last, keep_every), allowed)
     except OSError as error:
-        raise SaveError(f"{path}: cannot be written: {error.strerror}") from error
+        raise SaveError(path, error) from error
     return path
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,18 +36,29 @@ def check_run_folder(config: Config, *, held: bool = False) -> bool:
     """
     run = Path(config.run_folder)
     _check_parts(run)
-    if not run.exists() or (run.is_dir() and all(any(path.match(name) for name in _BEFORE_THE_RUN) for path in run.iterdir())):
+    if not run.exists():
+        place = existing_part(run)
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK, effective_ids=True)):
+            why = f"cannot be made: {str(place)!r} is no folder that you can write to, or its disk is read-only"
+            raise ConfigError(f"run_folder: {config.run_folder!r} {why}; name another")
         return False
-    if not (run / "config.yaml").is_file():
+    if run.is_dir() and all(any(path.match(name) for name in _BEFORE_THE_RUN) for path in run.iterdir()):
+        return False
+    if (stored := stored_config(run)) is None:
         raise ConfigError(f"run_folder: {config.run_folder!r} exists and is not a run folder; name another")
-    values = read_settings(run / "config.yaml", "run's config", "put a copy of it back")
-    stored = config_from_dict(values, str(run / "config.yaml"))
     if changed := difference(stored, config):
         what = f"{config.run_folder!r} holds another run ({'; '.join(changed)})"
         raise ConfigError(f"run_folder: {what}; name another folder, or undo the change")
     if not held:
         refuse_if_held(run)
     return True
+
+
+def stored_config(run: Path) -> Config | None:
+    """Return the settings of the run's last start; None before the first. Raises ConfigError for a damaged file."""
+    if not (path := run / "config.yaml").is_file():
+        return None
+    return config_from_dict(read_settings(path, "run's config", "put a copy of it back"), str(path))
 
 
 def open_run(config: Config, environment: Mapping[str, Any]) -> Claim:
@@ -70,6 +83,38 @@ def open_run(config: Config, environment: Mapping[str, Any]) -> Claim:
         write_atomically(run / "env.json", json.dumps(described, indent=2).encode() + b"\n")
         on_error.pop_all()
     return claim
+
+
+def existing_part(path: Path) -> Path:
+    """Return the path, or the folder in which it would be made. A file in the way counts."""
+    while not os.path.lexists(path):
+        path = path.absolute().parent
+    return path
+
+
+def check_room(config: Config, total: int, checkpoint: float, encoder: float) -> None:
+    """Refuse a run whose files do not fit on its disk.
+
+    `total`: its steps; the sizes are a file's bytes. What the run has saved already is room for what replaces it.
+    """
+    run, needed, room = Path(config.run_folder), Counter[int](), Counter[int]()
+    if newest_step(run) >= total:
+        return
+    checkpoints, encoders = config.files_kept(total)
+    for name, size in (("checkpoints", checkpoints * checkpoint), ("encoders", encoders * encoder)):
+        disk = (place := existing_part(run / name)).stat().st_dev
+        saved = sum(path.stat().st_size for path in (run / name).glob("step-*"))
+        room[disk] = (room[disk] or shutil.disk_usage(place).free) + saved
+        needed[disk] += int(size)
+    for disk, size in needed.items():
+        if size > room[disk]:
+            files = f"checkpoints {checkpoints} x {_mib(checkpoint)}, encoders {encoders} x {_mib(encoder)}"
+            why = f"its files need {_mib(size)} ({files}), and the disk has {_mib(room[disk])} for them"
+            raise ConfigError(f"run_folder: {config.run_folder!r}: {why}; make room, or lower checkpoint.keep_last")
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def newest_step(run: Path) -> int:
@@ -144,4 +189,4 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SaveError(f"{error.filename or path}: cannot be written: {error.strerror}") from error
+        raise SaveError(error.filename or path, error) from error

@@ -9,10 +9,14 @@ MAX_IDLE_STOPS = 20
 
 @dataclass(frozen=True)
 class Ended:
-    """A start that may be followed by another. It crashed or was stopped; `saved` is what the run had on disk then."""
+    """A start that may be followed by another. It crashed or was stopped; `saved` is what the run had on disk then.
+
+    `disk`: it crashed on a disk that is full, read-only or forbidden.
+    """
 
     crash: bool
     saved: int
+    disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ def decide(ends: Sequence[Ended], max_restarts: int, *, before: int | None = Non
     """Decide whether another start follows the last of `ends`, oldest first.
 
     A crashed start is followed by another until more than `max_restarts` in a row have brought nothing new (0: no other
-    follows). For stopped starts the limit is `MAX_IDLE_STOPS`. A start brought something new when `saved` differs from the end
-    before. For the first one that is `before`; without it the first counts as fruitless.
+    follows). For stopped starts the limit is `MAX_IDLE_STOPS`. A crash on a disk that refuses does not pass by itself, so there
+    one that brought nothing new is the last. A start brought something new when `saved` differs from the end before. For the
+    first one that is `before`; without it the first counts as fruitless.
     """
     last = ends[-1]
     saved_before = [ends[0].saved if before is None else before, *(end.saved for end in ends[:-1])]
@@ -38,7 +43,7 @@ def decide(ends: Sequence[Ended], max_restarts: int, *, before: int | None = Non
             break
         fruitless += end.crash == last.crash
     limit = max_restarts if last.crash else MAX_IDLE_STOPS
-    return Decision(limit > 0 and fruitless <= limit, fruitless)
+    return Decision(limit > 0 and fruitless <= limit * (not last.disk), fruitless)
 
 
 def pause_seconds(attempts: int) -> float:

@@ -14,27 +14,32 @@ from simclr_dist.run.claim import Claim, heartbeat, is_dead, newest_start
 from simclr_dist.system import errors, files, signals
 from simclr_dist.system.slurm_job import job_id
 
-_STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | float, "reason?": str}
+_STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | float, "reason?": str, "disk?": bool}
 _EVENT = {
     "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "steps_lost?": int, "lost?": bool,
+    "disk?": bool,
 }  # fmt: skip
 _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "stop": {"state": str, "exit_code": int, "why": str | None},
     "gave_up": {"why": str},
     "requeued": {"crash": bool, "saved": int},
 }
-_END = {"state": str, "code": int, "why": str | None, "lost?": bool}
+_END = {"state": str, "code": int, "why": str | None, "lost?": bool, "disk?": bool}
 _LOCK_SECONDS = 5.0  # whoever has locked the ledger for longer is cut off, and must not hold us up
 
 
 @dataclass(frozen=True)
 class End:
-    """The way a start ended. `lost`: by the loss of another rank. The true reason is what ended that rank."""
+    """The way a start ended. `lost`: by the loss of another rank. The true reason is what ended that rank.
+
+    `disk`: by a disk that is full, read-only or forbidden.
+    """
 
     state: str
     code: int
     why: str | None = None
     lost: bool = False
+    disk: bool = False
 
 
 _BY_ERROR = (
@@ -52,14 +57,18 @@ def end_of(error: BaseException | None) -> End:
     for kind, state, code in _BY_ERROR:
         if isinstance(error, kind):
             return End(state, code, str(error))
-    return End("crashed", 1, errors.crash_summary(error), lost=isinstance(error, errors.LostRankError))
+    lost, disk = isinstance(error, errors.LostRankError), errors.is_of_disk(error)
+    return End("crashed", 1, errors.crash_summary(error), lost, disk)
 
 
 def leave_note(end: End) -> int:
-    """Leave a note for this machine's launcher; return the exit code. Without a launcher there is no note."""
-    if path := os.environ.get(errors.LAST_WORD):
-        with suppress(OSError):  # of a full disk, say, which is then the error itself
+    """Leave a note for the launcher, and torchrun the reason. Return the exit code."""
+    with suppress(OSError):  # of a full disk, say, which is then the error itself
+        if path := os.environ.get(errors.LAST_WORD):
             Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(asdict(end)))
+        if end.code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+            more = {"py_callstack": end.why or "", "timestamp": str(int(time.time()))}
+            files.write_atomically(Path(path), json.dumps({"message": {"message": end.why, "extraInfo": more}}).encode())
     return end.code
 
 
@@ -67,9 +76,12 @@ def read_notes(path: Path) -> dict[int, End]:
     """Return a start's notes by rank. torchrun does not pass them on; `path` is what its ranks had in LAST_WORD."""
     notes = {}
     for file in path.parent.glob(f"{path.name}.*"):
-        with suppress(errors.DamagedError, KeyError, ValueError):  # cut short by a full disk
+        try:
             note = files.read_object(file, _END)
-            notes[int(file.suffix[1:])] = End(note["state"], note["code"], note["why"], note.get("lost", False))
+            end = End(note["state"], note["code"], note["why"], note.get("lost", False), note.get("disk", False))
+        except (errors.DamagedError, KeyError):
+            end = End("crashed", 1, f"{file}: was cut short, as by a full disk", disk=True)
+        notes[int(file.suffix[1:])] = end
     return notes
 
 
@@ -161,12 +173,13 @@ def record_end(run: Path, generation: int, end: End, **more: Any) -> None:
     with _ledger_locked(run):
         stop = next((line for line in _stops(run) if line.get("generation") == generation), None)
         if stop is None:
-            lost = {"lost": True} if end.lost else {}
-            more = {"step": heartbeat(run).get("step", 0), "generation": generation, **more, **lost}
+            marks = {mark: True for mark in ("lost", "disk") if getattr(end, mark)}
+            more = {"step": heartbeat(run).get("step", 0), "generation": generation, **more, **marks}
             stop = record_event(run, "stop", state=end.state, exit_code=end.code, why=end.why, **more)
         if newest_start(run) <= generation:
             reason = {} if stop["why"] is None else {"reason": stop["why"]}
-            write_status(run, stop["state"], stop["exit_code"], start=generation, **reason)
+            disk = {"disk": True} if stop.get("disk") else {}
+            write_status(run, stop["state"], stop["exit_code"], start=generation, **reason, **disk)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 crash, 2 `UserError`, 3 `DivergedError`, 75 stopped on request with nothing lost (sysexits' EX_TEMPFAIL).
 """
 
+import errno
 import re
 import reprlib
 import sys
@@ -13,6 +14,7 @@ LAYOUT = "\n\t"  # what text of several lines keeps, when what it has from files
 # Variable with the path, less `.RANK`, of the note that a rank leaves for its launcher: torchrun loses exit codes.
 LAST_WORD = "SIMCLR_DIST_LAST_WORD"
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _HALF = 1000  # characters of an error's line: it begins with file and key, and ends with the cure
 
 
@@ -52,7 +54,14 @@ class OutputError(UserError):
 
 
 class SaveError(Exception):
-    """A checkpoint or the run folder cannot be written. Earlier checkpoints are whole."""
+    """A file of the run cannot be written. Earlier checkpoints are whole. `more` ends the line."""
+
+    def __init__(self, path: object, cause: OSError, more: str = "") -> None:
+        super().__init__(path, cause, more)  # as they are: the error goes to the other ranks by pickle
+        self.path, self.cause, self.more = path, cause, more
+
+    def __str__(self) -> str:
+        return f"{self.path}: cannot be written: {reason_of(self.cause)}{self.more}"
 
 
 class StoppedError(Exception):
@@ -79,6 +88,12 @@ def reason_of(error: object) -> str:
     """Return an error's text in one line, or its type."""
     strerror = getattr(error, "strerror", None)
     return str(strerror or (str(error).splitlines() or [""])[0] or type(error).__name__)
+
+
+def is_of_disk(error: BaseException | None) -> bool:
+    """Tell whether a disk is full, read-only or forbidden. It stays so until somebody mends it."""
+    cause = error.cause if isinstance(error, SaveError) else error
+    return isinstance(cause, OSError) and cause.errno in _DISK
 
 
 def crash_summary(error: BaseException) -> str:

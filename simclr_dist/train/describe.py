@@ -14,6 +14,7 @@ from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.data.order import Plan
 from simclr_dist.data.views.draws import ViewSettings, preset_views
 from simclr_dist.method.distributed import World
+from simclr_dist.method.optim import learning_rate
 from simclr_dist.train.learner import Learner
 
 
@@ -86,6 +87,20 @@ def describe(config: Config, plan: Plan, learner: Learner, world: World, step: i
         f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
         f" {config.peak_lr:.4g} ({config.optim.name}, rule {config.optim.lr_rule})"
     )
+
+
+def rate_doubt(before: Config, config: Config, samples: int, step: int) -> str | None:
+    """Describe how another length changes the learning rate. None where it stays."""
+    totals = [c.total_steps(samples) for c in (before, config)]
+    then, now = (
+        learning_rate(step, peak=c.peak_lr, warmup_steps=c.warmup_steps(samples), total_steps=total)
+        for c, total in zip((before, config), totals, strict=True)
+    )
+    if totals[0] == totals[1] or then == now:
+        return None
+    key, value = ("steps", config.steps) if config.epochs is None else ("epochs", f"{config.epochs:g}")
+    lengths = f"{totals[1]} steps and not {totals[0]} as before"
+    return f"{key}: {value}: {lengths}, so the learning rate goes from {then:.4g} to {now:.4g} at step {step}"
 
 
 def run_card(config: Config, described: str) -> str:

@@ -1,6 +1,7 @@
 """Pre-train, top to bottom. Views -> z -> NT-Xent -> backward -> clip -> LARS at the scheduled rate -> log and save."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -11,17 +12,17 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from simclr_dist.config.settings import Config
-from simclr_dist.config.together import check_fits, check_machine
+from simclr_dist.config.together import check_fits, check_machine, doubts
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.encoder.names import encoder_path
-from simclr_dist.method.distributed import World, all_equal, environment, lost_ranks_named, on_rank_0, set_timeout, together
+from simclr_dist.method.distributed import World, all_equal, lost_ranks_named, on_rank_0, set_timeout, together
 from simclr_dist.method.optim import learning_rate, step_unless
 from simclr_dist.run import checkpoint
 from simclr_dist.run.claim import Claim
-from simclr_dist.run.folder import open_run, truncate_metrics
+from simclr_dist.run.folder import check_room, open_run, truncate_metrics
 from simclr_dist.run.status import record_event, record_start, recorded
 from simclr_dist.run.steps import step_name
 from simclr_dist.system import signals
@@ -33,7 +34,15 @@ from simclr_dist.train.learner import Learner, MicroBatch, backward, build_learn
 from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
 from simclr_dist.train.profiling import Profile, profiled
-from simclr_dist.train.state import data_identity, full_state, learned_tensors, resume, share_bad_samples
+from simclr_dist.train.state import (
+    data_identity,
+    full_state,
+    learned_tensors,
+    resume,
+    saved_bytes,
+    share_bad_samples,
+    surroundings,
+)
 
 
 def train(config: Config, world: World, profile: Profile | None = None) -> None:
@@ -49,7 +58,8 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     digest = data_identity(images)
     if not all_equal((digest, config.to_dict())):
         raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
-    claim = on_rank_0(lambda: open_run(config, {**environment(world), "data_digest": digest}))
+    on_rank_0(lambda: check_room(config, config.total_steps(len(images)), *saved_bytes(config)))
+    claim = on_rank_0(lambda: open_run(config, {**surroundings(world), "data_digest": digest}))
     with recorded(Path(config.run_folder), claim), lost_ranks_named():
         trainer = Trainer(config, world, images, claim)
         with closing(trainer.monitor):
@@ -96,12 +106,9 @@ class Trainer:
         self.view_settings = view_settings(config)
         self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
         self.learner = build_learner(config, world)
-        self.step, self.bad_samples = resume(self.learner, config, world, self.total, data_identity(images))
+        self.step, self.bad_samples = resume(self.learner, config, world, len(images), data_identity(images))
         self.first = self.step  # steps that were done before this start
-        if self.step > self.total:
-            raise ConfigError(
-                f"steps: the run in {self.folder} has done {self.step} steps already, more than the {self.total} asked for"
-            )
+        check_fits(config, len(images), world.size, self.step)
         on_rank_0(self._begin)  # it may find the disk full
         self.plan = order(config, images, world, self.step)
         self.agreement = StopAgreement(world.device)
@@ -161,6 +168,9 @@ class Trainer:
         described = describe(config, self.plan, self.learner, self.world, self.step)
         if unfinished:
             self.monitor.say(described)
+            short_side = self.images.manifest.short_side if isinstance(self.images, ShardDataset) else None
+            for doubt in doubts(config, len(self.images), self.world.size, self.view_settings.image_size, short_side):
+                self.monitor.say(f"WARNING: {doubt}")
         self.monitor.card(run_card(config, described))
         if config.probe.every_epochs:
             assert isinstance(self.images, ShardDataset), "checked"
@@ -249,19 +259,35 @@ class Trainer:
             return
         model, path = self.learner.model, encoder_path(self.folder, self.step)
         card = encoder_card(self.config, self.learner, self.step, self.images.digest)
-        export_encoder(path, model.encoder, card, model.projector)
+        at_end = self.step == self.total > self.first
+        elsewhere = (Path.cwd(), tempfile.gettempdir()) if at_end else ()  # it is what all the steps were for
+        export_encoder(path, model.encoder, card, model.projector, elsewhere=elsewhere)
         if self.step < self.total:  # else the last line names it
             self.monitor.say(f"step {self.step}: exported {path}")
 
     def _write(self, writes: Sequence[Callable[[], None]], *, required: bool) -> None:
         """Do each of `writes`. If `required`, every rank waits until they are on disk, or raises SaveError."""
+
+        def all_of_them() -> None:
+            failed = []
+            for write in writes:  # a smaller file may fit
+                try:
+                    write()
+                except SaveError as error:
+                    failed.append(error)
+            if failed:
+                encoder = encoder_path(self.folder, self.step)
+                more = [failed[0].more, *map(str, failed[1:]), *[f"the encoder is {encoder}"] * encoder.exists()]
+                raise SaveError(failed[0].path, failed[0].cause, "; ".join(more))
+
         if required:
-            for write in writes:
-                on_rank_0(write)
+            on_rank_0(all_of_them)
             return
         try:
-            for write in writes:
-                write()
+            all_of_them()
         except SaveError as error:  # the next one may find room
-            self.monitor.say(f"WARNING: step {self.step}: {error}; training goes on, and the last checkpoints are whole")
+            saved = checkpoint.saved_steps(self.folder / "checkpoints")
+            whole = "training goes on, and the last checkpoints are whole"
+            line = whole if saved else "training goes on without any checkpoint: a crash costs all of it"
+            self.monitor.say(f"WARNING: step {self.step}: {error}; {line}")
             record_event(self.folder, "save_failed", step=self.step, why=str(error))

@@ -109,7 +109,7 @@ def profiled(items: Iterable[T], wanted: Profile | None, folder: Path, world: Wo
     iterator = iter(items)
     yield from islice(iterator, steps.start - 1 - done)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # one cycle; without it torch 2.11 warns of more
         for _ in steps:
             with record_function(_WHOLE_STEP):
                 yield next(iterator)

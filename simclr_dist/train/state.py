@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simclr_dist.config.load import config_from_dict
 from simclr_dist.config.settings import Config
+from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.data.stream import StreamImages
 from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
+from simclr_dist.method.model import build_simclr
+from simclr_dist.method.optim import OPTIMIZER_BUFFERS
 from simclr_dist.run import checkpoint
 from simclr_dist.run.folder import check_same_images
 from simclr_dist.run.steps import step_name
 from simclr_dist.system.errors import DataError, reason_of, say
 from simclr_dist.system.files import fitting, write_atomically
+from simclr_dist.train.describe import rate_doubt
 from simclr_dist.train.images import RunImages
 from simclr_dist.train.learner import Learner
 from simclr_dist.train.monitor import Monitor
@@ -25,6 +30,11 @@ def data_identity(images: RunImages) -> str:
     if isinstance(images, StreamImages):
         return images.digest
     return hashlib.sha256(images.manifest.digest.encode() + images.manifest.shard_sizes.tobytes()).hexdigest()
+
+
+def surroundings(world: World) -> dict[str, Any]:
+    """List what pixels, bits and speed depend on beside the config."""
+    return {**environment(world), "decoder": describe_decoders()}
 
 
 def full_state(
@@ -41,8 +51,18 @@ def full_state(
         "bad_samples": dict(bad_samples),
         "data_digest": digest,
         "config": config.to_dict(),
-        "environment": environment(world),
+        "environment": surroundings(world),
     }
+
+
+def saved_bytes(config: Config) -> tuple[float, float]:
+    """Return the bytes of a checkpoint, and of an encoder with projector. At least, where the optimizer's are not known."""
+    with torch.device("meta"):
+        model = build_simclr(**config.model.shape)
+    weights = sum(p.numel() for p in model.parameters()) * config.number_bytes
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    copies = OPTIMIZER_BUFFERS.get(config.optim.name, 0) if config.optim.momentum else 0
+    return float(weights * (1 + copies) + buffers), float(weights)
 
 
 def learned_tensors(learner: Learner) -> dict[str, Tensor]:
@@ -55,11 +75,11 @@ def learned_tensors(learner: Learner) -> dict[str, Tensor]:
     return tensors
 
 
-def resume(learner: Learner, config: Config, world: World, total_steps: int, digest: str) -> tuple[int, dict[str, str]]:
+def resume(learner: Learner, config: Config, world: World, samples: int, digest: str) -> tuple[int, dict[str, str]]:
     """Load the newest whole checkpoint into the learner. Returns (steps done, bad samples so far).
 
-    If steps are left, standard error shows what differs in the environment. Raises DataError for a checkpoint that does not
-    fit the learner, ConfigError for one of other images than `digest` names.
+    If steps are left, standard error shows what differs in the environment and in the rate. Raises DataError for a checkpoint
+    that does not fit the learner, ConfigError for one of other images than `digest` names.
     """
     folder = Path(config.run_folder) / "checkpoints"
 
@@ -77,9 +97,13 @@ def resume(learner: Learner, config: Config, world: World, total_steps: int, dig
         return 0, {}
     check_same_images(config, state.get("data_digest"), digest)
     together(lambda: _restore(learner, state, folder / step_name(step, ".pt")))
-    for name, new in environment(world).items():
-        if (old := state["environment"].get(name, new)) != new and step < total_steps:
+    if step >= config.total_steps(samples):
+        return step, dict(state["bad_samples"])
+    for name, new in surroundings(world).items():
+        if (old := state["environment"].get(name, new)) != new:
             report(f"{name} was {old} and is {new}: the run goes on, and may differ from an uninterrupted one in the last bits")
+    if doubt := rate_doubt(config_from_dict(state["config"], str(folder / step_name(step, ".pt"))), config, samples, step):
+        report(doubt)
     return step, dict(state["bad_samples"])
 
 

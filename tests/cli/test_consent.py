@@ -1,11 +1,14 @@
 """A folder from elsewhere: what lies in it runs only what the command line allows."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import simclr_dist
 import training_runs as runs
 from simclr_dist.encoder.names import encoder_path
 
@@ -62,3 +65,18 @@ def test_no_module_beside_a_config_is_taken_for_a_package(tmp_path: Path, shards
     converted = command(tmp_path, "shard", str(shards.parent / "images"), "converted", "--processes", "2")
     assert not (tmp_path / "planted").exists()
     assert (trained.returncode, converted.returncode) == (0, 0), trained.stderr + converted.stderr
+
+
+def test_a_clone_that_is_not_installed_starts_its_own_package(tmp_path: Path) -> None:
+    """By `python -m`, also where another one is installed."""
+    shutil.copytree(Path(simclr_dist.__file__).parent, tmp_path / "simclr_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import os, subprocess, sys\nsys.path[0] = os.getcwd()\nfrom simclr_dist.cli.main import main\n"
+        "try:\n    main(['--nonsense'])\nexcept SystemExit:\n    pass\n"
+        "subprocess.run([sys.executable, '-c', 'import simclr_dist; print(simclr_dist.__file__)'], check=True)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[-1:] == [str(tmp_path / "simclr_dist/__init__.py")], done.stderr

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from simclr_dist.config import together
 from simclr_dist.config.load import config_from_dict, difference, load_config
 from simclr_dist.config.ranges import Probability, Range, check_ranges, descriptions, may_change, setting_types
-from simclr_dist.config.settings import Config, DataConfig, OptimConfig
+from simclr_dist.config.settings import CheckpointConfig, Config, DataConfig, OptimConfig
 from simclr_dist.config.strict_yaml import read_yaml, write_yaml
 from simclr_dist.config.together import (
     BLURRING_PRESETS,
@@ -22,6 +22,7 @@ from simclr_dist.config.together import (
     REFUSED_OPTIMIZERS,
     check_fits,
     check_machine,
+    doubts,
     optimizer_names,
 )
 from simclr_dist.data.views.draws import PRESETS
@@ -234,6 +235,12 @@ def test_a_misspelt_key_is_met_with_the_right_one(tmp_path: Path, monkeypatch: p
         ("momentum: 0.9\n", "momentum", "optim.momentum"),
         ("model: {global_batch_size: 3}\n", "model.global_batch_size", "global_batch_size"),
         ("global_batchsize: 3\n", "global_batchsize", "global_batch_size"),
+        ("optm: {name: lars}\n", "optm.name", "optim.name"),  # a misspelt section is met as far as a setting
+        ("optm: {wieght_decay: 0.1}\n", "optm.wieght_decay", "optim.weight_decay"),
+        ("probe: {evry: 2}\n", "probe.evry", "probe.every_epochs"),  # and not log.every
+        ("temp: 0.1\n", "temp", "loss.temperature"),
+        ("batch: 8\n", "batch", "global_batch_size"),
+        ("seed2: 8\n", "seed2", "seed"),
     ],
 )
 def test_a_key_in_the_wrong_place_is_met_with_the_right_one(file: Path, text: str, key: str, right: str) -> None:
@@ -241,7 +248,12 @@ def test_a_key_in_the_wrong_place_is_met_with_the_right_one(file: Path, text: st
 
 
 def test_a_key_like_no_other_has_no_suggestion(file: Path) -> None:
+    """Nor does one that shares no more than its section with others."""
     assert refusal(file, LEAST + "qqqqqq: 1\n") == f"{file}: qqqqqq: unknown key"
+    assert refusal(file, LEAST, "--data.foo", "1") == "command line: data.foo: unknown key"
+    assert refusal(file, LEAST, "--checkpoint.foo", "1") == "command line: checkpoint.foo: unknown key"
+    assert refusal(file, LEAST, "--optm.name", "lars") == "command line: optm.name: unknown key; did you mean 'optim.name'?"
+    assert refusal(file, LEAST + "optm: {}\n") == f"{file}: optm: unknown key"
     assert refusal(file, LEAST + "1: 2\n") == f"{file}: 1: unknown key"
 
 
@@ -648,6 +660,75 @@ def test_a_global_batch_must_fit_the_data_and_the_processes() -> None:
         check_fits(changed(config, "optim.warmup_steps", 4), 100, 1)
     with pytest.raises(ConfigError, match=r"epochs: 0\.1 of 24 images .* is not one step"):
         check_fits(dataclasses.replace(config, steps=None, epochs=0.1), 24, 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "line"),
+    [
+        ({"steps": 3}, r"^steps: 3: the run in runs/x has done 4 already; ask for more, or name another run_folder$"),
+        ({"epochs": 0.75}, r"^epochs: 0\.75, or 3 steps: the run in runs/x has done 4 already; ask for more"),
+    ],
+)
+def test_a_length_that_is_behind_the_run_is_named_as_it_was_typed(length: dict[str, Any], line: str) -> None:
+    config = Config(run_folder="runs/x", global_batch_size=24, optim=OptimConfig(warmup_steps=0), **length)
+    check_fits(config, 100, 1, 3)
+    with pytest.raises(ConfigError, match=line):
+        check_fits(config, 100, 1, 4)
+
+
+def test_a_batch_of_one_has_no_negatives(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"global_batch_size: 1 is too small; the least is 2$"):
+        load_config(file, ["--global_batch_size", "1"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "ranks", "side", "short_side", "lines"),
+    [
+        (256, 1000, 3, 32, 32.0, []),
+        (256, 512, 1, 32, None, []),
+        (4096, 10**6, 128, 224, 300.0, []),  # 32 a rank, as the paper had
+        (256, 300, 1, 32, 32.0, ["global_batch_size: 256: a step takes 85 % of the 300 images, so others of an image's class"]),
+        (256, 256, 1, 32, 32.0, ["global_batch_size: 256: a step takes 100 % of the 256 images"]),
+        (
+            256,
+            10**6,
+            16,
+            32,
+            32.0,
+            ["global_batch_size: 256: is dealt to 16 ranks, 16 images each; it counts the images of all"],
+        ),
+        (
+            256,
+            1000,
+            1,
+            224,
+            96.0,
+            ["views.image_size: 224: is more than the images have: the median's short side is 96 pixels"],
+        ),
+        (16, 16, 8, 64, 32.0, ["global_batch_size: 16: a", "global_batch_size: 16: is dealt", "views.image_size: 64: is"]),
+    ],
+)
+def test_what_is_seldom_meant_is_said_with_its_numbers(
+    batch: int, samples: int, ranks: int, side: int, short_side: float | None, lines: list[str]
+) -> None:
+    said = list(doubts(Config(global_batch_size=batch), samples, ranks, side, short_side))
+    assert len(said) == len(lines)
+    for line, begin in zip(said, lines, strict=True):
+        assert line.startswith(begin)
+
+
+@given(*(st.integers(1, 40) for _ in range(3)), st.integers(0, 12), st.integers(0, 12))
+def test_the_files_that_a_run_keeps(total: int, every: int, keep_last: int, keep_every: int, export_every: int) -> None:
+    """Counted as they come and go."""
+    keep = {"every": every, "keep_last": keep_last, "keep_every": keep_every, "export_every": export_every}
+    there: list[int] = []
+    most = 0
+    for step in (step for step in range(1, total + 1) if step % every == 0 or step == total):
+        there.append(step)
+        most = max(most, len(there))
+        there = [old for old in there if old in there[-keep_last:] or (keep_every and old % keep_every == 0)]
+    exports = {step for step in range(1, total + 1) if step == total or (export_every and step % export_every == 0)}
+    assert Config(checkpoint=CheckpointConfig(**keep)).files_kept(total) == (most, len(exports))
 
 
 # Kept and compared

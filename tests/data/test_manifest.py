@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from simclr_dist.cli.main import main
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, ManifestRow, load_manifest, write_manifest
 from simclr_dist.system.errors import DataError
 
@@ -105,6 +108,25 @@ def test_missing_folder(tmp_path: Path) -> None:
     assert "simclr-dist shard" in refused(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "empty", "nothing"])
+def test_what_is_no_folder_of_shards_is_met_with_a_command_that_works(tmp_path: Path, kind: str) -> None:
+    """Images are named in the place of shards: they become the command's SRC, for its DST has to be empty."""
+    named, pictures = tmp_path / "named", tmp_path / "pictures"
+    for folder in [pictures, named] if kind == "folder" else [pictures]:
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    if kind == "file":
+        named = tmp_path / "named.csv"
+        named.write_text("pictures/a.png\n")
+    elif kind == "empty":
+        named.mkdir()
+    command = re.search("`simclr-dist (shard .*)`", refused(named))
+    assert command is not None
+    words = command[1].replace(" DST", f" {tmp_path / 'new'}").replace(" SRC", f" {pictures}")
+    assert main([*words.split(), "--processes", "1"]) == 0
+    assert len(load_manifest(words.split()[-1])) == 1
+
+
 def test_missing_manifest_names_those_of_a_split(tmp_path: Path) -> None:
     make(tmp_path / "train")
     make(tmp_path / "test")
@@ -127,7 +149,8 @@ def test_a_truncated_manifest(folder: Path) -> None:
 
 def test_a_parquet_file_of_others(folder: Path) -> None:
     pq.write_table(pa.table({"key": ["a"]}), folder / MANIFEST_NAME)
-    assert "not a manifest of simclr-dist" in refused(folder)
+    cure = f"move it away, and `simclr-dist shard --index {folder}` writes one"
+    assert refused(folder) == f"{folder / MANIFEST_NAME}: not a manifest of simclr-dist; {cure}"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simclr_dist.data.remote.cache import CacheSettings
 from simclr_dist.data.remote.fetch import Patience
@@ -175,6 +175,35 @@ def test_a_damaged_or_missing_header_is_told(tmp_path: Path) -> None:
                 lines.append(str(error))
         at = places["3.png"] - 512
         assert lines == [f"{tmp_path}/{name}.tar: cannot be read to its end: {why} (at byte {at})"] * 2
+
+
+def test_exif_turns_and_what_cannot_be_shown_is_one_line(tmp_path: Path) -> None:
+    y, x = np.mgrid[:8, :16]
+    picture = Image.fromarray(np.stack([x * 15, y * 30, x + y], -1).astype(np.uint8))
+
+    def saved(kind: str, orientation: int = 1, **options: object) -> bytes:
+        target, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(target, kind, exif=exif, **options)
+        return target.getvalue()
+
+    turned = [(f"{kind}{n}.{kind}", saved(kind, n)) for kind in ("jpeg", "webp", "png") for n in range(1, 9)]
+    frames = {"save_all": True, "append_images": [picture.rotate(180)], "lossless": True}
+    rest = [
+        ("moving0.webp", saved("webp", **frames)), ("moving1.gif", saved("gif", **frames)),
+        ("cut0.gif", saved("gif")[:-40]), ("cut1.jpeg", saved("jpeg", progressive=True)[:-60]),
+    ]  # fmt: skip
+    write_tar(tmp_path / "x.tar", turned + rest)
+    images = stream(tmp_path / "x.tar", shuffle=1)
+    for row, (name, content) in enumerate(turned):
+        with Image.open(io.BytesIO(content)) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
+        assert np.array_equal(images[row].image.numpy(), expected), name
+    for row in range(2):
+        assert images[row].image.shape == (3, 8, 16)
+    for name, why in (("cut0", "image file is truncated"), ("cut1", "cannot be decoded: Image is incomplete")):
+        with pytest.raises(DataError, match=rf"^{tmp_path}/x.tar: image {name}: {why}[^\n/]*$"):
+            images[0]
 
 
 def test_of_many_images_the_first_frame_and_no_mask(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """The way out, into plain torchvision, timm and ONNX, and back, up to any layer."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -348,6 +352,43 @@ def test_onnx_gives_what_torch_gives(
         (found,) = session.run(["h"], {"images": x.numpy()})
         assert found.shape == (n, encoder.card["feature_size"])
         assert close(torch.from_numpy(found), encoder(x))
+
+
+# In another folder, with another copy of this package and other hashes.
+ELSEWHERE = """
+import sys
+import torch
+from simclr_dist.encoder import onnx
+assert onnx.__file__.startswith(sys.argv[1])
+torch.set_num_threads(1)
+onnx.export_onnx("e.safetensors", "e.onnx")
+"""
+
+
+def test_onnx_has_no_path_of_the_machine_and_the_same_bytes_anywhere(tmp_path: Path, onnxruntime: Any) -> None:
+    import onnx as library
+
+    folder = tmp_path / "elsewhere"
+    settings = {"run_folder": str(tmp_path / "run"), "data": {"shards": "/data/mine"}}
+    exported(tmp_path / "e.safetensors", {**SMALL, "config": settings})
+    onnx.export_onnx(tmp_path / "e.safetensors", tmp_path / "e.onnx")
+    shutil.copytree(Path(onnx.__file__).parents[1], folder / "simclr_dist")
+    shutil.copy(tmp_path / "e.safetensors", folder)
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", ELSEWHERE, folder], cwd=folder, env=environment, check=True)
+    content = (tmp_path / "e.onnx").read_bytes()
+    assert content == (folder / "e.onnx").read_bytes()
+    for path in (tmp_path, "/data/mine", sys.prefix, Path(onnx.__file__).parent, "model.py"):
+        assert str(path).encode() not in content, path
+
+    model = library.load(tmp_path / "e.onnx")
+    card = json.loads(model.metadata_props.pop().value)
+    encoder = load_encoder(tmp_path / "e.safetensors")
+    assert card == {key: value for key, value in encoder.card.items() if key != "config"}
+    assert card["preprocess"]["input_size"] == [3, 16, 16]
+    text = str(model)
+    assert "metadata_props" not in text
+    assert "doc_string" not in text
 
 
 def test_onnx_that_differs_is_not_written_nor_into_a_folder_that_is_not_there(

@@ -178,7 +178,7 @@ def changed(**changes: Tensor | None) -> State:
     return state
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor", "ignore:Sparse invariant checks")  # torch 2.14, torch 2.11
 @pytest.mark.parametrize(
     ("state", "settings", "says"),
     [

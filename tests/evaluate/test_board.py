@@ -15,6 +15,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 from werkzeug.test import Client
 
+from board_server import ask, server, steps
 from evaluated import CLASSES, draw_images
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
@@ -22,6 +23,7 @@ from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.result import board
 from simclr_dist.evaluate.result.board import sprite
+from training_runs import until
 
 Make = Callable[..., Path]
 
@@ -39,9 +41,11 @@ def measure(encoder: Path, sets: tuple[Path, Path], **settings: object) -> list[
     return lines
 
 
-def curve(run: Path, folder: str = "eval") -> list[int]:
-    shown = EventAccumulator(str(run / "tb" / folder)).Reload()
-    return [event.step for event in shown.Scalars("eval/knn_top1")]
+def curves(run: Path, protocol: str = "knn") -> list[list[int]]:
+    """The steps of a protocol's curves, each of settings of its own, the oldest first."""
+    files = sorted((run / "tb" / "eval").glob(f"{protocol}-*/events*"), key=lambda file: file.stat().st_mtime_ns)
+    shown = [EventAccumulator(str(file)).Reload() for file in files]
+    return [[event.step for event in one.Scalars(f"eval/{protocol}_top1")] for one in shown]
 
 
 def test_the_curve_joins_the_runs_results(make_encoder: Make, sets: tuple[Path, Path]) -> None:
@@ -49,13 +53,27 @@ def test_the_curve_joins_the_runs_results(make_encoder: Make, sets: tuple[Path, 
         encoder = make_encoder(seed=step, step=step)
         measure(encoder, sets)
     run = encoder.parent.parent
-    assert curve(run) == [100, 300]
+    assert curves(run) == [[100, 300]]
     measure(make_encoder(seed=2, step=200), sets, k=3)
-    shown = EventAccumulator(str(run / "tb" / "eval")).Reload()
-    assert [event.step for event in shown.Scalars("eval/knn_top1")] == [200], "another k is another curve"
-    assert [event.step for event in shown.Scalars("eval/linear_top1")] == [100, 200, 300]
+    assert curves(run) == [[100, 300], [200]], "another k is another curve"
+    assert curves(run, "linear") == [[100, 200, 300]]
     measure(encoder, sets, out=run / "elsewhere.json", k=4)
-    assert curve(run) == [200], "a result that is not among the run's is not shown"
+    assert curves(run) == [[100, 300], [200]], "a result that is not among the run's is not shown"
+
+
+def test_the_default_loader_shows_settings_apart(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two k, the first of them measured again for new weights; and the projector, whose folder needs a run."""
+    for step, k in ((100, 10), (300, 10), (200, 3), (300, 10)):
+        measure(encoder := make_encoder(seed=step, step=step), sets, k=k, protocols=("knn",))
+    run = encoder.parent.parent
+    with server(run / "tb", tmp_path / "log") as address:
+        until(lambda: len(steps(address)) == 2, 120.0)
+        shown = steps(address)
+        assert sorted(shown.values()) == [[100, 300], [200]]
+        names = [name for name, _ in shown]
+        (about,) = ask(address, "plugin/text/text", tag="eval/settings/text_summary", run=names[0])
+        assert "k_used" in about["text"]
+        assert ask(address, "plugin/projector/runs") == ["eval"]
 
 
 def test_a_watcher_keeps_its_curve(make_encoder: Make, sets: tuple[Path, Path]) -> None:
@@ -65,10 +83,10 @@ def test_a_watcher_keeps_its_curve(make_encoder: Make, sets: tuple[Path, Path]) 
     other = os.open(run / "eval" / ".watch", os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
     assert "is written by the process that watches the run" in measure(encoder, sets)[-1]
-    assert not list((run / "tb" / "eval").glob("events*"))
+    assert not list((run / "tb" / "eval").glob("*/events*"))
     os.close(other)
     measure(encoder, sets)
-    assert curve(run) == [1200]
+    assert curves(run) == [[1200]]
 
 
 def test_a_board_that_cannot_be_written_costs_no_result(make_encoder: Make, sets: tuple[Path, Path]) -> None:

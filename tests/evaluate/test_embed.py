@@ -2,14 +2,17 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,13 +20,14 @@ import ranks
 from evaluated import draw_images
 from forkserver import Command
 from simclr_dist.cli.main import main
+from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.encoder.file import file_digest, load_encoder
 from simclr_dist.evaluate.embed import embed, embed_within
 from simclr_dist.evaluate.features.extraction import extract
-from simclr_dist.evaluate.features.file import read_features
+from simclr_dist.evaluate.features.file import About, read_features, write_features
 from simclr_dist.evaluate.settings import EmbedSettings
 from simclr_dist.evaluate.sources import find_images
 from simclr_dist.method.distributed import World
@@ -87,6 +91,59 @@ def test_files_give_what_their_shards_give(make_encoder: Make, folder: Path, tmp
     order = np.argsort(shards.key)  # a shard's key is the place among the sorted paths
     assert np.array_equal(files.embedding, shards.embedding[order])
     assert np.array_equal(files.label, shards.label[order])
+
+
+def named(path: Path) -> dict[str, tuple[int | None, str | None]]:
+    """Source -> label and class name."""
+    table = pq.read_table(path)
+    return {row["source"]: (row["label"], row["class_name"]) for row in table.drop_columns("embedding").to_pylist()}
+
+
+def test_source_and_class_are_written(make_encoder: Make, folder: Path, tmp_path: Path) -> None:
+    encoder, out = make_encoder(), tmp_path / "f.parquet"
+    long, odd = "dog/" + "/".join(["d" * 200] * 15) + "/x.png", "dog/\udcff\u00e4.png"
+    for name in (long, odd):
+        path = Path(folder, os.fsdecode(os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / "cat" / "b.png").read_bytes())
+    expected = {key: (0, "cat") if key.startswith("cat") else (1, "dog") for key in (*KEYS, long, "dog/\\udcff\u00e4.png")}
+    embed(encoder, folder, out, NONE, device="cpu")
+    assert named(out) == expected
+    write_shards(folder, tmp_path / "shards", processes=1, shard_size=4)
+    embed(encoder, tmp_path / "shards", out, NONE, device="cpu")
+    assert named(out) == expected
+    assert read_features(out).key == tuple(load_manifest(tmp_path / "shards").key), "the key stays what it was"
+    shutil.copytree(folder / "cat" / "new", tmp_path / "flat")
+    write_shards(tmp_path / "flat", tmp_path / "unlabelled", processes=1)
+    embed(encoder, tmp_path / "unlabelled", out, NONE, device="cpu")
+    assert named(out) == {"c.webp": (None, None)}
+
+
+def test_tars_of_others_have_no_source(make_encoder: Make, folder: Path, tmp_path: Path) -> None:
+    """No JSON, JSON of another shape, JSON that is none, and one of another image."""
+    content, others = (folder / "cat" / "b.png").read_bytes(), (b"[1]", b'{"source": 1}', b"{", b"", b'{"source": "\xff"}')
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        members = [("0.png", content)]
+        for number, other in enumerate(others, 1):
+            members += [(f"{number}.json", other), (f"{number}.png", content)]
+        for name, body in (*members, ("9.json", b'{"source": "nine"}'), ("90.png", content), ("91.png", content)):
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    index_shards(tmp_path / "tars", processes=1)
+    embed(make_encoder(), tmp_path / "tars", tmp_path / "f.parquet", NONE, device="cpu")
+    assert named(tmp_path / "f.parquet") == {None: (None, None)}
+
+
+def test_a_file_of_features_without_names_is_still_read(tmp_path: Path) -> None:
+    about = About("ab" * 32, {}, "h", 16, "fp32", "cd" * 32, ("cat",))
+    for name, source in (("without", None), ("with", ["a.png", None])):
+        path = tmp_path / f"{name}.parquet"
+        write_features(path, ["0", "1"], np.array([0, -1]), np.ones((2, 3), np.float32), about, source)
+        assert read_features(path).key == ("0", "1")
+    assert pq.read_schema(tmp_path / "without.parquet").names == ["key", "label", "embedding"]
+    assert named(tmp_path / "with.parquet") == {"a.png": (0, "cat"), None: (None, None)}
 
 
 def test_a_flat_folder_and_single_files(

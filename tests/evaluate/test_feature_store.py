@@ -44,17 +44,17 @@ def test_other_protocols_read_no_image_again(
     first, lines = measure(encoder, sets)
     folder = encoder.parent.parent / "eval" / "features"
     assert first["features_reused"] == {}
-    assert lines[1].startswith(f"features kept in {folder}: 8 files, ")
+    assert lines[1].startswith(f"features kept in {folder}: 10 files, ")
     abouts = [read_about(path) for path in folder.iterdir()]
-    assert sorted(about.layer for about in abouts) == ["h"] * 6 + ["raw_pixels"] * 2
+    assert sorted(about.layer for about in abouts) == ["h"] * 8 + ["raw_pixels"] * 2
     assert all(path.stem == read_about(path).digest()[:16] for path in folder.iterdir())
 
     for shows_images in ("neighbour_sheet", "show_projector"):
         monkeypatch.setattr(f"simclr_dist.evaluate.job.{shows_images}", lambda *_, **__: b"")
     spoil(*sets)
     again, lines = measure(encoder, sets)
-    assert lines[0].startswith(f"features of 92 images (8 files of them in {folder}): ")
-    assert len(again["features_reused"]) == 8
+    assert lines[0].startswith(f"features of 92 images (10 files of them in {folder}): ")
+    assert len(again["features_reused"]) == 10
     for part in ("protocols", "signals"):
         expected, found = (json.loads(json.dumps(result[part])) for result in (first, again))
         for value in (expected, found):
@@ -71,7 +71,7 @@ def test_another_encoder_takes_over_the_baselines_alone(make_encoder: Make, sets
     result, _ = measure(make_encoder(seed=2, step=200), sets)
     assert set(result["features_reused"]) == {
         f"{part}: {name}" for part in ("train", "test") for name in ("raw_pixels", "untrained")
-    }
+    } | {"view a: untrained", "view b: untrained"}
     changed, _ = measure(make_encoder(seed=2, step=200), sets, seed=1)
     assert "train: untrained" not in changed["features_reused"], "another seed is another untrained encoder"
     assert {"train: raw_pixels", "train: trained", "view a: trained"} <= set(changed["features_reused"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def test_the_seed_is_of_the_untrained_encoder_alone(make_encoder: Make, sets: tu
 def test_without_baselines(make_encoder: Make, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     train, test = map(str, sets)
     arguments = ["eval", str(make_encoder()), "--train", train, "--test", test, "--workers", "0", "--no-baselines"]
-    assert main([*arguments, "--device", "cpu"]) == 0
+    assert main([*arguments, "--device", "cpu", "--k", "200"]) == 0
     out, progress = capsys.readouterr()
     assert "features of 138 images" in progress
     assert "trained encoder, step 1200" in out
@@ -96,7 +97,7 @@ def test_unlabelled_and_shared_images_are_counted(make_encoder: Make, make_shard
     result = evaluate(make_encoder(), train, test, workers=0, device="cpu", baselines=False)
     assert (result["train"]["images"], result["train"]["labelled"]) == (60, 55)
     assert (result["test"]["images"], result["test"]["labelled"]) == (20, 19)
-    assert result["protocols"]["knn"]["settings"]["k_used"] == 55
+    assert result["protocols"]["knn"]["settings"]["k_used"] == 10, "a twentieth would be 2"
     assert result["test_images_in_train"] == 20
 
 
@@ -115,7 +116,8 @@ def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]
     assert parts["sgd"]["settings"]["seed"] == 0, "its crops depend on it"
     sgd = parts["sgd"]["results"]["trained"]
     assert (sgd["views"], sgd["as_in_paper"], sgd["epochs"]) == ("new in every epoch", False, 3)
-    assert parts["linear"]["results"]["trained"]["choice"]["validation_rows"] == 18
+    assert parts["linear"]["results"]["trained"]["choice"]["validation_rows"] == 91
+    assert parts["linear"]["settings"]["folds"] == 5
     assert len(parts["mlp"]["results"]["trained"]["spread"]["top1"]["values"]) == 3
     text = table(result)
     assert "top-1 %                        kNN  linear     SGD     MLP" in text
@@ -151,8 +153,17 @@ def test_without_any_labels(make_encoder: Make, make_shards: Make, capsys: pytes
     assert "30 training and 20 test images, none with a label" in out
     assert "effective_rank: " in out
     assert " (higher is better, from 1 (all on one line) to 20)\n" in out
+    assert re.search(r"^effective_rank: [\d.]+, untrained [\d.]+ \(", out, re.MULTILINE)
     page = (make_encoder().parent.parent / "eval" / "step-00001200.html").read_text()
-    assert "<th>what is good</th>" in page
+    assert "30 training and 20 test images, none with a label" in page
+    assert "<th>protocol</th>" not in page, "a table without rows"
+    assert "<th>trained encoder</th><th>untrained encoder</th><th>what is good</th>" in page
+    result = json.loads((make_encoder().parent.parent / "eval" / "step-00001200.json").read_text())
+    trained, untrained = result["signals"], result["untrained_signals"]
+    assert {*trained} == {*untrained}
+    for one in (trained, untrained):
+        assert f"<td>{one['views']['alignment']:.2f}</td>" in page
+    assert trained["effective_rank"] != untrained["effective_rank"]
     assert "<td>views: alignment</td>" in page
     assert "<td>lower is better, beside a low uniformity: 0 where views are alike, 2 for random directions</td>" in page
 
@@ -191,7 +202,7 @@ def test_two_processes_write_one_result_like_one_process(make_encoder: Make, set
         "2",
     ]
     job += ["--workers", "1", "--device", "cpu", "--out", out]
-    for reused in (0, 8):  # features of the second start come out of files, which rank 0 alone reads
+    for reused in (0, 10):  # features of the second start come out of files, which rank 0 alone reads
         codes, said, errors = ranks.commands(main, job, 2)
         assert codes == [0, 0], errors
         assert said.count("trained encoder, step 1200") == 1

@@ -6,8 +6,12 @@ import torch
 from scipy.stats import binom
 from sklearn.neighbors import KNeighborsClassifier
 
-from simclr_dist.evaluate.protocols.knn import weighted_knn
+from simclr_dist.evaluate.classify import classify
+from simclr_dist.evaluate.features.extraction import Features
+from simclr_dist.evaluate.protocols.knn import neighbours, weighted_knn
 from simclr_dist.evaluate.protocols.scores import score
+from simclr_dist.evaluate.result.report import TRAINED
+from simclr_dist.evaluate.settings import Settings
 
 
 def blobs(n: int, d: int, classes: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +80,23 @@ def test_votes_rank_the_classes_for_top_five() -> None:
     measured = score(weighted_knn(train_h, train_y, test_h, k=50, classes=9), test_y)
     assert measured.top5 is not None
     assert measured.top1 + 15 < measured.top5 < 100
+
+
+def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
+    """Of one neighbour one class has votes: top-5 is top-1, wherever the true class stands in the order."""
+    train_h, train_y = blobs(900, 12, 9, seed=0, spread=4)
+    test_h, test_y = blobs(400, 12, 9, seed=1, spread=4)
+    train, test = (Features(h, y, torch.arange(len(h))) for h, y in ((train_h, train_y), (test_h, test_y)))
+    by_kind = {"train": {TRAINED: train}, "test": {TRAINED: test}}
+    settings = Settings(protocols=("knn",), k=1)
+    row = classify(by_kind, 9, settings, sgd=None, reused={}, say=print)["knn"]["results"][TRAINED]
+    assert row["top5"] == row["top1"] < 50
+
+
+@pytest.mark.parametrize(("rows", "used"), [(5, 5), (55, 10), (256, 12), (3980, 199), (4000, 200), (50_000, 200)])
+def test_few_images_have_few_neighbours(rows: int, used: int) -> None:
+    assert neighbours(None, rows) == used
+    assert neighbours(200, rows) == min(200, rows)
 
 
 def test_without_test_rows_there_are_no_votes() -> None:

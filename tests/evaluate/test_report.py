@@ -83,6 +83,21 @@ def test_an_l2_at_the_end_of_its_grid_is_said() -> None:
     assert "linear: this l2 is an end of what was tried (10 to 0.001), a better one may lie beyond: raw pixels" in lines
 
 
+def test_how_sure_the_choice_is_stands_below_it() -> None:
+    sure = result()
+    choice = {"grid": [10.0, 1.0, 0.1], "at_edge": False, "folds": 5, "validation_rows": 256}
+    choice |= {"runner_up": 0.1, "margin": 0.0326, "margin_error": 0.0237}
+    for kind in ("untrained", "trained"):
+        sure["protocols"]["linear"]["results"][kind]["choice"] = choice
+    how = "linear: l2 by cross-entropy, each of 256 images held out once in 5 folds; next best, with the standard error: "
+    behind = "worse by 0.033 ± 0.02)"
+    assert f"{how}0.1 (untrained, {behind}, 0.1 (trained, {behind}" in table(sure).splitlines()
+    choice |= {"folds": 1, "validation_rows": 10000}
+    assert "linear: l2 by top-1 of 10000 images held out; next best" in table(sure)
+    sure["protocols"]["knn"]["settings"] |= {"k": 200, "k_used": 12}
+    assert "kNN: k=12 (of 100 training images), temperature 0.1" in table(sure)
+
+
 def test_the_summary_has_the_percentages_alone() -> None:
     assert summary(result()) == {
         "knn": {"raw_pixels": 30.0, "untrained": 22.5, "trained": 67.125},

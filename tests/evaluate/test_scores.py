@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def test_every_protocol_sends_a_tie_to_the_lower_class(protocol: str, monkeypatc
     monkeypatch.setattr(mlp, "classifier", zero)
     train = Features(torch.zeros(16, 4), torch.arange(16) % 8, torch.arange(16))
     test = Features(torch.zeros(4, 4), torch.tensor([0, 1, 4, 5]), torch.arange(4))
-    settings = Settings(protocols=(protocol,), l2=1e-3 if protocol == "linear" else None)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"knn": {"k": 16}, "linear": {"l2": 1e-3}}.get(protocol, {})
+    settings = Settings(protocols=(protocol,), **how)  # type: ignore[arg-type]
     by_kind = {"train": {TRAINED: train}, "test": {TRAINED: test}}
     sgd = by_new_crops(test, 8, settings, lambda _: (train.h, train.label))
     row = classify(by_kind, 8, settings, sgd=sgd, reused={}, say=print)[protocol]["results"][TRAINED]

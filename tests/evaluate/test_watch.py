@@ -21,7 +21,7 @@ from forkserver import Command
 from simclr_dist.cli.main import main
 from simclr_dist.encoder.file import export_encoder, untrained_encoder
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.result.board import Curve
+from simclr_dist.evaluate.result.board import Curves
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import Orders, watch
 from simclr_dist.method.distributed import World, set_timeout
@@ -48,7 +48,9 @@ def run(tmp_path: Path) -> Path:
 
 def curve(run: Path, tag: str = "eval/knn_top1") -> list[tuple[int, float]]:
     """What TensorBoard shows: the steps and values of a curve."""
-    shown = EventAccumulator(str(run / "tb" / "eval")).Reload()
+    protocol = tag.removeprefix("eval/").removesuffix("_top1")
+    newest = max((run / "tb" / "eval").glob(f"{protocol}-*/events*"), key=lambda file: file.stat().st_mtime_ns)
+    shown = EventAccumulator(str(newest)).Reload()
     return [(event.step, round(event.value, 3)) for event in shown.Scalars(tag)]
 
 
@@ -186,9 +188,11 @@ def test_sets_that_cannot_be_compared_are_refused(run: Path, make_encoder: Make,
 
 def test_the_curve_keeps_its_order(tmp_path: Path) -> None:
     def result(step: int, top1: float) -> dict[str, object]:
-        return {"encoder": {"step": step}, "protocols": {"knn": {"results": {"trained": {"top1": top1}}}}}
+        of = {"settings": {"layer": "h", "precision": "fp32"}, "train": {"digest": "1"}, "test": {"digest": "2"}}
+        knn = {"settings": {"k": 10}, "results": {"trained": {"top1": top1}}}
+        return {**of, "encoder": {"step": step}, "protocols": {"knn": knn}}
 
-    shown = Curve(tmp_path / "tb" / "eval")
+    shown = Curves(tmp_path / "tb" / "eval")
     (tmp_path / "tb").write_text("in the way")
     for step in (100, 300):
         with pytest.raises(OSError, match="tb"):
@@ -201,7 +205,7 @@ def test_the_curve_keeps_its_order(tmp_path: Path) -> None:
     shown.add(result(300, 33), when=9.0)
     assert curve(tmp_path) == [(100, 10), (200, 20), (300, 33), (400, 40)]
     shown.add(result(500, 50), when=10.0)
-    Curve(tmp_path / "tb" / "eval").add(result(100, 1), when=11.0)
+    Curves(tmp_path / "tb" / "eval").add(result(100, 1), when=11.0)
     assert curve(tmp_path) == [(100, 1)], "a new start begins anew"
 
 

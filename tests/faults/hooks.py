@@ -71,9 +71,9 @@ def signalled_during_export(number: signal.Signals) -> None:
     """A signal to rank 0 when it begins to write the encoder."""
     export = loop.export_encoder
 
-    def patched(*arguments: Any) -> None:
+    def patched(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), number)
-        export(*arguments)
+        export(*arguments, **options)
 
     loop.export_encoder = patched
 

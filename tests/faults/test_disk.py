@@ -201,7 +201,7 @@ def test_the_monitor_begins_on_a_full_disk(small_disk: SmallDisk, capsys: pytest
     monitor = Monitor(run, active=True, total_steps=9, first_step=5)
     log(monitor, range(6, 7))
     monitor.images("views", torch.rand(3, 4, 4), 6)
-    assert shown(run) == list(range(1, 9))
+    assert shown(run) == list(range(1, 6))  # to cut a file takes no room
     small_disk.clear()
     log(monitor, range(7, 9))
     monitor.close()

@@ -1,5 +1,6 @@
 """A disk that fills or turns read-only under a run: it goes on without saving, or ends in one line, and nothing is lost."""
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 
 import training_runs as runs
+from faults.commands import running, simclr_dist
 from faults.small_disk import SmallDisk
 from faults.straight import STEPS
 from simclr_dist.config.load import load_config
 from simclr_dist.config.strict_yaml import write_yaml
+from simclr_dist.encoder.file import load_encoder
 from simclr_dist.run.checkpoint import load_newest, saved_steps
 from simclr_dist.run.folder import newest_step, truncate_metrics
 from simclr_dist.system.errors import SaveError
@@ -120,10 +123,10 @@ def test_at_the_end_it_is_one_line_and_the_same_command_goes_on(
         watched.go_on()
         assert ranks.wait() == [1, 1], ranks.output
         (line,) = (line for line in ranks.output.splitlines() if line.startswith("simclr-dist: "))
-        assert line == (
-            f"simclr-dist: {checkpoints}/step-{STEPS:08d}.pt: cannot be written: No space left on device;"
-            " the checkpoints before are whole, and once it can be written the same command goes on"
-        )
+        assert line.startswith(f"simclr-dist: {checkpoints}/step-{STEPS:08d}.pt: cannot be written: No space left on device; ")
+        assert line.endswith("; what was saved before is whole, and once it can be written the same command goes on")
+        where = "run/encoders" if place == "checkpoints" else rf"{tmp_path}/encoder-\w+"
+        assert re.search(rf"; the encoder is {where}/step-{STEPS:08d}\.safetensors; what was", line), line
         assert "Traceback" not in ranks.output
     assert saved_steps(run / "checkpoints") == [saved]
     assert load_newest(run / "checkpoints", report=pytest.fail) is not None
@@ -131,12 +134,10 @@ def test_at_the_end_it_is_one_line_and_the_same_command_goes_on(
         assert (runs.status(run)["state"], runs.status(run)["exit_code"]) == ("crashed", 1)
     else:
         with runs.started(tmp_path, 2) as ranks:
-            assert ranks.wait() == [1, 1], ranks.output
+            assert ranks.wait() == [2, 2], ranks.output
             assert "Traceback" not in ranks.output
             (line,) = (line for line in ranks.output.splitlines() if line.startswith("simclr-dist: "))
-            assert line.startswith(
-                f"simclr-dist: {run}: cannot be written: No space left on device; the checkpoints before are"
-            )
+            assert line.startswith(f"simclr-dist: run_folder: '{run}': its files need "), line
     small_disk.clear()
     output = runs.train(tmp_path, 2)
     assert f"resumed at step {saved}" in output
@@ -156,3 +157,25 @@ def test_metrics_that_cannot_be_cut_back_stay_whole(small_disk: SmallDisk) -> No
     small_disk.clear()
     truncate_metrics(small_disk.path, 5)
     assert path.read_text() == lines[: lines.index('{"step": 6}')]
+
+
+@pytest.mark.parametrize("small_disk", [PAGES], indirect=True)
+def test_a_disk_that_others_fill_trains_once_and_the_encoder_lies_elsewhere(
+    shards: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    run = small_disk.path / "run"
+    runs.write_config(tmp_path, shards, steps=400, checkpoint={"every": 10**6}, log={"every": 100}, run_folder=str(run))
+    with running(tmp_path, simclr_dist("train", "config.yaml", "--processes", "1")) as command:
+        runs.until(lambda: runs.steps_done(run) > 0 or command.process.poll() is not None)
+        small_disk.fill()
+        assert command.wait() == 1, command.output
+        lines = [line for line in command.output.splitlines() if line.startswith("simclr-dist: ")]
+        assert (len(lines), command.output.count("step 400/400")) == (1, 1), command.output
+    assert "Traceback" not in command.output
+    assert len(runs.events(run, "start")) <= 1
+    found = re.search(
+        r"cannot be written: No space left on device; .*the encoder is (\S+/step-00000400.safetensors);", lines[0]
+    )
+    assert found is not None, lines
+    assert Path(found[1]).parent.parent == tmp_path, "where the command was typed"
+    assert load_encoder(found[1]).card["step"] == 400

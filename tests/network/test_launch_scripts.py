@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -34,7 +35,9 @@ class Scripts:
 
     def start(self, name: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """launch/NAME.sh; what it says goes to the end of `output`."""
-        command, environment = [LAUNCH / f"{name}.sh", *arguments], {**os.environ, "WITHOUT_COMPILER": "1", **variables}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # not the .venv that the scripts take without it
+        environment = {**os.environ, "WITHOUT_COMPILER": "1", "PATH": path, **variables}
+        command = [LAUNCH / f"{name}.sh", *arguments]
         with (self.folder / "output").open("a") as log:
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, text=True)
         self.processes.append(process)

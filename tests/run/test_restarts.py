@@ -1,10 +1,12 @@
 """The one rule of starting again, as a table."""
 
+from typing import Any
+
 import pytest
 
 from simclr_dist.run.restarts import MAX_IDLE_STOPS, Ended, decide, pause_seconds
 
-STOP, CRASH = False, True
+STOP, CRASH, DISK = False, True, True
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,12 @@ STOP, CRASH = False, True
         (0, [(CRASH, 0), (STOP, 0), (CRASH, 0)], 2, True, 2),  # each kind counts for itself
         (0, [(CRASH, 0), (STOP, 0), (CRASH, 0)], 1, False, 2),
         (0, [(CRASH, 0), (STOP, 5), (CRASH, 5)], 1, True, 1),
+        (0, [(CRASH, 0, DISK)], 3, False, 1),  # it would be as full a second later, and all the steps are lost again
+        (0, [(CRASH, 5, DISK)], 3, True, 0),
+        (0, [(CRASH, 5, DISK), (CRASH, 5, DISK)], 3, False, 1),
+        (0, [(CRASH, 0), (CRASH, 0), (CRASH, 0, DISK)], 3, False, 3),
+        (0, [(CRASH, 0, DISK), (CRASH, 0)], 3, True, 2),  # somebody has made room, and it crashed otherwise
+        (None, [(CRASH, 5, DISK)], 3, False, 1),
         (0, [(STOP, 0)], 0, True, 1),  # `max_restarts` is of crashes
         (0, [(STOP, 0)] * MAX_IDLE_STOPS, 0, True, MAX_IDLE_STOPS),
         (0, [(STOP, 0)] * (MAX_IDLE_STOPS + 1), 99, False, MAX_IDLE_STOPS + 1),
@@ -33,7 +41,7 @@ STOP, CRASH = False, True
     ],
 )
 def test_what_starts_again(
-    before: int | None, ends: list[tuple[bool, int]], max_restarts: int, again: bool, fruitless: int
+    before: int | None, ends: list[tuple[Any, ...]], max_restarts: int, again: bool, fruitless: int
 ) -> None:
     decision = decide([Ended(*end) for end in ends], max_restarts, before=before)
     assert (decision.again, decision.fruitless) == (again, fruitless)

@@ -31,7 +31,7 @@ from simclr_dist.system.errors import ConfigError, DataError, DivergedError, Los
         (DivergedError("step 3"), "diverged", 3, "step 3"),
         (ValueError("a\nb"), "crashed", 1, "ValueError: a b"),
         (StoppedError("SIGTERM"), "preempted", 75, "SIGTERM"),
-        (SaveError("disk full"), "crashed", 1, "SaveError: disk full"),
+        (SaveError("x.pt", OSError(28, "full")), "crashed", 1, "SaveError: x.pt: cannot be written: full"),
         (KeyboardInterrupt(), "crashed", 1, "KeyboardInterrupt: "),
         (SystemExit(5), "crashed", 1, "SystemExit: 5"),
     ],
@@ -55,6 +55,7 @@ def test_status_says_how_a_run_ended(
     status = read_status(tmp_path)
     assert (status["state"], status["exit_code"], status.get("reason")) == (state, code, reason)
     assert status["time"] > 1.7e9
+    assert status.get("disk", False) == isinstance(error, SaveError)
 
 
 def test_other_ranks_leave_the_status_alone_unless_they_alone_know(tmp_path: Path) -> None:

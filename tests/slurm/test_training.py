@@ -83,6 +83,8 @@ def test_cancelled_is_cancelled_and_can_be_resumed_on_fewer_nodes(run: Run) -> N
     run.submit("--eval", "--train", str(run.shards), "--test", str(run.shards))
     evaluation = int(json.loads((run.run / "submission.json").read_text())["eval_job_id"])
     run.started(1)
+    taken = [cluster.show(job)["OverSubscribe"] for job in (run.job, evaluation)]
+    assert taken == ["NO", "OK"], "the training has its machines for itself, the evaluation a share of one"
     assert f"SLURM job {run.job}" in run.command("submit", "resume", str(run.run), check=False), "one at a time"
     run.command("submit", "cancel", str(run.run))
     assert cluster.wait(run.job, "CANCELLED", "PENDING", "COMPLETED", seconds=60) == "CANCELLED"

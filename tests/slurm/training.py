@@ -25,6 +25,8 @@ tasks_per_node: 1
 cpus_per_task: 2
 time: {time}
 stop_seconds: {stop_seconds}
+memory_gb: 0
+extra: {{exclusive: true}}
 environment: {{GLOO_SOCKET_IFNAME: eth0, OMP_NUM_THREADS: "1"}}
 """
 

@@ -19,6 +19,7 @@ from simclr_dist.cli.train import main
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
+from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.encoder.file import load_encoder
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.train import state
@@ -139,6 +140,8 @@ def test_what_a_run_writes(shards: Path, capsys: pytest.CaptureFixture[str]) -> 
     encoders = sorted(Path("run/encoders").glob("*.safetensors"))
     assert [path.stem for path in encoders] == ["step-00000003", "step-00000006", "step-00000007"]
     state = runs.checkpoint(Path("run"), 7)
+    env = json.loads(Path("run/env.json").read_text())
+    assert env["decoder"] == state["environment"]["decoder"] == describe_decoders()
     encoder = load_encoder(encoders[-1])
     assert encoder.card["step"] == 7
     assert encoder.card["images_seen"] == 7 * 24
@@ -203,7 +206,10 @@ def test_a_run_can_be_made_longer(shards: Path, capsys: pytest.CaptureFixture[st
     assert start(shards) == 0
     capsys.readouterr()
     assert start(shards, "--steps", "9", "--checkpoint.export_every", "7") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0].startswith(
+        "WARNING: steps: 9: 9 steps and not 6 as before, so the learning rate goes from 0 to "
+    )
     assert "resumed at step 6" in out
     exports = ["step 7: exported run/encoders/step-00000007.safetensors"]
     assert [line for line in out.splitlines() if "exported" in line] == exports
@@ -229,7 +235,8 @@ def test_fewer_steps_than_are_done_are_refused(shards: Path, capsys: pytest.Capt
     before = files("checkpoints/*", "encoders/*")
     capsys.readouterr()
     assert start(shards, steps=3) == 2
-    assert "has done 4 steps already, more than the 3 asked for" in capsys.readouterr().err
+    refused = "simclr-dist: steps: 3: the run in run has done 4 already; ask for more, or name another run_folder\n"
+    assert capsys.readouterr().err == refused
     assert files("checkpoints/*", "encoders/*") == before
 
 

@@ -126,13 +126,16 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def folder_source(source: Path, root: Path, names: list[str]) -> Source:
-    """Make a source of class folders or a flat folder. `names` are the files that `walk(root)` found."""
+def folder_source(source: Path, root: Path, names: list[str], *, labelled: bool = True) -> Source:
+    """Make a source of class folders or a flat folder. `names` are the files that `walk(root)` found.
+
+    With `labelled` False folders are no classes.
+    """
     images = [name for name in names if is_image_name(name)]
     skipped = tuple(Problem(printable(name), reason) for name in names if (reason := why_no_image(name)))
     if not images:
         raise DataError(f"{source}: no image found (of {len(names)} files none ends in {', '.join(sorted(IMAGE_SUFFIXES))})")
-    classes, labels = labels_by_folder(source, images)
+    classes, labels = labels_by_folder(source, images) if labelled else ((), [-1] * len(images))
     chunks = file_chunks(str(root), list(zip(images, labels, strict=True)))
     return Source(classes, chunks, skipped=skipped)
 

@@ -1,17 +1,16 @@
-"""Read a CSV file that lists images and labels."""
+"""Read lists of images and labels: a CSV file, tables of paths."""
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from simclr_dist.convert.sources.archives import plain_path, why_unsafe
 from simclr_dist.convert.sources.folders import file_chunks
 from simclr_dist.convert.sources.originals import Problem, Source
-from simclr_dist.convert.sources.tables import NO_LABEL
+from simclr_dist.convert.sources.tables import NO_LABEL, PATH_COLUMNS, read_paths
 from simclr_dist.system.errors import DataError, printable
 
-PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class")
 
 _LONGEST_LABEL = 20
@@ -49,21 +48,47 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
         if len(row) != width:
             raise DataError(f"{path}: line {line} has {len(row)} columns, the first line {width}")
     classes, labels = _labels(path, [(line, row[label].strip()) for line, row in rows] if label is not None else [])
+    numbers = labels or itertools.repeat(-1)
+    listed = ((f"{path.name}:{line}", row[image], number) for (line, row), number in zip(rows, numbers, strict=False))
+    return _listed(path, path.resolve().parent, listed, classes)
 
+
+def path_table_source(root: Path, names: list[str], image_column: str | None, label_column: str | None) -> Source | None:
+    """Make a source of the files that tables under `root` name. Returns None where the first one holds image bytes.
+
+    Paths are relative to `root`, or absolute and below it: `datasets` writes those. Others are rejected, for a table may be
+    anybody's. Raises DataError as `tables.table_source` does.
+    """
+    if (first := read_paths(root / names[0], image_column, label_column)) is None:
+        return None
+    tables = [first, *(read_paths(root / name, image_column, label_column) for name in names[1:])]
+    rows: list[tuple[str, str, int]] = []
+    for name, table in zip(names, tables, strict=True):
+        if table is None or table.classes != first.classes:
+            raise DataError(f"{root / name}: has image bytes or class names that {names[0]} has not; shard the files apart")
+        rows += ((f"{name}#{number}", path or "", label) for number, (path, label) in enumerate(table.rows))
+    return _listed(root / names[0], root, rows, first.classes)
+
+
+def _listed(path: Path, root: Path, rows: Iterable[tuple[str, str, int]], classes: tuple[str, ...]) -> Source:
+    """Make a source of files under `root`. Rows are a place in the list, a path and a label."""
     files: list[tuple[str, int]] = []
     rejected: list[Problem] = []
     seen: set[str] = set()
-    for (line, row), number in zip(rows, labels or itertools.repeat(-1), strict=False):
-        name = plain_path(row[image])
-        reason = why_unsafe(row[image]) or ("no path" if not name else "listed twice" if name in seen else None)
+    for place, given, label in rows:
+        inside = given.removeprefix(f"{root}/")
+        name = plain_path(inside)
+        reason = why_unsafe(inside) or ("no path" if not name else "listed twice" if name in seen else None)
+        if not -1 <= label < (len(classes) or 2**31):
+            reason = f"label {label} is not one of {len(classes) or 'the'} classes"
         if reason:
-            rejected.append(Problem(printable(f"{path.name}:{line}: {row[image]}"), reason))
+            rejected.append(Problem(printable(f"{place}: {given}"), reason))
         else:
             seen.add(name)
-            files.append((name, number))
+            files.append((name, label))
     if not files:
         raise DataError(f"{path}: lists no image that can be used" + (f"; the first: {rejected[0]}" if rejected else ""))
-    return Source(classes, file_chunks(str(path.resolve().parent), files), tuple(rejected))
+    return Source(classes, file_chunks(str(root), files), tuple(rejected))
 
 
 def _header(path: Path, header: list[str], image_column: str | None, label_column: str | None) -> tuple[int, int | None]:

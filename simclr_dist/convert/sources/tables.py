@@ -23,6 +23,7 @@ from simclr_dist.convert.sources.originals import (
 from simclr_dist.system.errors import DataError, printable, reason_of
 
 NO_LABEL = "none"
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 
 _MAX_PAGE_BYTES = 1 << 29  # a page is read whole, and takes twice its bytes of memory
 _VARINT = b"\x15"  # in a Parquet page's header (Thrift): a 32-bit number follows
@@ -152,6 +153,57 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
     return Source(classes or (), chunks, skipped=tuple(skipped))
 
 
+class Paths(NamedTuple):
+    """Rows of a table of paths: path (None: null), label (-1: none)."""
+
+    rows: list[tuple[str | None, int]]
+    classes: tuple[str, ...]
+
+
+def read_paths(path: Path, image_column: str | None, label_column: str | None) -> Paths | None:
+    """Read a table that holds paths and no image bytes. Returns None for any other. Raises DataError as `table_source`."""
+    parquet = path.suffix.lower() == ".parquet"
+    try:
+        schema, _ = _layout(path, parquet)
+        usual = (name for name in ("image", "img", *PATH_COLUMNS) if schema.names.count(name) == 1)
+        column = next(usual, None) if image_column is None else image_column
+        if column is None or column not in schema.names or (image_column is None and set(_byte_columns(schema)) - {column}):
+            return None
+        kind = schema.field(column).type
+        inner = "path" if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else None
+        if not _is_text(kind.field(inner).type if inner else kind) or (inner and not _has_no_bytes(path, column, parquet)):
+            return None
+        label = _label_column(path, schema, label_column)
+        if parquet:
+            with pq.ParquetFile(path, **_READ) as file:
+                names = [f"{column}.{inner}" if inner else column, *filter(None, (label,))]
+                table = file.read(names, use_threads=False)
+        else:
+            with pa.memory_map(str(path)) as file:
+                table = pa.Table.from_batches(_record_batches(_open_arrow(file)), schema)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable {'Parquet' if parquet else 'Arrow'} file ({reason_of(error)})") from None
+    paths = table.column(column).to_pylist()
+    if inner:
+        paths = [cell and cell[inner] for cell in paths]
+    labels = table.column(label).fill_null(-1).to_pylist() if label else [-1] * len(paths)
+    return Paths(list(zip(paths, labels, strict=True)), _class_names(schema, label))
+
+
+def _has_no_bytes(path: Path, column: str, parquet: bool) -> bool:
+    """Tell whether all `bytes` of a struct are null. A Parquet file's footer says so: they are not read."""
+    if parquet:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+        used = [(chunk.statistics, chunk.num_values) for chunk in chunks if chunk.path_in_schema == f"{column}.bytes"]
+        return all(statistics is not None and statistics.null_count == values for statistics, values in used)
+    with pa.memory_map(str(path)) as file:
+        structs = [batch.column(column) for batch in _record_batches(_open_arrow(file))]
+        return all(part.type.get_field_index("bytes") < 0 or part.field("bytes").null_count == len(part) for part in structs)
+
+
 def _layout(path: Path, parquet: bool) -> tuple[pa.Schema, list[int]]:
     """Read the schema, and rows of each row group or record batch. The images themselves are not read."""
     if parquet:
@@ -191,8 +243,8 @@ def _page_bytes(header: bytes) -> int:
     return size >> 1
 
 
-def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
-    """Find the column that holds image bytes. Returns `name`, or `name.bytes` for a struct."""
+def _byte_columns(schema: pa.Schema) -> dict[str, str]:
+    """List columns that may hold image bytes, as `name` or `name.bytes`."""
     columns: dict[str, str] = {}
     for field in schema:
         if "." in field.name or schema.names.count(field.name) > 1:  # not told from a field of a struct, or from another one
@@ -201,6 +253,12 @@ def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
             columns[field.name] = field.name
         elif pa.types.is_struct(field.type) and any(f.name == "bytes" and _is_binary(f.type) for f in field.type):
             columns[field.name] = f"{field.name}.bytes"
+    return columns
+
+
+def _image_column(path: Path, schema: pa.Schema, wanted: str | None) -> str:
+    """Find the column that holds image bytes. Returns `name`, or `name.bytes` for a struct."""
+    columns = _byte_columns(schema)
     if wanted is not None:
         if wanted not in columns:
             fits = ", ".join(columns) or "none"
@@ -233,6 +291,10 @@ def _label_column(path: Path, schema: pa.Schema, wanted: str | None) -> str | No
     if not pa.types.is_integer(kind := schema.field(wanted).type):
         raise DataError(f"{path}: column {wanted!r} is {kind}; make it an integer, -1 for no label")
     return wanted
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -1,38 +1,88 @@
-"""Decode bytes to pixels."""
+"""Decode bytes to pixels. This is the one door: no other module knows a decoder."""
 
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
 import io
+import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401 (registers torch.ops.image)
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode  # registers torch.ops.image
 
 from simclr_dist.data.pixels.images import PNG_SIGNATURE, check_pixels
 from simclr_dist.system.errors import DataError, reason_of
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+_PLACE = re.compile(r"^.*\.cpp:\d+,? *")  # where in torchvision an error arose
+_RGB = 3  # torchvision's ImageReadMode.RGB
+
+
+def _by_torchvision(content: bytes) -> Tensor:
+    # The op itself: torchvision.io.decode_image only adds a DeprecationWarning (0.29; TorchCodec is to replace it).
+    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    image: Tensor = torch.ops.image.decode_image(pixels, _RGB, False)
+    return image
+
+
+def _by_torchcodec(content: bytes) -> Tensor:
+    if b"Exif" in content or b"EXIF" in content:  # it would turn the image (0.17), and has no switch
+        return _by_pillow(content)
+    image: Tensor = importlib.import_module("torchcodec.decoders").decode_image(content, mode="RGB")
+    return image
+
+
+def _by_pillow(content: bytes) -> Tensor:
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        check_pixels(image.width, image.height)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+DECODERS: dict[str, Callable[[bytes], Tensor]] = {
+    "torchvision": _by_torchvision, "torchcodec": _by_torchcodec, "pillow": _by_pillow,
+}  # fmt: skip
+"""By package. All give the same bytes for what shards hold."""
+
+
+@functools.cache
+def decoder() -> str:
+    """Name the package that decodes all but PNGs. It is the first of `DECODERS` that is there."""
+    if hasattr(torch.ops.image, "decode_image"):
+        return "torchvision"
+    return "torchcodec" if importlib.util.find_spec("torchcodec") else "pillow"
+
+
+def describe_decoders() -> str:
+    """Name the packages that make pixels, with their versions."""
+    version = importlib.metadata.version
+    return f"{decoder()} {version(decoder())}, PNG by pillow {version('pillow')}"
+
 
 def decode(content: bytes) -> Tensor:
-    """Decode a JPEG, WebP, GIF or PNG to uint8 [3, h, w]. Channels are last in memory. Raises DataError.
+    """Decode a JPEG, WebP, GIF or PNG to uint8 [3, h, w]. It is not turned; channels are last in memory. Raises DataError.
 
     PNGs go through Pillow: torchvision's reader has been seen to end the process on a damaged one (0.29). Both give the same
     pixels.
     """
-    if content.startswith(PNG_SIGNATURE):
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=("PNG",)) as png:
-                check_pixels(png.width, png.height)
-                return torch.from_numpy(np.array(png.convert("RGB"))).permute(2, 0, 1)
-        except (DataError, MemoryError):
-            raise
-        except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
-            # Without Pillow's text: some of it holds a memory address, a new one each time.
-            raise DataError(f"cannot be decoded: {type(error).__name__} in a PNG") from None
     try:
-        # The op itself: torchvision.io.decode_image only adds a DeprecationWarning (0.29; TorchCodec is to replace it).
-        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        image: Tensor = torch.ops.image.decode_image(pixels, ImageReadMode.RGB.value, False)
-    except RuntimeError as error:
-        raise DataError(f"cannot be decoded: {reason_of(error)}") from None
+        return (_by_pillow if content.startswith(PNG_SIGNATURE) else DECODERS[decoder()])(content)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
+        # Without Pillow's text: some of it holds a memory address, a new one each time.
+        why = _PLACE.sub("", reason_of(error)) if isinstance(error, RuntimeError) else type(error).__name__
+        raise DataError(f"cannot be decoded: {why}") from None
+
+
+def turn_upright(image: Tensor, orientation: int) -> Tensor:
+    """Turn an image [3, h, w] as its EXIF block says. `orientation` is 1 to 8; another changes nothing."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    if sides := {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation):
+        image = image.flip(sides)
     return image

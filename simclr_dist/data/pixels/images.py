@@ -5,12 +5,14 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
+from simclr_dist.data.pixels import tiff
 from simclr_dist.system.errors import DataError, printable
 
 MAX_PIXELS = 100_000_000
@@ -31,20 +33,26 @@ _PACKED_AT_ONCE = 1 << 12  # zlib makes at most 1032 times as much of it
 _CHANNELS = {0: 1, 2: 3}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
 # In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts. (Without a + after the 0xFF, which would make it quadratic.)
+_GARBAGE = (ArithmeticError, EOFError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error)  # in a header
+_NEARLY_BLACK = 16  # of 255: where 16 bits a channel hold at most 12
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 class PreparedImage(NamedTuple):
     """An image as shards store it: 8-bit RGB or gray, upright. `extension` is jpg, png or webp.
 
-    `reason` says why it is not stored as it was. It is "" when it is.
+    `changes` says why it is not stored as it was, a kind each. It is empty when it is.
     """
 
     content: bytes
     extension: str
     width: int
     height: int
-    reason: str = ""
+    changes: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        return ", ".join(self.changes)
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -59,7 +67,7 @@ def prepare_image(content: bytes, *, short_side: int | None = None, quality: int
     8-bit RGB and gray JPEG, PNG and WebP without EXIF rotation stay unchanged. Others (16 bits, palette, alpha, CMYK, other
     formats, first frame of animations) become RGB, alpha dropped: JPEG at `quality` from JPEG, else PNG. An image whose shorter
     side exceeds `short_side` is shrunk to it and stored as JPEG, or as PNG if a side is too long for that. Raises DataError for
-    what cannot be decoded, and for more than 100 megapixels (before decoding).
+    what cannot be decoded or would come out nearly black, and for more than 100 megapixels (before decoding).
     """
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -68,7 +76,9 @@ def prepare_image(content: bytes, *, short_side: int | None = None, quality: int
         raise
     # Pillow's readers fail on damaged bytes with nearly every exception there is; each means "not an image".
     except Exception as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = tiff.UNKNOWN if content.startswith(tiff.SIGNATURES) else "not an image"
         raise DataError(printable(reason)) from None
 
 
@@ -76,45 +86,79 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
     with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         width, height = image.size
         check_pixels(width, height)
-        image.load()
+        orientation = orientation_of(image) if image.format == "TIFF" else 1  # Pillow turns a TIFF when it loads it
+        wrong = tiff.why_wrong(image) if image.format == "TIFF" else ""
+        if not wrong:
+            image.load()
         extension = _KEPT_FORMATS.get(image.format or "")
-        orientation = _orientation(image)
+        turn = orientation_of(image)
+        changes = tuple(_changes(image, content, turn if turn in _UPRIGHT else orientation))
         shrink = short_side is not None and min(width, height) > short_side
-        reason = _why_converted(image, content, orientation)
-        if not reason and not shrink:
+        if not changes and not shrink:
             return PreparedImage(content, str(extension), width, height)
-        rgb = _as_rgb(image)
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
+        rgb = tiff.read(content, wrong) if wrong else _as_rgb(image)
+        if _bits(image, content) == 16 and 0 < np.asarray(rgb).max() <= _NEARLY_BLACK:
+            raise DataError("16 bits a channel that hold 12 at most: it would come out nearly black; multiply its values by 16")
+    rgb = _turned(rgb, turn)
     if short_side is not None and shrink:
         scale = short_side / min(width, height)
         rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.BICUBIC)
+        changes += (f"its shorter side exceeds {short_side} pixels",)
     rgb.info = {}  # else the encoder would copy a colour profile that no longer fits
     target = io.BytesIO()
     as_jpeg = (shrink or extension == "jpg") and max(rgb.size) <= _LONGEST_JPEG
     rgb.save(target, **{"format": "JPEG", "quality": quality} if as_jpeg else {"format": "PNG"})
-    reason = reason or f"its shorter side exceeds {short_side} pixels"
-    return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height, reason)
+    return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height, changes)
 
 
-def _why_converted(image: Image.Image, content: bytes, orientation: int) -> str:
-    """Say why a decoded image is not stored as it is. Returns "" for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8-bit RGB, turned as its EXIF says. Raises DataError for pixels without a fixed range."""
+    rgb = _as_rgb(image)  # first: Pillow turns a TIFF itself when it is decoded
+    return _turned(rgb, orientation_of(image))
+
+
+def _turned(rgb: Image.Image, orientation: int) -> Image.Image:
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _changes(image: Image.Image, content: bytes, orientation: int) -> Iterator[str]:
+    """List why a decoded image is not stored as it is. Nothing for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
     if image.format not in _KEPT_FORMATS:
-        return f"a {image.format} file"
-    # Pillow shows 16-bit and 2-bit PNGs in 8-bit modes; the bit depth stands in the header.
-    if image.format == "PNG" and content[24] != 8:
-        return f"{content[24]} bits a channel"
-    if image.mode not in ("RGB", "L"):
-        return f"pixels of mode {image.mode}"
-    if "transparency" in image.info:
-        return "a transparent colour"
+        yield f"a {image.format} file"
+    if (bits := _bits(image, content)) != 8:
+        yield f"{bits} bits a channel"
+    elif image.mode not in ("RGB", "L", "RGBA", "LA"):
+        yield f"pixels of mode {image.mode}"
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        yield "transparency dropped"
+    if image.format == "TIFF" and tiff.has_more_channels(image):
+        yield "channels beyond RGB or gray dropped"
     if orientation in _UPRIGHT:
-        return "rotated by its EXIF block"
-    if image.format == "PNG" and not _is_sound_png(content):
-        return "an incomplete or unusual PNG"
-    if image.format in ("JPEG", "MPO") and not _is_sound_jpeg(content):
-        return "an incomplete or unusual JPEG"
-    return "an animation" if image.format != "MPO" and getattr(image, "n_frames", 1) > 1 else ""
+        yield "rotated by its EXIF block"
+    if image.format != "MPO" and _has_more_frames(image):
+        yield "pages beyond the first dropped" if image.format == "TIFF" else "frames beyond the first dropped"
+    if (image.format == "PNG" and bits == 8 and image.mode in ("RGB", "L") and not _is_sound_png(content)) or (
+        image.format in ("JPEG", "MPO") and not _is_sound_jpeg(content)
+    ):
+        yield f"an incomplete or unusual {'PNG' if image.format == 'PNG' else 'JPEG'}"
+
+
+def _bits(image: Image.Image, content: bytes) -> int:
+    """Read the bits of a channel. Pillow shows files of 16, 4 and 2 bits in 8-bit modes."""
+    if image.format == "PNG":
+        return content[24]
+    if image.format == "TIFF":
+        return tiff.bits(image)
+    if image.format == "JPEG2000" and (box := content.find(b"ihdr")) > 0:
+        return (content[box + 14] & 127) + 1
+    return 16 if image.mode.startswith("I;16") else 8
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _GARBAGE:
+        return False
 
 
 def _is_sound_jpeg(content: bytes) -> bool:
@@ -129,17 +173,19 @@ def _is_sound_jpeg(content: bytes) -> bool:
     return False
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """Read the orientation, 1 to 8, that the EXIF block says. 1 is upright."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (ArithmeticError, EOFError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+    except _GARBAGE:
         return 1  # garbage in the EXIF block says nothing about the picture
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion cuts every value above 255 to white
-        pixels = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(tiff.to_8_bits(np.asarray(image), tiff.bits(image) if image.format == "TIFF" else 16)).convert(
+            "RGB"
+        )
     if image.mode in ("I", "F"):
         raise DataError(f"pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
     return image.convert("RGB")

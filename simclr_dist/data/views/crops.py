@@ -33,18 +33,23 @@ def crop_view(image: Tensor, box: NDArray[np.int64], flip: bool, size: int, inte
 def eval_view(image: Tensor, size: int) -> Tensor:
     """Make an evaluation's view on the CPU, bicubic and antialiased. uint8 [3, h, w] -> uint8 [3, size, size].
 
-    From size 96 on, the short side is resized to size x 256/224, below that to size. Then the centre is cut out.
+    The short side is resized to `short_side`. Then the centre is cut out.
     """
     height, width = image.shape[-2:]
     # Both ends of a very long image, as much of each, never reach the view.
     over_height, over_width = max(height - _LONG * width, 0) // 2, max(width - _LONG * height, 0) // 2
     image = image[:, over_height : height - over_height, over_width : width - over_width]
     height, width = image.shape[-2:]
-    short = round(size * 256 / 224) if size >= 96 else size
+    short = short_side(size)
     new_height, new_width = max(short, int(short * height / width)), max(short, int(short * width / height))
     resized = _resize(image, (new_height, new_width), "bicubic")
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return resized[:, top : top + size, left : left + size]
+
+
+def short_side(size: int) -> int:
+    """Return what an evaluation resizes an image's short side to. From size 96 on that is size x 256/224, below it is size."""
+    return round(size * 256 / 224) if size >= 96 else size
 
 
 def normalise(crops: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:

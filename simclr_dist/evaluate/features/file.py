@@ -1,4 +1,7 @@
-"""Write and read features as a Parquet file, without torch. It has each image's key, label and embedding, and their `About`."""
+"""Write and read features as a Parquet file, without torch. It has each image's key, label and embedding, and their `About`.
+
+Those that a user asked for have its class and source, too.
+"""
 
 import hashlib
 import json
@@ -72,9 +75,13 @@ class FeatureTable(NamedTuple):
     about: About
 
 
-def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64], embedding: Embedding, about: About) -> None:
+def write_features(
+    path: str | Path, key: Sequence[str], label: NDArray[np.int64], embedding: Embedding, about: About,
+    source: Sequence[str | None] | None = None,
+) -> None:  # fmt: skip
     """Write features atomically. Columns: key (string), label (int64, null for -1), embedding (fixed-size list of float32).
 
+    With `source`, names of files, two more follow: class_name and source (strings or null).
     `label` is [n], `embedding` [n, d] (uint8 stays uint8); `about` goes into the schema's metadata as JSON, under
     "simclr_dist". The same input gives the same bytes. It goes to disk 64 MiB at a time.
 
@@ -90,12 +97,18 @@ def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64
     double, times = Counter(key).most_common(1)[0]
     if times > 1:
         raise DataError(f"{path}: the key {double!r} stands for two images; rename one of them")
+    classes = dict(enumerate(about.classes))
     rows, size = max(1, _ROW_GROUP_BYTES // embedding[0].nbytes), embedding.shape[1]
-    schema = _schema(size, pa.from_numpy_dtype(embedding.dtype))
+    schema = _schema(size, pa.from_numpy_dtype(embedding.dtype), named=source is not None)
     schema = schema.with_metadata({_METADATA_KEY: json.dumps({"format": FORMAT, **asdict(about)}).encode()})
     packed = "none" if embedding.dtype == np.float32 else "zstd"  # which gains nothing on floats
-    compression = {"key": "zstd", "label": "zstd", "embedding.list.element": packed}
-    options: dict[str, Any] = {"use_dictionary": ["label"], "compression": compression, "write_page_checksum": True}
+    compression = dict.fromkeys(schema.names, "zstd") | {"embedding.list.element": packed}
+    del compression["embedding"]
+    options: dict[str, Any] = {
+        "use_dictionary": ["label", "class_name"],
+        "compression": compression,
+        "write_page_checksum": True,
+    }
     try:
         with replacing(path) as target, pq.ParquetWriter(target, schema, **options) as writer:
             for start in range(0, len(key), rows):
@@ -105,6 +118,9 @@ def write_features(path: str | Path, key: Sequence[str], label: NDArray[np.int64
                     pa.array(label[part], type=pa.int64(), mask=label[part] < 0),
                     pa.FixedSizeListArray.from_arrays(pa.array(embedding[part].reshape(-1)), type=schema.types[2]),
                 ]
+                if source is not None:
+                    columns.append(pa.array([classes.get(number) for number in label[part].tolist()], pa.string()))
+                    columns.append(pa.array(source[part], pa.string()))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
     except OSError as error:
         raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
@@ -127,7 +143,10 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
                 _compare(path, about, expected)
             kind: Any = file.schema_arrow.field("embedding").type if "embedding" in file.schema_arrow.names else None
             size, values = getattr(kind, "list_size", 0), getattr(kind, "value_type", None)
-            ours = values in (pa.float32(), pa.uint8()) and file.schema_arrow.remove_metadata().equals(_schema(size, values))
+            schema = file.schema_arrow.remove_metadata()
+            ours = values in (pa.float32(), pa.uint8()) and any(
+                schema.equals(_schema(size, values, named=n)) for n in (False, True)
+            )
             if not ours or not file.metadata.num_rows:
                 raise _foreign(path)
             embedding: Any = np.empty((file.metadata.num_rows, size), dtype=kind.value_type.to_pandas_dtype())
@@ -138,7 +157,7 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
                 if not np.isfinite(rows).all():
                     raise ValueError("it has numbers that are not finite")
                 embedding[start : start + len(table)] = rows.reshape(len(table), size)
-                parts.append(table.drop_columns("embedding"))
+                parts.append(table.select(["key", "label"]))
                 start += len(table)
             rest = pa.concat_tables(parts)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -167,10 +186,11 @@ def is_feature_file(path: str | Path) -> bool:
     return False
 
 
-def _schema(size: int, kind: pa.DataType) -> pa.Schema:
+def _schema(size: int, kind: pa.DataType, *, named: bool) -> pa.Schema:
     embedding = pa.list_(pa.field("element", kind, nullable=False), size)
     key, label = pa.field("key", pa.string(), nullable=False), pa.field("label", pa.int64())
-    return pa.schema([key, label, pa.field("embedding", embedding, nullable=False)])
+    names = [pa.field(name, pa.string()) for name in ("class_name", "source")] if named else []
+    return pa.schema([key, label, pa.field("embedding", embedding, nullable=False), *names])
 
 
 def _read_about(path: Path, schema: pa.Schema) -> About:

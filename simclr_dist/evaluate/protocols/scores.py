@@ -65,13 +65,14 @@ def confusions(confusion: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
                 yield true, int(other), count
 
 
-def score(scores: Tensor | Iterable[Tensor], labels: Tensor) -> Scores:
+def score(scores: Tensor | Iterable[Tensor], labels: Tensor, *, votes: bool = False) -> Scores:
     """Measure scores: logits, probabilities or votes. The largest in a row is the prediction.
 
     Equal scores rank by class, the lower first, so that nothing depends on how a sort breaks ties.
 
     Args:
         scores: [m, classes] of any real type, m > 0; or the same in blocks of rows. labels: [m] int64 in [0, classes).
+        votes: whether 0 is no vote: a class without one is no answer, and not among the top five.
 
     Raises DataError where scores are not finite.
     """
@@ -84,7 +85,8 @@ def score(scores: Tensor | Iterable[Tensor], labels: Tensor) -> Scores:
         block, start, classes = block.cpu(), start + len(block), block.shape[1]
         broken += int((~block.isfinite().all(dim=1)).sum())
         right = block.gather(1, true)
-        ranks.append(((block > right) | ((block == right) & (torch.arange(classes) < true))).sum(dim=1))
+        rank = ((block > right) | ((block == right) & (torch.arange(classes) < true))).sum(dim=1)
+        ranks.append(rank.where(right[:, 0] > 0, classes) if votes else rank)
         predictions.append(block.argmax(dim=1))  # the first of equals
     if start != len(labels):
         raise ValueError(f"scores must be [m, classes] and labels [m], got {start} rows and {tuple(labels.shape)}")

@@ -1,6 +1,8 @@
 """Show an evaluation in the run's TensorBoard. It shows the curve so far, and features in the projector, with thumbnails."""
 
+import hashlib
 import io
+import json
 import math
 import os
 import socket
@@ -17,12 +19,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import RecordWriter
-from torch.utils.tensorboard.summary import scalar
+from torch.utils.tensorboard.summary import scalar, text
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.views.crops import eval_view
 from simclr_dist.evaluate.features.extraction import Images
-from simclr_dist.evaluate.result.earlier import comparable
+from simclr_dist.evaluate.result.earlier import comparable, curves
 from simclr_dist.evaluate.result.report import TRAINED, Result, Say
 from simclr_dist.system.errors import reason_of
 from simclr_dist.system.files import append, lock, write_atomically
@@ -32,41 +34,71 @@ SEED = 0
 _THUMBNAIL = 32
 
 
-class Curve:
-    """The curve of the trained encoders' top-1 in percent. Each protocol is `eval/PROTOCOL_top1`.
+class Curves:
+    """The curves of the trained encoders' top-1 in percent, `eval/PROTOCOL_top1`. Each has a folder, by `earlier.curves`.
 
-    The folder is not the training's: TensorBoard without its fast loader leaves a file for good when its folder has a newer
-    one. A file holds ascending steps. A point that is not beyond the last opens a new file, as does the first after a start. It
-    has the whole curve, in place of what is in older files. So no step is shown twice, and none is dropped as out of order.
+    One folder would mix settings: TensorBoard's default loader keeps what an older file has at steps before the newer's.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: Path | None = None
-        self._points: dict[int, list[Event]] = {}
-        self._written: set[int] = set()
+        self._curves: dict[str, _Curve] = {}
 
     def add(self, result: Result, when: float) -> None:
         """Show `result`, written at `when` (since 1970). OSError when the disk refuses it: the next call tries again."""
-        step = int(result["encoder"]["step"])
-        tops = {f"eval/{name}_top1": part["results"][TRAINED]["top1"] for name, part in result["protocols"].items()}
-        self._points[step] = [Event(wall_time=when, step=step, summary=scalar(name, top1)) for name, top1 in tops.items()]
-        missing, records = {step} | self._points.keys() - self._written, io.BytesIO()
-        if self._file is None or min(missing) <= max(self._written, default=-1):
-            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-            self._file, self._written, missing = self._folder / name, set(), set(self._points)
+        for protocol, values in curves(result).items():
+            part = result["protocols"][protocol]
+            name = f"{protocol}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+            about = ", ".join(f"{key} {value}" for key, value in values.items())
+            curve = self._curves.setdefault(name, _Curve(self._folder / name, about, when))
+            top1 = scalar(f"eval/{protocol}_top1", part["results"][TRAINED]["top1"])
+            curve.add(Event(wall_time=when, step=int(result["encoder"]["step"]), summary=top1))
+        for curve in self._curves.values():
+            curve.write()
+
+
+class _Curve:
+    """One curve's points. A file holds ascending steps.
+
+    A point that is not beyond the last opens a new file, as does the first after a start. It has the whole curve, in place of
+    what is in older files. So no step is shown twice, and none is dropped as out of order.
+    """
+
+    def __init__(self, folder: Path, about: str, when: float) -> None:
         # What was shown before is void.
         start = Event(wall_time=when, step=0, session_log=SessionLog(status=SessionLog.START))
-        opening = [] if self._written else [Event(wall_time=when, file_version="brain.Event:2"), start]
-        for event in opening + [event for number in sorted(missing) for event in self._points[number]]:
+        summary = Event(wall_time=when, step=0, summary=text("eval/settings", about))
+        self._opening = [Event(wall_time=when, file_version="brain.Event:2"), start, summary]
+        self._folder = folder
+        self._file: Path | None = None
+        self._points: dict[int, Event] = {}
+        self._unwritten: set[int] = set()
+        self._last = -1
+
+    def add(self, point: Event) -> None:
+        self._points[point.step] = point
+        self._unwritten.add(point.step)
+
+    def write(self) -> None:
+        if not self._unwritten:
+            return
+        steps, events, records, file = sorted(self._unwritten), list[Event](), io.BytesIO(), self._file
+        if file is None or steps[0] <= self._last:
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            file, steps, events = self._folder / name, sorted(self._points), self._opening
+        for event in [*events, *(self._points[step] for step in steps)]:
             RecordWriter(records).write(event.SerializeToString())
         self._folder.mkdir(parents=True, exist_ok=True)
-        append(self._file, records.getvalue())
-        self._written |= missing
+        append(file, records.getvalue())
+        for older in self._folder.glob("events.out.tfevents.*"):
+            if older != file:
+                older.unlink()
+        self._file, self._last = file, steps[-1]
+        self._unwritten.clear()
 
 
 def board_folder(run: Path, layer: str) -> Path:
-    """Return the folder of a layer's events. It is beside the training's; `Curve` says why it is not among them."""
+    """Return the folder of a layer's projector and curves."""
     return run / "tb" / ("eval" if layer == "h" else f"eval-{layer}")
 
 
@@ -82,10 +114,10 @@ def show_curve(run: Path, result: Result, say: Say) -> None:
         if not free:
             say(f"{folder}: is written by the process that watches the run; this accuracy joins it when that is started again")
             return
-        curve = Curve(folder)
+        shown = Curves(folder)
         try:
             for step, (protocols, when) in sorted(comparable(run / "eval", result, say).items(), key=itemgetter(0)):
-                curve.add({"encoder": {"step": step}, "protocols": protocols}, when)
+                shown.add({**result, "encoder": {"step": step}, "protocols": protocols}, when)
         except OSError as error:
             say(f"{folder}: the accuracy curve cannot be written: {reason_of(error)}")
 
@@ -104,12 +136,14 @@ def show_projector(folder: Path, title: str, images: Images, manifest: Manifest,
     points.tensor_shape.extend([len(drawn), h.shape[1]])
     points.sprite.image_path = picture
     points.sprite.single_image_dim.extend([_THUMBNAIL, _THUMBNAIL])
-    numbers = io.BytesIO()
+    numbers, events = io.BytesIO(), io.BytesIO()
+    RecordWriter(events).write(Event(file_version="brain.Event:2").SerializeToString())
     np.savetxt(numbers, h[drawn].float().cpu().numpy(), fmt="%.5g", delimiter="\t")
     files = {
         tensors: numbers.getvalue(),
         metadata: "".join(["class\tkey\n", *lines]).encode(),
         picture: sprite(images, drawn),
+        "events.out.tfevents.0.projector": events.getvalue(),  # TensorBoard takes no folder without one for a run
         "projector_config.pbtxt": text_format.MessageToString(config).encode(),  # last: it names the others
     }
     try:

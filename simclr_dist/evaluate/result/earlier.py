@@ -13,7 +13,9 @@ from simclr_dist.system.errors import DamagedError
 
 
 class Baselines(NamedTuple):
-    """Rows of raw pixels and of the untrained encoder by protocol. They hold for every encoder of this `shape`.
+    """Rows of raw pixels and of the untrained encoder by protocol. Its signals, too.
+
+    They hold for every encoder of this `shape`.
 
     `measured_for` is the encoder file that they were measured beside.
     """
@@ -21,6 +23,7 @@ class Baselines(NamedTuple):
     measured_for: str
     shape: dict[str, Any]
     protocols: dict[str, dict[str, Any]]
+    signals: dict[str, Any]
 
 
 def difference(result: Result, settings: Settings, *, encoder: str, train: str, test: str) -> str:
@@ -36,13 +39,15 @@ def difference(result: Result, settings: Settings, *, encoder: str, train: str, 
         ("layer", result["settings"]["layer"], settings.layer),
         ("precision", result["settings"]["precision"], settings.precision),
     ]
-    for protocol, now in protocol_settings(settings).items() if result["classes"] else ():
+    for protocol, now in protocol_settings(settings, result["train"].get("labelled", 0)).items() if result["classes"] else ():
         before = result["protocols"].get(protocol)
         if before is None:
             compared.append((f"protocol {protocol}", "left out", "measured"))
         else:
-            compared += [(name, before["settings"].get(name), value) for name, value in now.items()]
-    if settings.baselines and result["classes"] and set(settings.protocols) - {"sgd"}:  # which has none
+            same_k = before["settings"].get("k") == now.get("k")
+            used = ((name, value) for name, value in now.items() if same_k or name != "k_used")
+            compared += [(name, before["settings"].get(name), value) for name, value in used]
+    if settings.baselines and (not result["classes"] or set(settings.protocols) - {"sgd"}):  # which has none
         compared.append(("baselines", "measured" if baselines(result) else "left out", "measured"))
         compared.append(("seed", result["settings"]["seed"], settings.seed))
     return ", ".join(f"{name} {str(old)[:12]}, now {str(new)[:12]}" for name, old, new in compared if old != new)
@@ -54,7 +59,8 @@ def baselines(result: Result) -> Baselines | None:
     every = {name: {kind: row for kind, row in part["results"].items() if kind != TRAINED} for name, part in parts}
     by_protocol = {name: rows for name, rows in every.items() if rows}
     source = result.get("baselines_measured_for") or Path(result["encoder"]["file"]).name
-    return Baselines(source, shape(result["encoder"]), by_protocol) if by_protocol else None
+    of_signals = result.get("untrained_signals") or {}
+    return Baselines(source, shape(result["encoder"]), by_protocol, of_signals) if by_protocol or of_signals else None
 
 
 def comparable(folder: Path, result: Result, say: Say = lambda _: None) -> dict[int, tuple[dict[str, Any], float]]:
@@ -74,21 +80,26 @@ def comparable(folder: Path, result: Result, say: Say = lambda _: None) -> dict[
         if one and _images(one) == _images(result):
             by_step.setdefault(int(one["encoder"]["step"]), []).append((path.stat().st_mtime, one))
     points = {}
-    settings = {name: part["settings"] for name, part in result["protocols"].items()}
+    wanted = curves(result)
     for step, several in by_step.items():
         several.sort(key=itemgetter(0))
         when, newest = several[-1]
-        same = [one["protocols"] for _, one in several if one["encoder"]["sha256"] == newest["encoder"]["sha256"]]
-        alike = ((name, part) for one in same for name, part in one.items() if part["settings"] == settings.get(name))
+        same = [one for _, one in several if one["encoder"]["sha256"] == newest["encoder"]["sha256"]]
+        alike = ((name, one["protocols"][name]) for one in same for name, of in curves(one).items() if of == wanted.get(name))
         points[step] = dict(alike), when
     points[int(result["encoder"]["step"])] = dict(result["protocols"]), time.time()
     return {step: point for step, point in points.items() if point[0]}
 
 
-def _images(result: Result) -> tuple[Any, ...]:
-    """Return the values that accuracies of one curve must share."""
+def curves(result: Result) -> dict[str, dict[str, Any]]:
+    """Return by protocol the values that accuracies of one curve share."""
+    return {name: {**_images(result), **part["settings"]} for name, part in result["protocols"].items()}
+
+
+def _images(result: Result) -> dict[str, Any]:
     settings = result["settings"]
-    return settings["layer"], settings["precision"], result["train"]["digest"], result["test"]["digest"]
+    images = {f"{name} images": result[name]["digest"] for name in ("train", "test")}
+    return {"layer": settings["layer"], "precision": settings["precision"], **images}
 
 
 def shape(encoder: dict[str, Any]) -> dict[str, Any]:

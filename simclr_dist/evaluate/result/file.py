@@ -15,7 +15,8 @@ _FILES = (("encoder", "sha256"), ("train", "digest"), ("test", "digest"))
 SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")  # of an encoder: its baselines' too
 _PARTS: dict[str, dict[str, Any]] = {
     "encoder": {"file": str, "sha256": str, "step": int, **dict.fromkeys(SHAPE, object)},
-    "train": {"digest": str}, "test": {"digest": str}, "settings": {"layer": str, "precision": str, "seed": object},
+    "train": {"digest": str, "labelled?": int}, "test": {"digest": str},
+    "settings": {"layer": str, "precision": str, "seed": object},
     "protocols": {}, "seconds": {},
 }  # fmt: skip
 
@@ -138,6 +139,8 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
     for name in parts:
         part = _dict(parts, name)
         protocols[name] = {"settings": part.get("settings"), "rows": sorted(_dict(part, "results"))}
+    if _dict(result, "untrained_signals"):
+        protocols["signals"] = {"settings": None, "rows": [UNTRAINED]}
     changes_nothing = set[str]() if "runs" in result else {"batch_size", "workers"}  # a finetuning learns from its batches
     if "runs" not in result and not any(UNTRAINED in part["rows"] for part in protocols.values()):
         changes_nothing.add("seed")  # of its weights

@@ -13,8 +13,7 @@ from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import confusions
 from simclr_dist.evaluate.result.charts import line_chart
 from simclr_dist.evaluate.result.earlier import comparable
-from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, UnwrittenError, leak
-from simclr_dist.evaluate.signals import flat, meanings
+from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, UnwrittenError, counts, leak, signal_rows
 from simclr_dist.run.folder import read_metrics
 from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
@@ -76,20 +75,18 @@ def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = 
     title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="sub">{escape(str(encoder["file"]))}; {result["train"]["labelled"]} training and'
-        f" {result['test']['labelled']} test images, {result['classes']} classes</p>",
+        f'<p class="sub">{escape(str(encoder["file"]))}; {counts(result)}</p>',
         *(f'<p class="warning">{escape(warning)}</p>' for warning in leak(result)),
-        _accuracies(result),
+        *([_accuracies(result)] if result["protocols"] else []),
     ]
     if charts := _charts(result, run):
         parts += ["<h2>Curves</h2>", f'<div class="charts">{charts}</div>']
     if neighbours:
         picture = base64.b64encode(neighbours).decode()
         parts += ["<h2>Nearest neighbours</h2>", f'<img alt="nearest neighbours" src="data:image/png;base64,{picture}">']
-    if signals := result.get("signals"):
-        good = meanings(signals)
-        rows = [[name.replace("_", " "), _number(value), good.get(name, "")] for name, value in flat(signals).items()]
-        table = _table(["signal of the test images", "value", "what is good"], rows)
+    if result.get("signals"):
+        rows = [[name.replace("_", " "), *map(_number, values), good] for name, *values, good in signal_rows(result)]
+        table = _table(["signal of the test images", _LABELS[TRAINED], _LABELS[UNTRAINED], "what is good"], rows)
         parts += ["<h2>Of the features themselves</h2>", f'<div class="signals">{table}</div>']
     parts += _confusions(result)
     parts += ["<h2>How to repeat it</h2>", *_origin(result)]

@@ -1,7 +1,6 @@
 """Summarise a result, and format its table for people."""
 
 import dataclasses
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import DENSE, ClassScores, Scores, class_report
 from simclr_dist.evaluate.signals import flat, meanings
 from simclr_dist.method.distributed import World
+from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import DataError
 
 Result = dict[str, Any]
@@ -41,25 +41,23 @@ def summary(result: Result) -> dict[str, dict[str, float]]:
 
 def table(result: Result) -> str:
     """Format top-1 % by protocol: raw pixels, untrained and trained encoder. It adds what a reader must know beside it."""
-    encoder, train, test, parts = result["encoder"], result["train"], result["test"], result["protocols"]
+    encoder, parts = result["encoder"], result["protocols"]
     trained = f"trained encoder, step {encoder['step']}" if not encoder["weights"] else "published encoder"
     trained += "" if encoder["init"] == "random" else f", started from {encoder['init']}"
     labels = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: trained}
     layer = "" if encoder["layer"] == "h" else f", layer {encoder['layer']}"
     lines = [f"{encoder['name']}, width {encoder['width']}{layer}, {encoder['file']}"]
     if not parts:
-        lines.append(f"{train['images']} training and {test['images']} test images, none with a label")
-        good = meanings(result["signals"])
-        for name, value in flat(result["signals"]).items():
-            plain = f"{value:.3f}" if isinstance(value, float) else value
-            lines.append(f"{name}: {plain}" + (f" ({good[name]})" if name in good else ""))
+        lines.append(counts(result))
+        for name, trained, untrained, good in signal_rows(result):
+            plain, beside = (f"{value:.3f}" if isinstance(value, float) else value for value in (trained, untrained))
+            lines.append(f"{name}: {plain}" + (f", untrained {beside}" if beside is not None else "") + (good and f" ({good})"))
         return "\n".join(lines)
     lines += leak(result)
     names = [name for name in labels if any(name in part["results"] for part in parts.values())]
     width = max(len(labels[name]) for name in [*names, TRAINED])
     lines += [
-        f"{train['labelled']} training and {test['labelled']} test images, {result['classes']} classes, "
-        f"largest class {result['largest_class_percent']:.1f} % of the test images",
+        f"{counts(result)}, largest class {result['largest_class_percent']:.1f} % of the test images",
         f"{'top-1 %':<{width}}" + "".join(f"  {NAMES[protocol]:>6}" for protocol in parts),
     ]
     for name in names:
@@ -70,6 +68,21 @@ def table(result: Result) -> str:
     lines.append(f"95 % intervals of the trained encoder: {', '.join(ranges)}")
     lines += _protocol_notes(result, labels)
     return "\n".join([*lines, *unlabelled(result)])
+
+
+def counts(result: Result) -> str:
+    """Count the images that were measured, and their classes."""
+    which, of = ("labelled", f"{result['classes']} classes") if result["classes"] else ("images", "none with a label")
+    return f"{result['train'][which]} training and {result['test'][which]} test images, {of}"
+
+
+def signal_rows(result: Result) -> list[tuple[str, Any, Any, str]]:
+    """List the signals: name, trained, untrained, and what is good."""
+    measured, beside = result["signals"], flat(result.get("untrained_signals") or {})
+    good = meanings(measured)
+    return [
+        (name, value, beside.get(name) if name in good else None, good.get(name, "")) for name, value in flat(measured).items()
+    ]
 
 
 def leak(result: Result) -> list[str]:
@@ -91,13 +104,16 @@ def _protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
     lines, parts = [], result["protocols"]
     if knn := parts.get("knn"):
         k, used, temperature = (knn["settings"][name] for name in ("k", "k_used", "temperature"))
-        every = "" if used == k else f" (all training images; {k} asked)"
+        images = result["train"]["labelled"]
+        of = "" if used == k <= images / 2 else f" (of {images} training images)"
+        every = f" (all training images; {k} asked)" if used == images < k else of
         lines.append(f"kNN: k={used}{every}, temperature {temperature:g}")
     if linear := parts.get("linear"):
         rows = linear["results"]
         chosen = any(row["choice"] for row in rows.values())
         penalties = ", ".join(f"{row['l2']:.2g} ({name.replace('_', ' ')})" for name, row in rows.items())
         lines.append(f"linear: l2 {penalties}{', chosen on training images' if chosen else ''}")
+        lines += _choices({name: row["choice"] for name, row in rows.items() if (row["choice"] or {}).get("runner_up")})
         if ends := [labels[name] for name, row in rows.items() if row["choice"] and row["choice"]["at_edge"]]:
             grid = next(row["choice"]["grid"] for row in rows.values() if row["choice"])
             tried = f"what was tried ({grid[0]:.2g} to {grid[-1]:.2g})"
@@ -122,10 +138,24 @@ def _protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
     return lines
 
 
+def _choices(choices: dict[str, dict[str, Any]]) -> list[str]:
+    """Say how sure the choice of each l2 is."""
+    if not choices:
+        return []
+    one = next(iter(choices.values()))
+    if one["folds"] > 1:
+        how, unit = f"cross-entropy, each of {one['validation_rows']} images held out once in {one['folds']} folds", ""
+    else:
+        how, unit = f"top-1 of {one['validation_rows']} images held out", " points"
+    behind = {name: f"{one['margin']:.2g} ± {one['margin_error']:.1g}{unit}" for name, one in choices.items()}
+    nexts = (f"{one['runner_up']:.2g} ({name.replace('_', ' ')}, worse by {behind[name]})" for name, one in choices.items())
+    return [f"linear: l2 by {how}; next best, with the standard error: {', '.join(nexts)}"]
+
+
 def hardware(world: World) -> dict[str, Any]:
     """Describe what the speed and the last digits depend on."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name()
-    return {"device": device, "world_size": world.size, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"device": device, "world_size": world.size, "cpus": cores(), "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import submitit
 from simclr_dist.launch.slurm.requeue import Kind, go_on, settle
 from simclr_dist.launch.supervisor import supervise
 from simclr_dist.system import signals
+from simclr_dist.system.cores import threads_a_rank
 from simclr_dist.system.errors import PREEMPTED
 from simclr_dist.system.slurm_job import job_id, restart_count
 
@@ -80,6 +81,7 @@ def rank_variables(task: submitit.JobEnvironment) -> dict[str, str]:
         "MASTER_ADDR": task.hostnames[0] if task.cluster == "slurm" else "127.0.0.1",
         "MASTER_PORT": str(20_000 + (job * 101 + restart * 13) % 20_000),  # the same for all tasks, another for the next start
     }
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
+    if "OMP_NUM_THREADS" not in os.environ:
+        share = str(threads_a_rank(task.num_tasks // task.num_nodes))
+        variables["OMP_NUM_THREADS"] = os.environ.get("SLURM_CPUS_PER_TASK", share)
     return variables

@@ -24,6 +24,10 @@ _RESOURCES = set(re.findall(r"\S+", """
     sockets-per-node spread-job spread-segments switches thread-spec threads-per-core time-min tmp tres-bind tres-per-task
     use-min-nodes wait-all-nodes wckey
 """))  # fmt: skip
+# Those of them that take whole machines, or name several: a job of one rank leaves them out.
+_OF_MACHINES = set(re.findall(r"\S+", """
+    consolidate-segments core-spec exclusive mincpus nodelist segment spread-segments thread-spec
+"""))  # fmt: skip
 # Variables that only choose among what is there. Others of the same families load a library, run or write a file:
 # NCCL_NET_PLUGIN, OMP_TOOL_LIBRARIES, TORCH_EXTENSIONS_DIR, UCX_MODULE_DIR, FI_PROVIDER_PATH, NCCL_DEBUG_FILE.
 _HARMLESS = {
@@ -143,6 +147,18 @@ class Profile:
     def minutes(self) -> int:
         """Return the time limit in minutes, rounded up."""
         return -(-_seconds(self.time) // 60)
+
+    @property
+    def of_one_rank(self) -> "Profile":
+        """Return what a job of one rank asks for. It is a rank's share of a machine; of all its memory, SLURM's share."""
+        extra = {name: value for name, value in self.extra.items() if name not in _OF_MACHINES}
+        for name, count in (("gpus", r"(^|:)\d+.*"), ("gres", r"(\bgpu(?::[a-z]\w*)?:)\d+")):
+            if isinstance(value := extra.get(name), str):
+                extra[name] = re.sub(count, r"\g<1>1", value)
+        memory = self.memory_gb / self.tasks if self.memory_gb else None
+        return dataclasses.replace(
+            self, nodes=1, gpus_per_node=min(self.gpus_per_node, 1), tasks_per_node=1, memory_gb=memory, extra=extra
+        )
 
 
 def load_profile(path: str | Path, *, allow_setup: bool = False) -> Profile:

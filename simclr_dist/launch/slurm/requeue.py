@@ -56,7 +56,7 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     if not (crash or status):
         why = "stopped"
     saved = _progress(run, kind)
-    decision = decide([*_requeued(run, kind, job), Ended(crash, saved)], max_restarts)
+    decision = decide([*_requeued(run, kind, job), Ended(crash, saved, disk=status.get("disk", False))], max_restarts)
     if not decision.again:
         times = max(1, decision.fruitless)
         what = f"{times} {'crashes' if crash else 'stops'} in a row at step {saved}; the last: {why}"

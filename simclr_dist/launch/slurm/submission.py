@@ -56,10 +56,8 @@ def prepare(
         raise ConfigError(f"run_folder: {str(run)!r}, or the working directory: a container mounts none with a comma or colon")
     check_run_folder(config)
     samples = count_images(config.data.shards, config.data.samples, beside=folder)
-    check_fits(config, samples, profile.world_size)
     done, total = newest_step(run), config.total_steps(samples)
-    if done > total:
-        raise ConfigError(f"steps: {run} has done {done} already, more than the {total} asked for")
+    check_fits(config, samples, profile.world_size, done)
     if profiled is not None:
         profiled.check(profile.world_size)
         if not profiled.steps(done, total):

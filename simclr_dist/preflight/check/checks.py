@@ -8,11 +8,10 @@ import torch
 from simclr_dist.config.settings import Config
 from simclr_dist.launch.slurm import settings
 from simclr_dist.method.distributed import World, all_gather_objects, process_group
-from simclr_dist.method.model import build_simclr
 from simclr_dist.preflight.check import disks, machines
 from simclr_dist.preflight.check.findings import NAMES, Finding, failed, table
 from simclr_dist.preflight.check.gradient import SMALL, gradient_report
-from simclr_dist.preflight.plan.memory import OPTIMIZER_BUFFERS
+from simclr_dist.train.state import saved_bytes
 
 
 def run_checks(config: Config | None, world: World, only: Sequence[str] = NAMES) -> tuple[list[Finding], str]:
@@ -31,7 +30,7 @@ def run_checks(config: Config | None, world: World, only: Sequence[str] = NAMES)
         findings += machines.memory(config, world)
     seconds = 0.0
     if config is not None and ("folder" in only or "slurm" in only):
-        of_folder, seconds = disks.folder(config, world, _checkpoint_bytes(config))
+        of_folder, seconds = disks.folder(config, world, *saved_bytes(config))
         findings += of_folder if "folder" in only else []
     if "slurm" in only:
         findings += all_gather_objects(_slurm(seconds) if world.is_main else [])[0]
@@ -56,13 +55,6 @@ def _slurm(checkpoint_seconds: float) -> list[Finding]:
         enough = f"{place}: a stop leaves time for a checkpoint ({checkpoint_seconds:.0f} s), and requeues"
         return [Finding("slurm", "ok", enough)]
     return [Finding("slurm", "failure" if d.fatal else "warning", f"{place}: {d.problem}", d.cure) for d in dangers]
-
-
-def _checkpoint_bytes(config: Config) -> float:
-    with torch.device("meta"):
-        model = build_simclr(**config.model.shape)
-    parameters = sum(p.numel() for p in model.parameters())
-    return float(parameters * config.number_bytes * (1 + OPTIMIZER_BUFFERS.get(config.optim.name, 2)))
 
 
 def check_ranks(config: Config | None, only: Sequence[str]) -> tuple[bool, str]:

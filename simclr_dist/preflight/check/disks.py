@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from simclr_dist.config.settings import Config
-from simclr_dist.config.together import check_fits
+from simclr_dist.config.together import check_fits, doubts
+from simclr_dist.data.collection import count_images
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.method.distributed import World, all_gather_objects
 from simclr_dist.preflight.check.findings import Finding, place_of
-from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.run.folder import check_room, check_run_folder, existing_part, newest_step, stored_config
+from simclr_dist.system.errors import ConfigError, DataError, UserError, reason_of
 from simclr_dist.system.files import write_atomically
+from simclr_dist.train.describe import rate_doubt, view_settings
 
 _SAMPLES = 64  # images that each rank reads and compares with their sha256
 _WRITTEN_BYTES = 64 * 2**20
@@ -52,24 +55,26 @@ def shards(config: Config, world: World) -> list[Finding]:
         return [Finding("shards", "failure", f"{config.data.shards}: not the same images on every rank", "copy them anew")]
     if misfit is not None:  # on every rank, since the manifest is the same
         return [Finding("shards", "failure", *misfit)]
-    return [Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {min(rates):.0f} MiB/s")]
+    side, short_side = view_settings(config).image_size, images.manifest.short_side
+    return [
+        Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {min(rates):.0f} MiB/s"),
+        *(Finding("shards", "warning", doubt) for doubt in doubts(config, len(images), world.size, side, short_side)),
+    ]
 
 
 def _misfit(config: Config, images: int, world: World) -> tuple[str, str] | None:
     """Say why images and ranks do not fit, and the cure."""
     try:
-        check_fits(config, images, world.size)
+        check_fits(config, images, world.size, newest_step(Path(config.run_folder)))
     except ConfigError as error:
         cure = "lower global_batch_size, or shard more images" if config.global_batch_size > images else "change that setting"
         return str(error), f"nothing is wrong with the shards: {cure}"
     return None
 
 
-def folder(config: Config, world: World, checkpoint_bytes: float) -> tuple[list[Finding], float]:
-    """Check that all ranks see the run folder. Returns (findings, seconds of a checkpoint)."""
-    parent = Path(config.run_folder).absolute()
-    while not os.path.lexists(parent):  # a file in the way is kept: it is what cannot be written to
-        parent = parent.parent
+def folder(config: Config, world: World, checkpoint_bytes: float, encoder_bytes: float) -> tuple[list[Finding], float]:
+    """Check that all ranks see the run folder, with room. Returns (findings, seconds of a checkpoint)."""
+    parent = existing_part(Path(config.run_folder)).absolute()
     names = f".check-{secrets.token_hex(8)}", secrets.token_hex(16)
     name, token = all_gather_objects(names)[0]
     place = parent / name
@@ -89,7 +94,21 @@ def folder(config: Config, world: World, checkpoint_bytes: float) -> tuple[list[
         return [Finding("folder", "failure", f"{rank}: {line}", cure) for rank in blind_ranks], seconds
     speed = checkpoint_bytes / seconds / 2**20
     line = f"{parent} is seen by all ranks; write + fsync {speed:.0f} MiB/s: a checkpoint takes {seconds:.1f} s"
-    return [Finding("folder", "ok", line)], seconds
+    amiss = _as_train_says(config, checkpoint_bytes, encoder_bytes) if world.is_main else []
+    return all_gather_objects(amiss)[0] or [Finding("folder", "ok", line)], seconds
+
+
+def _as_train_says(config: Config, checkpoint_bytes: float, encoder_bytes: float) -> list[Finding]:
+    """List what `train` would refuse of the run folder, or warn of."""
+    run = Path(config.run_folder)
+    try:
+        before = stored_config(run) if check_run_folder(config, held=True) else None
+        samples = count_images(config.data.shards, config.data.samples)
+        check_room(config, config.total_steps(samples), checkpoint_bytes, encoder_bytes)
+    except UserError as error:
+        return [Finding("folder", "failure", str(error), "`train` refuses it with this line")]
+    doubt = before and rate_doubt(before, config, samples, newest_step(run))
+    return [Finding("folder", "warning", doubt)] if doubt else []
 
 
 def _write(place: Path, token: str, checkpoint_bytes: float) -> tuple[float, str | None]:

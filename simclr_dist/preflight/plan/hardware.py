@@ -75,7 +75,7 @@ def gpu(text: str) -> Gpu:
     size = _number(text, _SIZES)
     if size is None:
         near = suggest(text.lower(), list(_GPUS))
-        raise ConfigError(f"--gpu: {text!r} is unknown{near}; known: {', '.join(_GPUS)}, or as 24GiB")
+        raise ConfigError(f"--gpu: {text!r} is unknown{near}; known: {', '.join(_GPUS)}, or its memory, as 24GiB")
     if size <= RESERVED_BYTES:
         raise ConfigError(f"--gpu: {text!r} is less than the {RESERVED_BYTES / GIB:g} GiB that CUDA and NCCL take themselves")
     return Gpu(text, size, {})

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from simclr_dist.config.settings import Config
 from simclr_dist.method.distributed import GLOO_MESSAGE_BYTES
+from simclr_dist.method.optim import OPTIMIZER_BUFFERS
 from simclr_dist.preflight.plan.trace import Footprint
 from simclr_dist.preflight.plan.traffic import BUCKET_BYTES
 from simclr_dist.preflight.shared_memory import cut
 
-OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "adamw": 2}
 _TILE_BYTES = 2**20  # of the loss on a CPU thread; Triton's kernels on CUDA keep theirs on the chip
 # Copies of a view's images while colour and blur work: one, one in the order of the hues, five of the blurred half.
 _COLOURING = 4.5

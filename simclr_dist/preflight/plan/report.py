@@ -210,17 +210,15 @@ def _speed_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
-    keep, each = plan.config.checkpoint, checkpoint_bytes(plan.config, plan.footprint)
+    each = checkpoint_bytes(plan.config, plan.footprint)
     shards = "not known: they are not here" if plan.shards is None else _size(plan.shards)
     if each is None:
         return [("disk: shards", shards), ("disk: checkpoints", f"not known for {plan.config.optim.name}")]
-    saves = -(-plan.total_steps // keep.every)
-    kept = min(keep.keep_last, saves) + (plan.total_steps // keep.keep_every if keep.keep_every else 0)
-    exports = 1 + (plan.total_steps // keep.export_every if keep.export_every else 0)
+    kept, exports = plan.config.files_kept(plan.total_steps)
     encoder = plan.footprint.parameters * plan.config.number_bytes
     return [
         ("disk: shards", shards),
-        ("disk: checkpoints", f"{_size((kept + 1) * each)} at most: {kept} of {_size(each)}, and one that is being written"),
+        ("disk: checkpoints", f"{_size(kept * each)} at most: {kept} of {_size(each)}, with one that is being written"),
         ("disk: encoders", f"{_size(exports * encoder)}: {exports} of {_size(encoder)}"),
     ]
 

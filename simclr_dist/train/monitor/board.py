@@ -5,10 +5,12 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import RecordWriter
@@ -77,13 +79,16 @@ def cosine_histogram(name: str, values: Tensor) -> Any:
 
 
 class EventFile:
-    """TensorBoard's file of this start.
+    """TensorBoard's file of this start. Events of earlier starts from `purge_step` on are cut off before its first.
+
+    TensorBoard's default loader keeps them otherwise: it obeys no session's start.
 
     Written at once and in this thread. SummaryWriter ends for good, with a traceback, when the disk is full for a moment.
     A kill takes what waits in its queue.
     """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self._purge_step = purge_step
         self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._opening = [
             Event(wall_time=time.time(), file_version="brain.Event:2"),
@@ -92,9 +97,25 @@ class EventFile:
 
     def add(self, summaries: Iterable[Any], step: int) -> None:
         """Write all of the summaries or none. Raises OSError when the disk does not take them."""
+        for earlier in self.path.parent.glob("events.out.tfevents.*") if self._opening else ():
+            if earlier != self.path:
+                _cut(earlier, self._purge_step)
         records = io.BytesIO()
         for event in [*self._opening, *(Event(wall_time=time.time(), step=step, summary=summary) for summary in summaries)]:
             RecordWriter(records).write(event.SerializeToString())
         self.path.parent.mkdir(exist_ok=True)
         append(self.path, records.getvalue())
         self._opening = []
+
+
+def _cut(path: Path, step: int) -> None:
+    """Cut an event file before the first event of `step` or later."""
+    with path.open("r+b") as file, suppress(DecodeError):  # what follows a damaged event is not shown either
+        end, at = file.seek(0, os.SEEK_END), 0
+        while at < end:  # a record: its length in 8 bytes, a checksum, the event, a checksum
+            file.seek(at)
+            length = int.from_bytes(file.read(12)[:8], "little")
+            if Event.FromString(file.read(min(length, end))).step >= step:
+                file.truncate(at)
+                break
+            at += length + 16

@@ -49,7 +49,7 @@ class Monitor:
         self._alarms = Alarms(warmup_steps=warmup_steps, hosts=hosts)
         self._board: EventFile | None = None
         if tensorboard:
-            # Events of a killed run from after its checkpoint are purged, so the curves stay monotone.
+            # What a killed start wrote after the checkpoint is written again, or is no part of this run.
             self._board = EventFile(run / "tb", purge_step=first_step + 1)
         self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():

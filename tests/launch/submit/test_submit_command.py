@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from submitit.helpers import DelayedSubmission
+from submitit.local.local import LocalJobEnvironment
 
 from simclr_dist.cli import submit as submit_command
 from simclr_dist.config.load import load_config
 from simclr_dist.config.strict_yaml import read_yaml
+from simclr_dist.launch.slurm.job import rank_variables
 from simclr_dist.run.claim import claim_run, heartbeat
 from simclr_dist.run.status import read_ledger, read_status, record_event, record_start, write_status
 from stand_ins import SBATCH, Command, StandIns, refused
@@ -88,6 +90,35 @@ def test_dry_run_shows_script_and_config_and_leaves_nothing(here: Path, no_slurm
     assert title == f"{here}/run/slurm/config.yaml"
     assert read_yaml(config, "shown").items() >= {"run_folder": f"{here}/run", "steps": 2}.items()
     assert sorted(path.name for path in here.iterdir()) == ["config.yaml", "profile.yaml", "shards"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "evaluation"),
+    [
+        (
+            "{gpus_per_node: 8, memory_gb: 0, cpus_per_task: 12, extra: {exclusive: true, nodelist: 'n[1-4]', nice: 5}}",
+            {"gpus-per-node=1", "cpus-per-task=12", "nice=5"},
+        ),
+        ("{gpus_per_node: 4, memory_gb: 512}", {"gpus-per-node=1", "mem=131072M"}),
+        (
+            "{gpus_per_node: 0, tasks_per_node: 8, extra: {gres: 'nvme:2,gpu:a100:8', gpus: 'a100:16', wckey: mine}}",
+            {"gres=nvme:2,gpu:a100:1", "gpus=a100:1", "wckey=mine"},
+        ),
+        ("{gpus_per_node: 0, tasks_per_node: 8, extra: {gres: gpu:8, gpus: 16}}", {"gres=gpu:1", "gpus=1"}),
+    ],
+)
+def test_an_evaluation_asks_for_a_ranks_share(
+    here: Path, no_slurm: StandIns, command: Command, profile: str, evaluation: set[str]
+) -> None:
+    (here / "mine.yaml").write_text(profile)
+    options = ["--profile", "mine.yaml", "--global_batch_size", "16", "--device", "auto", "--dry-run"]
+    code, out, err = command("config.yaml", *options, *EVAL)
+    assert (code, err) == (0, "")
+    lines = {
+        line.removeprefix("#SBATCH --") for line in out.partition("# ---- evaluation")[2].splitlines() if "#SBATCH" in line
+    }
+    ours = ("chdir", "dependency", "error", "job-name", "kill-on", "open-mode", "output", "requeue", "signal", "time")
+    assert {line for line in lines if not line.startswith(ours)} == {"nodes=1", "ntasks-per-node=1", *evaluation}
 
 
 def test_steps_are_profiled(here: Path, slurm: StandIns, command: Command) -> None:
@@ -520,6 +551,19 @@ def nobody_left(session: int) -> bool:
         if int(fields[3]) == session and fields[0] != "Z":
             return False
     return True
+
+
+def test_ranks_of_a_job_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SUBMITIT_LOCAL_JOB_ID", "7"), ("SUBMITIT_LOCAL_NTASKS", "4"), ("SUBMITIT_LOCAL_JOB_NUM_NODES", "2")):
+        monkeypatch.setenv(name, value)
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("simclr_dist.system.cores.cores", lambda: 16)
+    assert rank_variables(LocalJobEnvironment())["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert rank_variables(LocalJobEnvironment())["OMP_NUM_THREADS"] == "3", "what the job was given"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "OMP_NUM_THREADS" not in rank_variables(LocalJobEnvironment()), "the user's own"
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """`simclr-dist check`: every check is seen to fail on what it is there for, broken for real."""
 
 import dataclasses
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import torch
 
 import ranks
 import training_runs
-from simclr_dist.config.settings import Config, DataConfig, OptimConfig
+from simclr_dist.config.settings import Config, DataConfig, OptimConfig, ViewsConfig
+from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.method.distributed import World
 from simclr_dist.preflight.check import disks, machines
@@ -31,7 +34,8 @@ def _rows(findings: Sequence[Finding]) -> list[list[str]]:
 def _config(folder: Path) -> Config:
     data = DataConfig(shards=str(folder / "shards"))
     optim = OptimConfig(warmup_steps=0)
-    return Config(run_folder=str(folder / "runs/new"), global_batch_size=8, steps=1, data=data, optim=optim)
+    views = ViewsConfig(preset="small", image_size=16)
+    return Config(run_folder=str(folder / "runs/new"), global_batch_size=8, steps=1, data=data, views=views, optim=optim)
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def test_two_sound_ranks(folder: Path) -> None:
 
 def test_a_file_in_the_way_of_the_run_folder(folder: Path) -> None:
     (folder / "runs").write_text("no folder")
-    [[finding], _] = disks.folder(_config(folder), World(0, 1, 0, torch.device("cpu")), 1000.0)
+    [[finding], _] = disks.folder(_config(folder), World(0, 1, 0, torch.device("cpu")), 1000.0, 1000.0)
     assert (finding.level, finding.seen) == ("failure", f"rank 0: {folder}/runs: Not a directory")
 
 
@@ -171,11 +175,43 @@ def test_a_batch_that_the_shards_cannot_fill_is_not_blamed_on_them(
         assert "copy them anew" in rows[0][3]
 
 
+def test_what_is_seldom_meant_is_a_warning(folder: Path) -> None:
+    one = World(0, 1, 0, torch.device("cpu"))
+    assert [level for _, level, _, _ in _shards(one, _config(folder), "")] == ["ok"]
+    config = dataclasses.replace(_config(folder), global_batch_size=205, views=ViewsConfig(preset="small", image_size=32))
+    rows = _shards(one, config, "")
+    assert [level for _, level, _, _ in rows] == ["ok", "warning", "warning"]
+    assert "a step takes 100 % of the 205 images" in rows[1][2]
+    assert "views.image_size: 32: is more than the images have: the median's short side is 18 pixels" in rows[2][2]
+
+
+def test_what_train_refuses_of_the_folder_is_a_failure_and_another_length_a_warning(folder: Path) -> None:
+    one, config = World(0, 1, 0, torch.device("cpu")), dataclasses.replace(_config(folder), steps=40)
+    run, sizes = Path(config.run_folder), (1000.0, 1000.0)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(write_yaml(config.to_dict()))
+    (run / "checkpoints/step-00000010.json").write_text("{}")
+    [[finding], _] = disks.folder(config, one, *sizes)
+    assert finding.level == "ok"
+    [[finding], _] = disks.folder(dataclasses.replace(config, steps=20), one, *sizes)
+    assert finding.level == "warning"
+    rates = [0.3 * 8 / 256 * 0.5 * (1 + math.cos(math.pi * 10 / total)) for total in (40, 20)]
+    line = (
+        f"steps: 20: 20 steps and not 40 as before, so the learning rate goes from {rates[0]:.4g} to {rates[1]:.4g} at step 10"
+    )
+    assert finding.seen == line
+    for change, line in (({"seed": 1}, r"run_folder: .*holds another run \(seed: 0 -> 1\)"), ({"steps": 20}, "its files need")):
+        big = sizes if "seed" in change else (2.0**60, 2.0**60)
+        findings = disks._as_train_says(dataclasses.replace(config, **change), *big)
+        assert [finding.level for finding in findings] == ["failure"]
+        assert re.search(line, findings[0].seen)
+
+
 def _folder(here: World, config: Config, other: str) -> list[list[str]]:
     if here.rank and other:
         config = dataclasses.replace(config, run_folder=other)
     with mock.patch.object(disks, "_VISIBLE_SECONDS", 0.3):
-        return _rows(disks.folder(config, here, 1e6)[0])
+        return _rows(disks.folder(config, here, 1e6, 1e6)[0])
 
 
 def test_a_run_folder_that_is_not_shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -234,3 +234,8 @@ def test_names_and_units() -> None:
             parse(wrong)
     with pytest.raises(ConfigError, match="did you mean 'h100'"):
         gpu("h1000")
+    with pytest.raises(ConfigError, match="'a100' is unknown; did you mean 'a100-40'"):
+        gpu("a100")
+    for other in ("a6000", "h800", "mi300x", "b100"):  # none of those that are listed
+        with pytest.raises(ConfigError, match=f"'{other}' is unknown; known: t4, .*, or its memory, as 24GiB$"):
+            gpu(other)

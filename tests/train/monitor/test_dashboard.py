@@ -1,52 +1,25 @@
 """TensorBoard's own view of a run, asked over its HTTP interface; and what the pictures cost in between: nothing."""
 
 import contextlib
-import json
-import re
-import subprocess
-import sys
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.tensorboard.summary import scalar
 
 import training_runs as runs
+from board_server import ask, server, steps
 from host_sync import no_host_sync
 from simclr_dist.cli.train import main
 from simclr_dist.train import loop
-from simclr_dist.train.monitor.board import LAYOUT, SAMPLE, cosine_histogram, cosines
+from simclr_dist.train.monitor.board import LAYOUT, SAMPLE, EventFile, cosine_histogram, cosines
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_shards(tmp_path_factory.mktemp("images"))
-
-
-@contextlib.contextmanager
-def server(folder: Path, log: Path) -> Iterator[str]:
-    """TensorBoard on a free port of the loopback; its address."""
-    options = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false", "--reload_interval", "0"]
-    with log.open("w") as output:
-        process = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *options], stdout=output, stderr=output)
-    try:
-        runs.until(lambda: process.poll() is not None or bool(re.search(r"at (http://\S+)", log.read_text())), 500.0)
-        found = re.search(r"at (http://\S+)", log.read_text())
-        assert found, log.read_text()
-        yield found[1].rstrip("/") + "/"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def ask(address: str, route: str, **query: Any) -> Any:
-    with urllib.request.urlopen(f"{address}data/{route}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
-        body = answer.read()
-    return json.loads(body) if answer.headers["Content-Type"].startswith("application/json") else body
 
 
 def test_the_board_of_a_resumed_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +32,8 @@ def test_the_board_of_a_resumed_run(shards: Path, tmp_path: Path, monkeypatch: p
         path.unlink()
     assert main([config, "--steps", "9"]) == 0
     with server(Path("run/tb"), tmp_path / "tensorboard.log") as address:
-        deadline = time.monotonic() + 120
-        while not (names := ask(address, "runs")) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert names == ["."]
+        runs.until(lambda: bool(ask(address, "plugin/text/tags").get(".")), 120.0)
+        assert ask(address, "runs") == ["."]
 
         tags = set(ask(address, "plugin/scalars/tags")["."])
         points = ask(address, "plugin/scalars/scalars", tag="loss/nt_xent", run=".")
@@ -92,14 +63,31 @@ def test_the_board_of_a_resumed_run(shards: Path, tmp_path: Path, monkeypatch: p
         assert ask(address, f"plugin/images/individualImage?{shown[0]['query']}&")[:4] == b"\x89PNG"
 
         assert set(ask(address, "plugin/histograms/tags")["."]) == {"cosine/partners", "cosine/others"}
-        steps = ask(address, "plugin/histograms/histograms", tag="cosine/others", run=".")
-        assert [step for _, step, _ in steps] == list(range(1, 10))
-        assert sum(count for _, _, count in steps[-1][2]) == pytest.approx(24 * 23)
+        bins = ask(address, "plugin/histograms/histograms", tag="cosine/others", run=".")
+        assert [step for _, step, _ in bins] == list(range(1, 10))
+        assert sum(count for _, _, count in bins[-1][2]) == pytest.approx(24 * 23)
 
         (tag,) = ask(address, "plugin/text/tags")["."]
         text = ask(address, "plugin/text/text", tag=tag, run=".")[-1]["text"]
         for word in ("205 images, 8 steps an epoch", "global_batch_size: 24", "command"):
             assert word in text
+
+
+def test_what_lies_past_the_checkpoint_is_cut(tmp_path: Path) -> None:
+    """By the loader that users get: steps that are not written again, a tag without an earlier step, and a damaged file."""
+    killed = EventFile(tmp_path / "tb", purge_step=1)
+    for step in range(1, 13):
+        killed.add([scalar("loss", step)], step)
+    killed.add([scalar("probe/knn_top1", 50.0)], 12)
+    (damaged := tmp_path / "tb" / "events.out.tfevents.1.damaged").write_bytes(b"no event" * 100)
+    resumed = EventFile(tmp_path / "tb", purge_step=6)
+    for step in (8, 12):
+        resumed.add([scalar("loss", step)], step)
+    assert damaged.read_bytes() == b"no event" * 100
+    damaged.unlink()
+    with server(tmp_path / "tb", tmp_path / "log") as address:
+        runs.until(lambda: any(12 in of_tag for of_tag in steps(address).values()), 120.0)
+        assert steps(address) == {(".", "loss"): [1, 2, 3, 4, 5, 8, 12]}
 
 
 def test_cosines_of_a_sample() -> None:
