@@ -76,7 +76,7 @@ def _watching(learner: Learner, views: torch.Tensor, config: Config, device: tor
         """CPU seconds, wall seconds, and those within the monitoring at the end."""
         nonlocal number
         # Without: no clock at all, which the type of a timer does not foresee.
-        learner.local_timer = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]
+        learner.local_timer = watch if watched else contextlib.nullcontext()  # type: ignore[assignment]  # a timer that does nothing
         steps: Any = range(config.log.every)
         _wait(device)
         cpu, wall = time.process_time(), time.perf_counter()

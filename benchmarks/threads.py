@@ -33,7 +33,7 @@ from PIL import Image
 
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.launch.supervisor import children
-from simclr_dist.system.cores import cores
+from simclr_dist.system.machine import cores
 
 DEFAULT = "default"
 SETTINGS = {"spinning": {"GOMP_SPINCOUNT": "300000"}, DEFAULT: {}, "one thread": {"OMP_NUM_THREADS": "1"}}

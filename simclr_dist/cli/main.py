@@ -14,8 +14,8 @@ from simclr_dist.cli import check, demo, embed, eval, export, finetune, manual, 
 from simclr_dist.cli.completion import SHELLS, complete, script
 from simclr_dist.cli.exits import exit_code, refused, under_torchrun
 from simclr_dist.system import stdout
-from simclr_dist.system.cores import wait_without_spinning
 from simclr_dist.system.errors import OutputError, say
+from simclr_dist.system.machine import wait_without_spinning
 from simclr_dist.system.version import describe
 
 _INTERRUPTED, _READER_GONE = 130, 141  # as a shell has it: 128 and SIGINT, 128 and SIGPIPE

@@ -124,7 +124,7 @@ def reader(hint: Any) -> Callable[[str], Any]:
 def complete_with(action: argparse.Action, words: Sequence[str] | Callable[..., Sequence[str]]) -> None:
     """Have argcomplete offer these words for an option's value. A function makes them when a shell asks."""
     if words:  # argcomplete looks for an attribute that argparse does not know
-        action.completer = words if callable(words) else lambda **_: words  # type: ignore[attr-defined]
+        action.completer = words if callable(words) else lambda **_: words  # type: ignore[attr-defined]  # argcomplete reads it
 
 
 def _help_of(cls: type, key: str) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.options import add_settings, at_least, settings_from
 from simclr_dist.convert.settings import ShardSettings
-from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import ConfigError, DataError
+from simclr_dist.system.machine import cores
 
 if TYPE_CHECKING:
     from simclr_dist.convert.finished import ShardSummary

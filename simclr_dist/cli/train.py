@@ -14,8 +14,8 @@ from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.system import signals
-from simclr_dist.system.cores import wait_without_spinning
 from simclr_dist.system.errors import PREEMPTED, ConfigError, say
+from simclr_dist.system.machine import wait_without_spinning
 from simclr_dist.system.ranks import read_place
 from simclr_dist.train.profiling import parse_profile, take_profile
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(arguments.config, overrides, options=options)
     nodes = _meeting(arguments, config)
     from simclr_dist.data.collection import count_images, find_tars
-    from simclr_dist.data.views.draws import PRESETS
+    from simclr_dist.data.views.draws import view_side
     from simclr_dist.run.folder import check_run_folder, newest_step
 
     check_run_folder(config, held=nodes is not None)  # the machines that this one joins may have begun
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ConfigError(f"--processes: {processes} ranks need a GPU each, and this machine has {gpus}; or set device: cpu")
     for number in machines:
         check_fits(config, samples, number * processes)
-        check_machine(config, config.views.image_size or PRESETS[config.views.preset].image_size, processes, number * processes)
+        check_machine(config, view_side(config.views.preset, config.views.image_size), processes, number * processes)
     _check_shared_memory(config, machines[-1] * processes, processes, pinned=config.device != "cpu")
     tell_start(processes)
     command = ["-m", "simclr_dist.train", arguments.config, *(profile.options if profile else []), *overrides]

@@ -20,8 +20,8 @@ from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
 from simclr_dist.data.pixels.images import prepare_image
-from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.machine import cores
 
 _UNREADABLE = "a name that is no printable text"
 

@@ -18,8 +18,8 @@ from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from simclr_dist.data.pixels.images import prepare_image
-from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.machine import cores
 
 _Members = dict[int, tuple[str, int]]  # name and size by place
 

@@ -20,7 +20,7 @@ from typing import Any
 from simclr_dist.convert.sources.originals import ReadError
 from simclr_dist.data.portions import MORE_SHARED_MEMORY, SHARED_MEMORY
 from simclr_dist.system import signals
-from simclr_dist.system.cores import cores
+from simclr_dist.system.machine import cores
 
 _SILENT_SECONDS = 600.0  # without a result, and without computing
 _END_SECONDS = 5.0  # that workers have to finish what they do

@@ -211,8 +211,8 @@ def file_digest(path: str | Path) -> str:
 
 def with_card(encoder: nn.Module, card: Card, device: str | torch.device) -> nn.Module:
     """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`. `.preprocess` makes its input."""
-    encoder.card = card  # type: ignore[assignment]
-    encoder.preprocess = partial(preprocess, card)  # type: ignore[assignment]
+    encoder.card = card  # type: ignore[assignment]  # torch types attributes as tensors or modules
+    encoder.preprocess = partial(preprocess, card)  # type: ignore[assignment]  # the same
     return encoder.to(device).eval().requires_grad_(False)
 
 

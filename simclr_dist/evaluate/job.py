@@ -150,7 +150,7 @@ def _load(encoder: str | Path | Foreign, layer: str, world: World) -> tuple[nn.M
             network = load_foreign(**dataclasses.asdict(encoder), device=world.device)
         else:
             network = load_encoder(encoder, world.device, layer)
-        card: Card = network.card  # type: ignore[assignment]
+        card: Card = network.card  # type: ignore[assignment]  # as with_card puts it there
         return network, card, training_views(card, f"{_file(encoder)}: its card")
     except DataError as error:
         raise EncoderError(str(error)) from None

@@ -24,8 +24,8 @@ from simclr_dist.run.folder import newest_step
 from simclr_dist.run.restarts import Ended, decide, pause_seconds
 from simclr_dist.run.status import End, name_cause, note_death, read_notes, read_status, record_event
 from simclr_dist.system import signals
-from simclr_dist.system.cores import threads_a_rank
 from simclr_dist.system.errors import LAST_WORD, PREEMPTED, say
+from simclr_dist.system.machine import threads_a_rank
 
 _REFUSED_SECONDS = 10.0  # the others mostly end with it, and rank 0 has a line to say and a status to write
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk

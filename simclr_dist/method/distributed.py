@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from simclr_dist.method.meeting import meet
-from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import LostRankError, RankError, SaveError, StoppedError, UserError
+from simclr_dist.system.machine import cores
 from simclr_dist.system.ranks import read_place
 
 T = TypeVar("T")

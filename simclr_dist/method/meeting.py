@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # its stubs lack them
 
 from simclr_dist.system import signals
 from simclr_dist.system.errors import LostRankError, RankError, StoppedError, reason_of, say

@@ -179,7 +179,7 @@ def _environment(run: Path) -> dict[str, Any]:
 def _check_parts(run: Path) -> None:
     for name, mode in (_FOLDERS | _FILES).items() if run.is_dir() else ():
         path = run / name
-        what, fits = ("folder", os.path.isdir(path)) if name in _FOLDERS else ("file", os.path.isfile(path))  # noqa: PTH112, PTH113
+        what, fits = ("folder", os.path.isdir(path)) if name in _FOLDERS else ("file", os.path.isfile(path))  # noqa: PTH112, PTH113 (Path's raise where a folder above is forbidden)
         if os.path.lexists(path) and not (fits and os.access(path, mode, effective_ids=True)):
             raise DataError(f"{path}: is no {what} that you can read and write; mend that, or move it elsewhere")
 

@@ -1,21 +1,59 @@
-"""Ask how much memory and how many processes this machine allows."""
+"""Ask what this process may use of its machine: cores, memory, processes. Rule its threads."""
 
+import math
 import os
 import resource
 from contextlib import suppress
 from pathlib import Path
 
-_CONTAINER = Path("/sys/fs/cgroup")
+_GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """Count the cores that this process may use. Its affinity bounds them, and the quotas of its control groups."""
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    with suppress(OSError):
+        for line in _MINE.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "cpu" in controllers.split(","):  # version 2 names none
+                group = _GROUPS / ("cpu" if controllers else "") / path[1:]
+                # A container sees its own group as the topmost, under a path that may be the host's.
+                counts += [_quota(each) for each in (group, *group.parents)]
+    return min(counts)
+
+
+def threads_a_rank(ranks: int) -> int:
+    """Return each rank's threads where `ranks` share this machine's cores."""
+    return max(1, cores() // ranks)
+
+
+def wait_without_spinning() -> None:
+    """Let threads that wait sleep. It holds for what is loaded later, and for children; a user's own value wins.
+
+    The OpenMP of torch's wheels (libgomp; KMP_BLOCKTIME is another's) spins for some ms after each region. Where anybody else
+    needs the core, a loader's worker or another rank, the thread that all wait for does not get it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _quota(group: Path) -> int:
+    """Return how many cores a control group may use. A part of a core counts as one: held back, threads still use it."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
+        with suppress(OSError, ValueError):  # not there; "max"
+            quota, period = (int(number) for file in files for number in (group / file).read_text().split())
+            if quota > 0:  # -1: none
+                return math.ceil(quota / period)
+    return os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
     """Return the bytes of memory, of the container if it has less."""
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits(_CONTAINER / "memory.max")])
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits(_GROUPS / "memory.max")])
 
 
 def most_processes() -> int:
     """Return how many processes a program may have, at the very most."""
-    most = [*_limits(Path("/proc/sys/kernel/pid_max")), *_limits(_CONTAINER / "pids.max"), 2**22]
+    most = [*_limits(Path("/proc/sys/kernel/pid_max")), *_limits(_GROUPS / "pids.max"), 2**22]
     of_user = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     return min([*most, of_user]) if os.geteuid() and of_user != resource.RLIM_INFINITY else min(most)
 

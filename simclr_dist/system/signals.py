@@ -74,11 +74,13 @@ def importing(code: int, line: str) -> Iterator[None]:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Import libraries inside, without the garbage collector. It finds nothing, and is a quarter of torch's import."""
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if before:
+            gc.enable()
 
 
 def ignore() -> None:

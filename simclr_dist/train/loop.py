@@ -1,6 +1,5 @@
 """Pre-train, top to bottom. Views -> z -> NT-Xent -> backward -> clip -> LARS at the scheduled rate -> log and save."""
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.encoder.names import encoder_path
-from simclr_dist.method.distributed import World, all_equal, lost_ranks_named, on_rank_0, set_timeout, together
+from simclr_dist.method.distributed import World, all_equal, local_ranks, lost_ranks_named, on_rank_0, set_timeout, together
 from simclr_dist.method.optim import learning_rate, step_unless
 from simclr_dist.run import checkpoint
 from simclr_dist.run.claim import Claim
@@ -53,8 +52,7 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     """
     images = together(lambda: open_images(config, world))
     check_fits(config, len(images), world.size)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    together(lambda: check_machine(config, view_settings(config).image_size, ranks, world.size))
+    together(lambda: check_machine(config, view_settings(config).image_size, local_ranks(), world.size))
     digest = data_identity(images)
     if not all_equal((digest, config.to_dict())):
         raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")

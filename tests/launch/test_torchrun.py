@@ -267,7 +267,7 @@ def test_one_rank_needs_no_torchrun(launched: Launched) -> None:
 
 def test_what_torchrun_is_given(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("simclr_dist.system.cores.cores", lambda: 16)
+    monkeypatch.setattr("simclr_dist.system.machine.cores", lambda: 16)
     _, agent = launched(ends("done", 0), processes=3)
     (command,) = agent.commands
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]

@@ -10,13 +10,13 @@ import pytest
 
 import training_runs as runs
 from simclr_dist.cli.main import main
-from simclr_dist.system import cores as machine
-from simclr_dist.system.cores import cores, threads_a_rank
+from simclr_dist.system import machine
+from simclr_dist.system.machine import cores, threads_a_rank
 
 COUNTS = """
 import torch
 from simclr_dist.method.distributed import process_group
-from simclr_dist.system.cores import cores
+from simclr_dist.system.machine import cores
 with process_group("cpu"):
     print(cores(), torch.get_num_threads())
 """

@@ -10,7 +10,7 @@ from simclr_dist.system import machine
 
 
 def test_the_least_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_CONTAINER", tmp_path)
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (77, 77))
     memory, processes = machine.memory_bytes(), machine.most_processes()

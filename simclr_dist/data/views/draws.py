@@ -95,6 +95,11 @@ def preset_views(preset: str, changes: Mapping[str, Any]) -> ViewSettings:
     return replace(PRESETS[preset], **values)
 
 
+def view_side(preset: str, image_size: int | None) -> int:
+    """Return the side of a view in pixels. It is the preset's where `image_size` is None."""
+    return image_size or PRESETS[preset].image_size
+
+
 class ViewDraws(NamedTuple):
     """The parameters of n views."""
 

@@ -13,8 +13,8 @@ from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import DENSE, ClassScores, Scores, class_report
 from simclr_dist.evaluate.signals import flat, meanings
 from simclr_dist.method.distributed import World
-from simclr_dist.system.cores import cores
 from simclr_dist.system.errors import DataError
+from simclr_dist.system.machine import cores
 
 Result = dict[str, Any]
 Say = Callable[[str], None]

@@ -11,8 +11,8 @@ import submitit
 from simclr_dist.launch.slurm.requeue import Kind, go_on, settle
 from simclr_dist.launch.supervisor import supervise
 from simclr_dist.system import signals
-from simclr_dist.system.cores import threads_a_rank
 from simclr_dist.system.errors import PREEMPTED
+from simclr_dist.system.machine import threads_a_rank
 from simclr_dist.system.slurm_job import job_id, restart_count
 
 

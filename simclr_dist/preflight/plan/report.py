@@ -10,7 +10,7 @@ from simclr_dist.config.settings import Config
 from simclr_dist.config.together import check_fits
 from simclr_dist.data.collection import count_images, names_tars
 from simclr_dist.data.remote.fetch import is_url
-from simclr_dist.data.views.draws import PRESETS
+from simclr_dist.data.views.draws import view_side
 from simclr_dist.preflight.plan import scaling, trace
 from simclr_dist.preflight.plan.hardware import GAPS, GIB, RESERVED_BYTES, UTILISATION, Gpu, Machines
 from simclr_dist.preflight.plan.memory import checkpoint_bytes
@@ -79,7 +79,7 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
         raise ConfigError(f"data.shards: {shards!r} is not here; give the number of images by --samples N")
     samples = count_images(shards, samples)
     check_fits(config, samples, world_size)
-    footprint = trace.footprint(config, config.views.image_size or PRESETS[config.views.preset].image_size)
+    footprint = trace.footprint(config, view_side(config.views.preset, config.views.image_size))
     others = scaling.WORLD_SIZES if machines.on_cuda else scaling.CPU_WORLD_SIZES
     return Plan(
         config,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import RecordWriter

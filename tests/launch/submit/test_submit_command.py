@@ -558,7 +558,7 @@ def test_ranks_of_a_job_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, value)
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("simclr_dist.system.cores.cores", lambda: 16)
+    monkeypatch.setattr("simclr_dist.system.machine.cores", lambda: 16)
     assert rank_variables(LocalJobEnvironment())["OMP_NUM_THREADS"] == "8"
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert rank_variables(LocalJobEnvironment())["OMP_NUM_THREADS"] == "3", "what the job was given"
