@@ -4,8 +4,9 @@
 
 Each setting has runs of its own (`simclr-dist train`, ResNet-10 at 64 pixels, batch 256, one loader worker a rank) that live
 all the time and stand still (SIGSTOP) but for their turn, so that a round sees all of them within a minute or two: on a machine
-that others use, believe the ratios of a round and not the images a second. The settings: threads that spin (libgomp's default,
-as GOMP_SPINCOUNT), the product's default, and one thread a rank. The foreign process computes in one thread without end.
+that others use, believe the ratios of a round and not the images a second. The settings: the product's default; how long a
+thread that waits spins (libgomp's own default is 300,000 turns); one thread a rank. The foreign process computes in one thread
+without end.
 
 Each run has a session of its own, and so has the foreign process, as programs of two terminals have: Linux shares the cores
 between sessions first (autogroup). torchrun gives each of several ranks a session.
@@ -36,7 +37,12 @@ from simclr_dist.launch.supervisor import children
 from simclr_dist.system.machine import cores
 
 DEFAULT = "default"
-SETTINGS = {"spinning": {"GOMP_SPINCOUNT": "300000"}, DEFAULT: {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+SETTINGS = {
+    DEFAULT: {},
+    "passive": {"GOMP_SPINCOUNT": "0"},
+    **{f"{turns:,} turns": {"GOMP_SPINCOUNT": str(turns)} for turns in (10_000, 50_000, 300_000)},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
 CONFIG = {
     "global_batch_size": 256,
     "steps": 100_000,
@@ -141,7 +147,7 @@ def main() -> None:
                 ratios = [x / y for x, y in zip(row, speeds[1, DEFAULT], strict=True)]
                 spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
                 print(
-                    f"  {ranks} rank{'s' * (ranks > 1):1}, {setting:10}  {statistics.median(row):5.0f} images/s,"
+                    f"  {ranks} rank{'s' * (ranks > 1):1}, {setting:13}  {statistics.median(row):5.0f} images/s,"
                     f" {statistics.median(ratios):.2f} of one rank's default ({spread})"
                 )
 

@@ -99,7 +99,8 @@ def test_each_kind_of_quota(
 def test_threads_that_wait_do_not_spin(command: list[str], tmp_path: Path) -> None:
     runs.write_config(tmp_path, runs.make_shards(tmp_path, images=30), steps=3)
     environment = {**without_our_threads(), "OMP_DISPLAY_ENV": "VERBOSE"}
-    environment.pop("OMP_WAIT_POLICY", None)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=tmp_path,
@@ -111,10 +112,19 @@ def test_threads_that_wait_do_not_spin(command: list[str], tmp_path: Path) -> No
     )
     settings = [line.strip() for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     assert settings
-    assert set(settings) == {"GOMP_SPINCOUNT = '0'"}, done.stderr
+    assert set(settings) == {"GOMP_SPINCOUNT = '1000'"}, done.stderr
 
 
 def test_a_users_own_policy_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert main(["--version"]) == 0
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in os.environ  # which would count more
+
+
+def test_a_users_own_spin_count_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "300000")
+    assert main(["--version"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "300000"
