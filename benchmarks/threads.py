@@ -57,15 +57,11 @@ CONFIG = {
 
 
 class Run:
-    """A run that takes steps when it is its turn, and stands still otherwise."""
+    """A program that takes steps when it is its turn, and stands still otherwise. It writes a line of metrics after each."""
 
-    def __init__(self, folder: Path, shards: Path, ranks: int, variables: dict[str, str]) -> None:
-        self._metrics, self._steps = folder / "run" / "metrics.jsonl", 0
-        folder.mkdir()
-        config = {**CONFIG, "run_folder": str(folder / "run"), "data": {"shards": str(shards), **CONFIG["data"]}}
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "simclr_dist", "train", str(folder / "config.yaml"), "--processes", str(ranks)]
-        with (folder / "output.txt").open("wb") as output:
+    def __init__(self, command: list[str], folder: Path, variables: dict[str, str]) -> None:
+        self._metrics, self._output = folder / "metrics.jsonl", folder.with_suffix(".txt")
+        with self._output.open("wb") as output:
             how: dict[str, Any] = {"env": {**os.environ, **variables}, "stdout": output, "stderr": output}
             self._parent = subprocess.Popen(command, start_new_session=True, **how)
         self._until(2)
@@ -91,7 +87,7 @@ class Run:
     def _until(self, lines: int) -> None:
         while len(self._lines()) < lines:
             if self._parent.poll() is not None:
-                sys.exit(f"a run has ended: {(self._metrics.parents[1] / 'output.txt').read_text()}")
+                sys.exit(f"a run has ended: {self._output.read_text()}")
             time.sleep(0.05)
 
     def _signal(self, number: int) -> None:
@@ -100,6 +96,24 @@ class Run:
             processes += children(process)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
+
+
+def training(folder: Path, shards: Path, ranks: int, config: dict[str, Any], variables: dict[str, str]) -> Run:
+    """Start a real run with its run folder in `folder`."""
+    config = {**config, "run_folder": str(folder), "data": {"shards": str(shards), **config["data"]}}
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config))
+    return Run([sys.executable, "-m", "simclr_dist", "train", str(file), "--processes", str(ranks)], folder, variables)
+
+
+def random_images(folder: Path, side: int) -> Path:
+    """Make shards of 2,048 JPEG images of noise."""
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(2048):
+        Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / "images" / f"{number}.jpg")
+    write_shards(folder / "images", folder / "shards", processes=1)
+    return folder / "shards"
 
 
 @contextlib.contextmanager
@@ -127,14 +141,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        (folder / "images").mkdir()
-        draw = np.random.default_rng(0)
-        for number in range(2048):
-            Image.fromarray(draw.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(folder / "images" / f"{number}.jpg")
-        write_shards(folder / "images", folder / "shards", processes=1)
+        shards = random_images(folder, 96)
         runs: dict[tuple[int, str], Run] = {}
         for ranks, setting in ((ranks, setting) for ranks in (1, 2) for setting in SETTINGS):
-            runs[ranks, setting] = Run(folder / f"{ranks} {setting}", folder / "shards", ranks, SETTINGS[setting])
+            runs[ranks, setting] = training(folder / f"{ranks} {setting}", shards, ranks, CONFIG, SETTINGS[setting])
             stack.callback(runs[ranks, setting].end)
         for beside in (0, 1):
             speeds: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
