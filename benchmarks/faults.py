@@ -165,6 +165,7 @@ def _wait_for(command: Command, run: Path, generation: int, *, newer_by: int) ->
 
 CRASHES, STOPS, DISK = "faults/test_crashes.py::test_", "faults/test_stops.py::test_", "faults/test_full_disk_training.py"
 SHARED = "faults/test_shared_memory.py::test_"
+LAUNCHED, TRAINED = "slurm/test_launch.py::test_", "slurm/test_training.py::test_"
 
 ROWS = {
     "saves": Row("kill -9 at random moments of a save loop", "0 unloadable, 0 finished saves lost", saves, 200),
@@ -247,6 +248,33 @@ ROWS = {
             SHARED + "a_worker_that_is_killed_ends_the_run_in_one_line",
         ),
         5,
+    ),
+    "dies": Row(
+        "SLURM, `launch/train.sbatch`: a rank that always dies",
+        "4 starts, then the job ends",
+        tests(LAUNCHED + "a_rank_that_always_dies_is_given_up"),
+        3,
+    ),
+    "port": Row(
+        "SLURM: the port of `launch/train.sbatch` is listened at, held, held at every start; that of a job of `submit`",
+        "goes on at another port; at every start: 4 starts, then the job ends",
+        tests(
+            LAUNCHED + "a_port_that_is_taken_does_not_end_the_run",
+            TRAINED + "the_port_of_a_job_that_is_taken_is_another_one_in_the_next_start",
+        ),
+        3,
+    ),
+    "scontrol": Row(
+        "SLURM: `scontrol` answers after 3 s, at a stop and at a cancel",
+        "goes on with 0 lost; cancelled stays cancelled",
+        tests(TRAINED + "a_scontrol_that_answers_late_revives_nothing_that_was_cancelled"),
+        3,
+    ),
+    "watchers": Row(
+        "scancel beside a watcher: of a job that trains, of one in the queue (a real SLURM)",
+        "the watcher ends, once; stopped before, it comes back",
+        tests("slurm/test_watchers.py"),
+        3,
     ),
     "sizes": Row("2, 1, 3, 2 ranks", "the same negatives", tests(STOPS + "a_run_goes_on_with_another_number_of_ranks"), 3),
 }

@@ -24,7 +24,7 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     and its traceback is the message of the AssertionError; so does `timeout` (seconds).
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [
             CONTEXT.Process(target=_rank, args=(function, args, rank, world_size, port, folder), daemon=True)
             for rank in range(world_size)
@@ -46,7 +46,7 @@ def run(function: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 def commands(main: Callable[[Sequence[str]], int], arguments: Sequence[object], world_size: int) -> tuple[list[int], str, str]:
     """`main(arguments)` on `world_size` ranks: their exit codes, and what they have printed to stdout and to stderr."""
-    world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [Command(main, arguments, environment=world | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(world_size)]
     try:
         said = [command.communicate(timeout=300) for command in started]
@@ -65,7 +65,8 @@ def _wait(ranks: list[BaseProcess], deadline: float) -> None:
         time.sleep(0.01)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -20,6 +19,7 @@ import yaml
 from PIL import Image
 
 from forkserver import CONTEXT
+from ranks import free_port
 from simclr_dist.cli.train import main
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.launch.supervisor import children
@@ -133,12 +133,10 @@ def started(
 
     `hook` is called by every rank before it begins, to change what it will meet.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = folder / "output"
     log.write_text("")
     processes: list[BaseProcess] = []
+    port = free_port()
     try:
         for rank in range(world_size):
             group = processes[0].pid if rank else 0

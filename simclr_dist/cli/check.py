@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         from simclr_dist.launch.slurm.job import rank_variables
 
         os.environ["SUBMITIT_EXECUTOR"] = "slurm"  # as in submitit's own jobs: by this submitit knows where it is
+        # It asks for the job's nodes, of which this step may have only some.
+        os.environ |= {f"SLURM_JOB_{name}": os.environ[f"SLURM_STEP_{name}"] for name in ("NODELIST", "NUM_NODES")}
         os.environ |= rank_variables(submitit.JobEnvironment())
     if "WORLD_SIZE" in os.environ:
         return _as_rank(config, [arguments.only] if arguments.only else NAMES)

@@ -44,9 +44,11 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         return _evaluate(arguments, foreign, settings)
     with signals.importing(PREEMPTED, _STOPPED):
         from simclr_dist.evaluate.watch import watch
-    poll = POLL if arguments.poll is None else arguments.poll
-    say = partial(print, flush=True)
-    return watch(arguments.watch, arguments.train, arguments.test, settings, poll=poll, device=arguments.device, say=say)
+        from simclr_dist.launch.slurm.status import note_end
+    return watch(
+        arguments.watch, arguments.train, arguments.test, settings, poll=POLL if arguments.poll is None else arguments.poll,
+        device=arguments.device, say=partial(print, flush=True), note_end=note_end,
+    )  # fmt: skip
 
 
 def _evaluate(arguments: argparse.Namespace, foreign: Foreign | None, settings: Settings) -> int:

@@ -40,6 +40,8 @@ def exit_code(work: Callable[[], int], *, is_rank: bool = True) -> int:
         return 0 if under_torchrun() else PREEMPTED
     except UserError as error:
         code, alone = refused(error, is_rank=is_rank), isinstance(error, RankError)
+        if code == 1:  # a PassingError: torchrun is to end the others, for all to start again
+            return code
     except (DivergedError, SaveError) as error:
         cure = "what was saved before is whole, and once it can be written the same command goes on"
         _say_on_rank_0(f"{error}; {cure}" if isinstance(error, SaveError) else f"diverged: {error}")

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from simclr_dist.cli import check, demo, embed, eval, export, finetune, manual, plan, shard, submit, train
 from simclr_dist.cli.completion import SHELLS, complete, script
 from simclr_dist.cli.exits import exit_code, refused, under_torchrun
+from simclr_dist.launch.slurm import rescue
 from simclr_dist.system import stdout
 from simclr_dist.system.errors import OutputError, say
 from simclr_dist.system.machine import wait_without_spinning
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code. A process that torchrun has started does the work of one rank."""
     _keep_folder_off_path()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["rescue"]:  # no verb: batch scripts type it, which do not know where this Python is
+        return rescue.main(arguments[1:])
     if arguments[:1] == ["train"] and under_torchrun():
         return train.main(arguments[1:])
     wait_without_spinning()

@@ -187,6 +187,7 @@ def _send(submission: "Submission", *, dry_run: bool) -> int:
 
 def _cancel(run: Path, record: Mapping[str, Any]) -> int:
     """Cancel the jobs of a run that have not ended. Raises ConfigError for a copy's, and where SLURM refuses."""
+    from simclr_dist.launch.slurm.status import note_end
     from simclr_dist.launch.slurm.submission import original_of
 
     jobs = list(filter(None, (record["job_id"], record["eval_job_id"])))
@@ -200,6 +201,7 @@ def _cancel(run: Path, record: Mapping[str, Any]) -> int:
     for job, state in states.items():
         if state.over:
             print(f"job {job} has ended already: {state}")
+    note_end(run, states)
     if not (alive := [job for job, state in states.items() if not state.over]):
         return 0
     # First: a job that is being stopped right now must not start itself again.
@@ -207,7 +209,7 @@ def _cancel(run: Path, record: Mapping[str, Any]) -> int:
     if refused := scheduler.cancel(alive):
         (run / "cancelled").unlink()
         raise ConfigError(f"{run}: not cancelled: {refused}")
-    record_event(run, "cancelled", jobs=alive)
+    record_event(run, "cancelled", kind="train" if record["job_id"] in alive else "eval", jobs=alive)
     resume = f"`simclr-dist submit resume {shlex.quote(str(run))}`"
     print(f"cancelled: job {' and '.join(alive)}; {resume} goes on from the last save")
     return 0

@@ -7,6 +7,7 @@ NAME.safetensors is the encoder alone, with its card in the metadata. NAME.json 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 import safetensors
 import torch
 import torchvision
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -33,6 +34,7 @@ from simclr_dist.system.errors import ConfigError, DamagedError, DataError, Save
 from simclr_dist.system.files import fitting, write_atomically
 
 Card = dict[str, Any]
+_MOST_BYTES = 2**35  # of a file that is read whole: a resnet152 of width 4 has 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +112,13 @@ def projector_path(encoder: str | Path) -> Path:
 
 
 def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: str = "h") -> nn.Module:
-    """Load an exported encoder in eval mode. Its card (dict) is `.card`.
+    """Load an exported encoder in eval mode. Its card (dict) is `.card`; `.digests` has its file's "sha256", in hex.
 
     `.preprocess(image)` turns a PIL image, or uint8 [3, h, w], into its input, float [3, s, s]; card["preprocess"] says how.
     Forward: float [n, 3, s, s] to [n, card["feature_size"]]. `layer` is what
     comes out: "h", the representation; "projector.N", the projector after its Nth linear layer with BatchNorm and ReLU
-    (h is the 0th, as SimCLR v2, section 2, counts); "z", the projector's last layer. card["layer"] is h or projector.N.
+    (h is the 0th, as SimCLR v2, section 2, counts); "z", the projector's last layer. card["layer"] is h or projector.N. Behind
+    h, `.digests` has "projector_sha256" too, else None. Each file is read once: what its name stands for may change.
 
     Raises ConfigError for a layer of another name; DataError for a file that is not an encoder of ours or is damaged, and for
     a projector that is missing, belongs to another encoder, or has fewer layers.
@@ -125,18 +128,19 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: st
     path = Path(path)
     check_is_file(path)
     with _reading(path, "an encoder"):
-        card, weights = _read(path, _EncoderCard())
+        card, weights, digest = _read(path, _EncoderCard())
         card["preprocess"] = preprocess_card(card)  # which older cards lack
         encoder = ResNet(card["encoder"], width=card["width"], stem=card["stem"])
         _check_card(card, encoder)
     _fill(encoder, weights, f"{path}: its weights do not fit its card ({card['encoder']}, width {card['width']})")
     if layer == "h":
-        return with_card(encoder, {**card, "layer": "h"}, device)
-    projector, shape = _load_projector(path, encoder.feature_size, layer)
+        return with_card(encoder, {**card, "layer": "h"}, device, digest)
+    projector, shape, of_projector = _load_projector(path, encoder.feature_size, layer, digest)
     last = shape["depth"] if layer == "z" else int(layer.removeprefix("projector."))
     if last > shape["depth"]:
         raise DataError(f"{path}: layer {layer}: its projector has {shape['depth']} layers; ask for one of them, h or z")
-    return _cut(encoder, projector, {**card, "projector": shape}, last, device)
+    cut = _cut(encoder, projector, {**card, "projector": shape}, last)
+    return with_card(*cut, device, digest, of_projector if last else None)
 
 
 def untrained_encoder(card: Card, seed: int = 0, device: str | torch.device = "cpu") -> nn.Module:
@@ -148,7 +152,7 @@ def untrained_encoder(card: Card, seed: int = 0, device: str | torch.device = "c
         if layer == "h":
             return with_card(encoder, card, device)
         projector = build_projector(encoder.feature_size, **card["projector"])
-    return _cut(encoder, projector, card, int(layer.removeprefix("projector.")), device)
+    return with_card(*_cut(encoder, projector, card, int(layer.removeprefix("projector."))), device)
 
 
 def start_weights(encoder: ResNet, name: str, init: str, path: str = "") -> str:
@@ -161,8 +165,9 @@ def start_weights(encoder: ResNet, name: str, init: str, path: str = "") -> str:
         return "random"
     if init == "file":
         misfit = f"model.init_file: {path}: its weights do not fit a {name} of these settings"
-        _fill(encoder, load_encoder(path).state_dict(), misfit)
-        return f"file {file_digest(path)}"
+        loaded = load_encoder(path)
+        _fill(encoder, loaded.state_dict(), misfit)
+        return f"file {loaded.digests['sha256']}"  # type: ignore[index]  # as with_card puts it there
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -209,9 +214,21 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def with_card(encoder: nn.Module, card: Card, device: str | torch.device) -> nn.Module:
+def read_once(path: Path) -> tuple[bytes, str]:
+    """Return a file's content, and its sha256 in hex. Raises ValueError where it is larger than any encoder."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES >> 30} GiB")
+        content = file.read()
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def with_card(
+    encoder: nn.Module, card: Card, device: str | torch.device, sha256: str | None = None, projector_sha256: str | None = None
+) -> nn.Module:
     """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`. `.preprocess` makes its input."""
     encoder.card = card  # type: ignore[assignment]  # torch types attributes as tensors or modules
+    encoder.digests = {"sha256": sha256, "projector_sha256": projector_sha256}  # type: ignore[assignment]  # the same
     encoder.preprocess = partial(preprocess, card)  # type: ignore[assignment]  # the same
     return encoder.to(device).eval().requires_grad_(False)
 
@@ -228,14 +245,16 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise DamagedError(f"{path}: {why}; take a whole copy of it") from None
 
 
-def _read(path: Path, expected: _EncoderCard | _ProjectorCard) -> tuple[Card, dict[str, torch.Tensor]]:
-    """Read a file's card and its tensors. The card has the keys of `expected`, in their ranges."""
-    with safetensors.safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("card", "null")
+def _read(path: Path, expected: _EncoderCard | _ProjectorCard) -> tuple[Card, dict[str, torch.Tensor], str]:
+    """Read a file's card, its tensors, and its digest. The card has the keys of `expected`, in their ranges."""
+    content, digest = read_once(path)
+    weights = load(content)  # it checks the header, which is JSON behind its length
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = header.get("__metadata__", {}).get("card", "null")
     names = [field.name for field in dataclasses.fields(expected)]
     card: Card = fitting(json.loads(text), dict.fromkeys(names, object))
     check_ranges(merge(expected, {name: card[name] for name in names}, "its card"))
-    return card, load_file(path)
+    return card, weights, digest
 
 
 def _check_card(card: Card, encoder: ResNet) -> None:
@@ -272,23 +291,23 @@ def _check(module: nn.Module, weights: Mapping[str, torch.Tensor], misfit: str) 
         raise DamagedError(f"{misfit}: {name}: {why}")
 
 
-def _load_projector(encoder: Path, feature_size: int, layer: str) -> tuple[nn.Module, Card]:
-    """Load the projector beside an encoder, with its shape. The shape is the arguments of `build_projector`."""
+def _load_projector(encoder: Path, feature_size: int, layer: str, sha256: str) -> tuple[nn.Module, Card, str]:
+    """Load the projector beside an encoder, with its shape and digest. The shape is the arguments of `build_projector`."""
     path = projector_path(encoder)
     if not path.exists():
         missing = f"its projector, {path.name}, is not beside it (old exports have none)"
         raise DataError(f"{encoder}: layer {layer}: {missing}; ask for layer h")
     with _reading(path, "a projector"):
-        card, weights = _read(path, _ProjectorCard())
+        card, weights, digest = _read(path, _ProjectorCard())
         owner = card["encoder_sha256"]
         shape: dict[str, Any] = {key: card[key] for key in ("depth", "hidden", "dim", "batch_norm")}
         with torch.device("meta"):  # sizes out of a damaged file must not take memory
             projector = build_projector(feature_size, **shape)
-    if owner != file_digest(encoder):
+    if owner != sha256:
         raise DataError(f"{path}: belongs to another encoder than {encoder}; take both from one export")
     _check(projector, weights, f"{path}: its weights do not fit its own description ({shape['depth']} layers)")
     projector.to_empty(device="cpu").load_state_dict(weights)
-    return projector, shape
+    return projector, shape, digest
 
 
 def _projector_shape(projector: nn.Module, feature_size: int) -> Card:
@@ -298,8 +317,8 @@ def _projector_shape(projector: nn.Module, feature_size: int) -> Card:
     return {"depth": len(sizes), "hidden": hidden, "dim": dim, "batch_norm": batch_norm}
 
 
-def _cut(encoder: ResNet, projector: nn.Module, card: Card, layers: int, device: str | torch.device) -> nn.Module:
-    """Join the encoder and the projector's first linear layers. Each of these keeps what follows it."""
+def _cut(encoder: ResNet, projector: nn.Module, card: Card, layers: int) -> tuple[nn.Module, Card]:
+    """Join the encoder and the projector's first linear layers. Each of these keeps what follows it. Returns the card, too."""
     modules: list[nn.Module] = []
     for module in projector.children():
         if isinstance(module, nn.Linear):
@@ -309,7 +328,7 @@ def _cut(encoder: ResNet, projector: nn.Module, card: Card, layers: int, device:
         modules.append(module)
     sizes = [module.out_features for module in modules if isinstance(module, nn.Linear)]
     shape = {"layer": f"projector.{len(sizes)}", "feature_size": sizes[-1]} if sizes else {"layer": "h"}
-    return with_card(nn.Sequential(encoder, *modules), {**card, **shape}, device)
+    return nn.Sequential(encoder, *modules), {**card, **shape}
 
 
 def _weights(module: nn.Module) -> dict[str, torch.Tensor]:

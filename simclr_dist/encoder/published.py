@@ -1,6 +1,7 @@
 """Load others' published checkpoints. A ResNet's weights have torchvision's names, wherever in a file they are."""
 
 import argparse
+import io
 import itertools
 import math
 import re
@@ -11,10 +12,10 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from simclr_dist.encoder.file import shape_card, with_card
+from simclr_dist.encoder.file import read_once, shape_card, with_card
 from simclr_dist.encoder.names import Foreign
 from simclr_dist.encoder.preprocess import preprocess_card
 from simclr_dist.method.model import ResNet
@@ -39,7 +40,7 @@ def load_foreign(
     image_size: int = 224,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Load the encoder that another program wrote, in eval mode. Its card (dict) is `.card`.
+    """Load the encoder that another program wrote, in eval mode. Its `.card` and `.digests` are as of `load_encoder`.
 
     `weights` is a file of torch.save or safetensors: a state dict with torchvision's names, which are timm's too, alone or in
     dictionaries ("state_dict", "model", ...), and behind any prefix ("module.", "backbone.", "module.encoder_q.", ...).
@@ -56,7 +57,8 @@ def load_foreign(
     if len(std) != 3 or not all(0 < value < math.inf for value in std):
         raise ConfigError(f"std: {list(std)}: must be three numbers above 0, and finite")
     path = Path(weights)
-    tensors = dict(_flat(_read(path)))
+    content, digest = _read(path)
+    tensors = dict(_flat(content))
     prefix = _prefix(path, tensors, prefix)
     with torch.device("meta"):
         encoder = ResNet(arch, width=width, stem=stem)
@@ -68,18 +70,21 @@ def load_foreign(
         "init": f"published weights {path.name} (not known: how they were trained)", "data_digest": None,
         "weights": {"file": str(path), "prefix": prefix, "left_out": _left_out(tensors, prefix, encoder)},
     }  # fmt: skip
-    return with_card(encoder, {**card, "preprocess": preprocess_card(card)}, device)
+    return with_card(encoder, {**card, "preprocess": preprocess_card(card)}, device, digest)
 
 
-def _read(path: Path) -> Mapping[Any, Any]:
+def _read(path: Path) -> tuple[Mapping[Any, Any], str]:
+    """Read a file's content and digest."""
+    try:
+        data, digest = read_once(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read the weights: {reason_of(error)}") from None
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load(data), digest
         # Many published checkpoints carry the arguments that they were trained with, in this plain class.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the weights: {reason_of(error)}") from None
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except safetensors.SafetensorError:
         raise DataError(f"{path}: is no whole safetensors file") from None
     except Exception as error:  # a file that is not torch's fails in many ways
@@ -89,7 +94,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
         raise DataError(f"{path}: is no whole file of torch.save ({type(error).__name__})") from None
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content
+    return content, digest
 
 
 def _flat(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +143,7 @@ def _fitting(path: Path, encoder: nn.Module, tensors: Mapping[str, Tensor], pref
             raise DataError(f"{path}: {key!r} is {tensor.dtype}, {tensor.layout}; weights are dense floating-point tensors")
         if not tensor.isfinite().all():
             raise DataError(f"{path}: {key!r} has numbers that are not finite; take another checkpoint")
-        # A copy, as safetensors maps its file: the encoder must outlive what happens to that.
+        # A copy: tensors that share storage in the file, and a large file's memory, are not the encoder's.
         state[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for key in tensors:
         name = key.removeprefix(prefix)

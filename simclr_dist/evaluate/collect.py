@@ -16,7 +16,7 @@ from simclr_dist.evaluate.features.store import FeatureStore
 from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import Settings
-from simclr_dist.method.distributed import World, all_gather_objects, on_rank_0
+from simclr_dist.method.distributed import World, all_gather_objects, await_rank_0, on_rank_0
 
 
 class Collector:
@@ -65,6 +65,7 @@ class Collector:
 
     def crops(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Extract features [n, d] and labels [n] of new crops. Every rank gets those of all labelled training images."""
+        await_rank_0()  # it has learnt from the epoch before
         settings = views.crop_and_flip(self._card["image_size"])
         crops = views.RandomCrops(self._sets.images["train"], settings, seed=self._settings.seed, epoch=epoch)
         encoder = {TRAINED: self._networks[TRAINED]}
@@ -106,7 +107,7 @@ class Collector:
         self, part: str, wanted: dict[str, About], images: Images, keys: Sequence[str], label: NDArray[np.int64], **how: Any
     ) -> dict[str, Features]:
         """Collect features of `wanted` for rank 0. They come out of the store, or all ranks extract them."""
-        features = on_rank_0(lambda: self._stored(part, wanted, keys, label)) or {}
+        features = on_rank_0(lambda: self._stored(part, wanted, keys, label), however_long=True) or {}
         missing: list[str] = all_gather_objects([name for name in wanted if name not in features])[0]
         if missing:
             encoders = {name: self._networks[name] for name in missing if name != RAW_PIXELS}

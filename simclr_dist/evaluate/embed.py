@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from simclr_dist.convert.sources.originals import Source
 from simclr_dist.data.pixels.decode import decode
 from simclr_dist.data.pixels.images import prepare_image
 from simclr_dist.data.reader import Sample, ShardDataset
-from simclr_dist.encoder.file import file_digest, load_encoder
-from simclr_dist.evaluate.features.extraction import Images, extract, in_precision
+from simclr_dist.encoder.file import load_encoder
+from simclr_dist.evaluate.features.extraction import Images, check_alike, extract, in_precision
 from simclr_dist.evaluate.features.file import About, write_features
 from simclr_dist.evaluate.settings import EmbedSettings
 from simclr_dist.evaluate.sources import check_out, find_images
@@ -119,8 +120,11 @@ def embed_within(
 ) -> Embedded:
     """Do `embed` within a world, of a source from `sources.find_images`."""
     network = together(lambda: load_encoder(encoder, world.device, settings.layer))
+    check_alike(network, encoder)
     card: dict[str, Any] = network.card  # type: ignore[assignment]
+    digests: dict[str, str] = network.digests  # type: ignore[assignment]
     images = together(lambda: ShardDataset(source) if isinstance(source, str | Path) else ImageFiles(source))
+    on_rank_0(lambda: _check_room(out, 4 * len(images) * card["feature_size"]))
     read = Readable(images) if settings.skip_bad else images
     try:
         how: dict[str, Any] = {"batch_size": settings.batch_size, "workers": settings.workers, "device": world.device}
@@ -134,12 +138,20 @@ def embed_within(
     if bad.all():
         raise DataError(f"none of the {len(images)} images can be read, like {_reason(images, 0)}")
     digest, classes, keys = _describe(images, label, world.device)
-    about = About.of_card(card, file_digest(encoder), precision=settings.precision, data_digest=digest, classes=classes)
+    about = About.of_card(card, digests["sha256"], precision=settings.precision, data_digest=digest, classes=classes)
     left_out, rows = np.flatnonzero(bad).tolist(), np.flatnonzero(~bad).tolist()
     if left_out:
         label, h, keys = label[~bad], h[~bad], [keys[row] for row in rows]
-    on_rank_0(lambda: write_features(out, keys, label, h, about, [images.source(row) for row in rows]))
+    sources = [images.source(row) for row in rows]
+    on_rank_0(lambda: write_features(out, keys, label, h, about, sources), however_long=True)
     return Embedded(len(h), h.shape[1], len(left_out), tuple(_reason(images, row) for row in left_out[:_NAMED]))
+
+
+def _check_room(out: Path, size: int) -> None:
+    """Raise DataError where the disk has no room for `size` bytes. They are written when all is read."""
+    if size > (free := shutil.disk_usage(out.parent).free):
+        why = f"the features take {size / 2**20:.1f} MiB, and its disk has {free / 2**20:.1f} MiB free"
+        raise DataError(f"{out}: {why}; make room, or name a file on another disk")
 
 
 def _describe(

@@ -27,19 +27,20 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views.crops import normalise
 from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.data.workers import Loader
-from simclr_dist.encoder.file import Card, file_digest, load_encoder, projector_path, untrained_encoder
+from simclr_dist.encoder.file import Card, load_encoder, untrained_encoder
 from simclr_dist.encoder.names import result_path
 from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.features.views import crop, crop_and_flip
 from simclr_dist.evaluate.protocols.scores import Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset, describe_subsets
 from simclr_dist.evaluate.result.file import claim, write_result
-from simclr_dist.evaluate.result.report import Result, Say, hardware, leak, unlabelled, versions
+from simclr_dist.evaluate.result.report import Result, Say, UnwrittenError, hardware, leak, unlabelled, versions
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import FinetuneSettings, check_alone
 from simclr_dist.method.distributed import process_group
 from simclr_dist.method.optim import learning_rate
-from simclr_dist.system.errors import ConfigError, DataError
+from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.system.files import write_atomically
 
 FORMAT = "simclr_dist finetuning 1"
 MOMENTUM = 0.9
@@ -63,6 +64,22 @@ class Recipe(NamedTuple):
     steps_per_epoch: int
     left_over: int
     peak_lr: float
+
+
+class Order:
+    """The images of each step, by place in the subset. Each epoch has an order of its own, cut as the recipe says."""
+
+    def __init__(self, images: int, seed: int, recipe: Recipe) -> None:
+        self.seed, self._cut = seed, (recipe.steps_per_epoch, recipe.batch_size_used)
+        self._epochs = Plan(np.array([images]), seed, images - recipe.left_over)  # whose step is an epoch of ours
+        self._kept: tuple[int, Rows] = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, step: int) -> tuple[int, Rows]:
+        """Return (epoch, places of its images) of a step."""
+        epoch, position = divmod(step, self._cut[0])
+        if self._kept[0] != epoch:
+            self._kept = self._epochs[epoch]
+        return epoch, self._kept[1].reshape(self._cut)[position]
 
 
 class LastEpoch(NamedTuple):
@@ -98,7 +115,8 @@ def finetune(
         layer = "h" if settings.start in ("encoder", "random") else settings.start
         pretrained = load_encoder(encoder, world.device, layer)
         card: Card = pretrained.card  # type: ignore[assignment]
-        described = _describe_encoder(encoder, card)
+        digests: dict[str, str | None] = pretrained.digests  # type: ignore[assignment]
+        named = {"file": str(encoder), **digests, "card": {key: value for key, value in card.items() if key != "config"}}
         claim(path, named=out is not None)
         sets = Sets(train, test)
         if (classes := sets.classes) < 2:
@@ -114,16 +132,28 @@ def finetune(
             runs.append(run)
             scores.append(measured)
             say(f"seed {seed}: top-1 {measured.top1:.2f} % after {run['seconds']['training']:.0f} s of training")
+        described, beside = describe_subsets(sets.train, subsets, path, everything=settings.labels == 1)
         result = {
-            "format": FORMAT, "encoder": described, **sets.describe(), "test_images_in_train": sets.shared(),
+            "format": FORMAT, "encoder": named, **sets.describe(), "test_images_in_train": sets.shared(),
             "settings": {**dataclasses.asdict(settings), **recipe._asdict(), **PROTOCOL},
-            "subsets": describe_subsets(sets.train, subsets, path, everything=settings.labels == 1),
+            "subsets": described,
             "runs": runs, "summary": spread(scores),
             "hardware": hardware(world), "versions": versions(), "seconds": time.perf_counter() - begin,
         }  # fmt: skip
-        if line := write_result(path, result):
-            say(line)
+    _write(path, result, beside, say)
     return result
+
+
+def _write(path: Path, result: Result, beside: dict[Path, bytes], say: Say) -> None:
+    """Write the result, then the files that it names."""
+    if line := write_result(path, result):
+        say(line)
+    for file, content in beside.items():
+        try:
+            write_atomically(file, content)
+        except OSError as error:
+            why = f"{file}: cannot write the subsets' keys: {reason_of(error)}"
+            raise UnwrittenError(why, result, stored=path) from None
 
 
 def finetune_path(encoder: str | Path, settings: FinetuneSettings, out: str | Path | None = None) -> Path:
@@ -159,8 +189,8 @@ def fit(
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), recipe.peak_lr, momentum=MOMENTUM, nesterov=True)
     steps = recipe.epochs * recipe.steps_per_epoch
-    plan = Plan(np.array([len(rows)]), seed, recipe.batch_size_used)
-    make = functools.partial(_crops, images, rows, plan, crop_and_flip(card["image_size"]))
+    order = Order(len(rows), seed, recipe)
+    make = functools.partial(_crops, images, rows, order, crop_and_flip(card["image_size"]))
     loader: Loader[tuple[Tensor, Tensor]] = Loader(make, range(steps), workers=workers)
     loss_sum, right = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
     last = LastEpoch(math.nan, math.nan)
@@ -192,11 +222,11 @@ def fit(
     return last
 
 
-def _crops(images: ShardDataset, rows: Rows, plan: Plan, settings: ViewSettings, step: int) -> tuple[Tensor, Tensor]:
+def _crops(images: ShardDataset, rows: Rows, order: Order, settings: ViewSettings, step: int) -> tuple[Tensor, Tensor]:
     """Make a step's crops and labels. They are uint8 [n, 3, s, s] and int64 [n]."""
-    epoch, places = plan[step]
+    epoch, places = order[step]
     samples = [images[int(row)] for row in rows[places]]
-    return crop(samples, settings, seed=plan.seed, epoch=epoch), torch.tensor([sample.label for sample in samples])
+    return crop(samples, settings, seed=order.seed, epoch=epoch), torch.tensor([sample.label for sample in samples])
 
 
 def _train_and_test(
@@ -215,12 +245,6 @@ def _train_and_test(
     return {"seed": seed, **scores.to_dict(), "last_epoch": last._asdict(), "seconds": seconds}, scores
 
 
-def _describe_encoder(encoder: str | Path, card: Card) -> dict[str, Any]:
-    projector = None if card["layer"] == "h" else file_digest(projector_path(encoder))
-    shown = {key: value for key, value in card.items() if key != "config"}
-    return {"file": str(encoder), "sha256": file_digest(encoder), "projector_sha256": projector, "card": shown}
-
-
 def table(result: Result) -> str:
     """Format the result for people."""
     settings, subsets, summary = result["settings"], result["subsets"], result["summary"]
@@ -236,6 +260,8 @@ def table(result: Result) -> str:
         mean, sd, values = (summary[name][key] for key in ("mean", "sd", "values"))
         around = "" if sd is None else f" +- {sd:.2f}"
         lines.append(f"{title:<14}  {mean:6.2f} %{around}  (seeds: {', '.join(f'{value:.2f}' for value in values)})")
+    intervals = (f"{low:.2f}-{high:.2f}" for low, high in (run["interval"] for run in result["runs"]))
+    lines.append(f"95 % intervals of top-1, for other test images: {', '.join(intervals)}")
     if result["runs"][0]["top5"] is not None:
         lines.append(f"{'top-5':<14}  {np.mean([run['top5'] for run in result['runs']]):6.2f} %")
     lines += unlabelled(result)

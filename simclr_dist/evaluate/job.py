@@ -1,8 +1,6 @@
 """Evaluate one encoder by each protocol. The baselines that it has to beat stand beside it."""
 
 import dataclasses
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr_dist.encoder.file import Card, file_digest, load_encoder, untrained_encoder
+from simclr_dist.encoder.file import Card, load_encoder, untrained_encoder
 from simclr_dist.encoder.names import Foreign, result_path, run_of_result
 from simclr_dist.encoder.published import load_foreign
 from simclr_dist.evaluate.classify import by_new_crops, classify
 from simclr_dist.evaluate.collect import Collector
-from simclr_dist.evaluate.features.extraction import EncoderError, Features
+from simclr_dist.evaluate.features.extraction import EncoderError, Features, check_alike
 from simclr_dist.evaluate.features.store import FeatureStore, features_folder
 from simclr_dist.evaluate.features.views import TrainingViews, training_views
 from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
@@ -24,7 +22,7 @@ from simclr_dist.evaluate.result.earlier import Baselines, shape
 from simclr_dist.evaluate.result.file import claim, write_result
 from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.result.page import claim_page, page, write_page
-from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Result, Say, hardware, versions
+from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Result, Say, UnwrittenError, hardware, versions
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
@@ -82,11 +80,10 @@ def measure(
     """
     begin = time.perf_counter()
     trained, card, drawn = together(lambda: _load(encoder, settings.layer, world))
+    check_alike(trained, _file(encoder))
     path = result_path(_file(encoder), out, settings.layer)
-    on_rank_0(lambda: claim(path, named=out is not None))
-    if out is not None:  # else the page's name is made of the encoder's
-        on_rank_0(lambda: claim_page(path.with_suffix(".html")))
-    described = _describe_encoder(_file(encoder), card)
+    on_rank_0(lambda: _claim(path, named=out is not None))
+    described = _describe_encoder(_file(encoder), card, trained.digests)  # type: ignore[arg-type]  # as with_card puts it there
     reused = reused if reused and reused.shape == shape(described) else None
     fresh = settings.baselines and reused is None
     untrained = untrained_encoder(card, settings.seed, world.device) if fresh else None
@@ -124,20 +121,29 @@ def measure(
     return result
 
 
+def _claim(path: Path, *, named: bool) -> None:
+    """Claim the result's path, and a `named` one's page."""
+    claim(path, named=named)
+    if named:
+        claim_page(path.with_suffix(".html"))
+
+
 def _write(path: Path, result: Result, sets: Sets, test: Features, *, say: Say, warn: Say) -> None:
-    """Write the result, its page, and in a run the projector's files."""
-    run, sheet = run_of_result(path), None
-    if len(test.h) > 1:
-        nearest = find_neighbours(test.h, choose_queries(test.label))
-        sheet = neighbour_sheet(sets.images["test"], nearest, test.label.cpu(), classes=sets.test.classes)
-    text = page(result, run=run, neighbours=sheet)
-    if line := write_result(path, result):  # first: what else a full disk does not take can be made again from it
+    """Write the result, then its page and a run's projector. Those can be made again."""
+    if line := write_result(path, result):
         warn(line)
-    write_page(path.with_suffix(".html"), text, result)
-    if run is not None:
-        layer = result["settings"]["layer"]
-        title = f"{layer} of {len(sets.test)} test images, step {result['encoder']['step']}"
-        show_projector(board_folder(run, layer), title, sets.images["test"], sets.test, test.h, say)
+    run, sheet = run_of_result(path), None
+    try:
+        if len(test.h) > 1:
+            nearest = find_neighbours(test.h, choose_queries(test.label))
+            sheet = neighbour_sheet(sets.images["test"], nearest, test.label.cpu(), classes=sets.test.classes)
+        write_page(path.with_suffix(".html"), page(result, run=run, neighbours=sheet))
+        if run is not None:
+            layer = result["settings"]["layer"]
+            title = f"{layer} of {len(sets.test)} test images, step {result['encoder']['step']}"
+            show_projector(board_folder(run, layer), title, sets.images["test"], sets.test, test.h, say)
+    except DataError as error:
+        raise UnwrittenError(str(error), result, stored=path) from None
 
 
 def _file(encoder: str | Path | Foreign) -> str | Path:
@@ -191,8 +197,7 @@ def _false_negatives(sets: Sets, card: Card) -> dict[str, Any]:
     return {}
 
 
-def _describe_encoder(path: str | Path, card: Card) -> dict[str, Any]:
+def _describe_encoder(path: str | Path, card: Card, digests: dict[str, Any]) -> dict[str, Any]:
     shown = ("width", "stem", "layer", "feature_size", "image_size", "mean", "std", "step", "init", "data_digest")
-    of_card = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
-    named = {"file": str(path), "weights": card.get("weights"), "sha256": file_digest(path), "card_sha256": of_card}
+    named = {"file": str(path), "weights": card.get("weights"), **digests}
     return {**named, "name": card["encoder"], **{key: card[key] for key in shown}}

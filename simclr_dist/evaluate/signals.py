@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simclr_dist.evaluate.rows import unit_copy
 from simclr_dist.method.loss.statistics import rank_me
 from simclr_dist.method.loss.tiles import unit_rows
 from simclr_dist.system.errors import ConfigError
@@ -47,18 +48,18 @@ class FalseNegatives(NamedTuple):
     anchors: float
 
 
-def signals(h: Tensor, keys: Sequence[str], *, threshold: float = DUPLICATE_COSINE) -> dict[str, Any]:
+def signals(h: Tensor, keys: Sequence[str]) -> dict[str, Any]:
     """Measure all label-free signals of features [n, d], as JSON takes them. None for what so few images do not have.
 
-    `keys` name the images in the list of near-duplicates. Raises ConfigError as `pairs` does.
+    `keys` name the images in the list of near-duplicates.
     """
-    compared = pairs(h, threshold=threshold)
+    compared = pairs(h)
     nearest = [{"keys": [keys[a], keys[b]], "cosine": cosine} for a, b, cosine in compared.nearest]
     return {
         "images": len(h), "feature_size": h.shape[1], "zero_features": int((h == 0).all(dim=1).sum()),
         "effective_rank": _json(effective_rank(h)),
         "mean_cosine": _json(compared.mean_cosine), "uniformity": _json(compared.uniformity),
-        "near_duplicates": {"threshold": threshold, "pairs": compared.duplicates, "listed": nearest},
+        "near_duplicates": {"threshold": DUPLICATE_COSINE, "pairs": compared.duplicates, "listed": nearest},
     }  # fmt: skip
 
 
@@ -148,14 +149,8 @@ def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTE
     sphere of many dimensions. A pair is a near-duplicate when its cosine (in float32, good to some 1e-6) is above
     `threshold`; `duplicates` counts all of them, and the `listed` nearest are in `nearest`. A feature of zeros has the cosine
     0 with every other.
-
-    Raises ConfigError for a threshold that is no cosine, and for fewer than 0 to list.
     """
-    if not -1 <= threshold < 1:
-        raise ConfigError(f"threshold: {threshold}: must be a cosine below 1")
-    if listed < 0:
-        raise ConfigError(f"listed: {listed}: must be 0 or more")
-    z = unit_rows(h.float())
+    z = unit_copy(h)
     side = _TILE * (_CUDA_TILES if z.is_cuda else 1)
     spread = torch.zeros((), dtype=torch.float64, device=z.device)
     duplicates = torch.zeros((), dtype=torch.int64, device=z.device)

@@ -1,13 +1,13 @@
 """Find images to embed, and check the file for their features. What cannot be used is refused without torch."""
 
-import itertools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, printable
 
 if TYPE_CHECKING:
     from simclr_dist.convert.sources.originals import Source
@@ -49,7 +49,6 @@ def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
     from simclr_dist.convert.sources.originals import Source
     from simclr_dist.data.manifest import MANIFEST_NAME
     from simclr_dist.data.remote.fetch import is_url
-    from simclr_dist.system.errors import printable
 
     if len(sources) == 1 and (is_url(sources[0]) or "{" in str(sources[0])) and not Path(sources[0]).exists():
         return str(sources[0])  # shards elsewhere, or tars by braces: `data.collection`
@@ -58,9 +57,12 @@ def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
         if any(folder.glob(MANIFEST_NAME)) or any(folder.glob(f"*/{MANIFEST_NAME}")):
             return folder  # of shards; or of folders of shards, of which the reader will ask for one
         source = find_source(folder)
-        if all(isinstance(chunk, FileChunk) for chunk in source.chunks):
-            return source
-        raise DataError(f"{folder}: holds images inside tables or archives; make shards of it with `simclr-dist shard` first")
+        files = [chunk for chunk in source.chunks if isinstance(chunk, FileChunk)]
+        if len(files) < len(source.chunks):
+            cure = "make shards of it with `simclr-dist shard` first"
+            raise DataError(f"{folder}: holds images inside tables or archives; {cure}")
+        _check_keys(name for chunk in files for name, _ in chunk.files)
+        return source
     for path in paths:
         if path.is_dir():
             raise DataError(f"{path}: is a folder, and {len(paths) - 1} more are named; embed one folder, or image files only")
@@ -69,6 +71,12 @@ def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":
         if path.suffix in (".parquet", ".tar"):
             raise DataError(f"{path}: is no image; name the folder of shards, or make one with `simclr-dist shard`")
     names = sorted(map(os.fspath, paths))
-    if double := next((a for a, b in itertools.pairwise(names) if a == b), None):
-        raise DataError(f"{printable(double)}: is named twice; name each image once")
+    _check_keys(names)
     return Source((), [FileChunk.of("", 0, [(name, -1) for name in names])])
+
+
+def _check_keys(names: Iterable[str]) -> None:
+    """Refuse names that become one key. Raises DataError."""
+    double, times = Counter(map(printable, names)).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{double}: is named twice; name each image once, and rename one of two whose names print alike")

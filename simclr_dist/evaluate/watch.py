@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Result
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
 from simclr_dist.method.distributed import World, all_gather_objects, process_group
-from simclr_dist.run.status import given_up, read_status
+from simclr_dist.run.status import outlook, record_event
 from simclr_dist.system.errors import DamagedError, DataError
 from simclr_dist.system.files import lock
-
-_ENDED = ("done", "failed", "diverged")  # a run that crashed or was preempted may go on
+from simclr_dist.system.slurm_job import job_id
 
 
 def watch(
@@ -39,12 +38,14 @@ def watch(
     poll: float = POLL,
     device: str = "auto",
     say: Say = lambda _: None,
+    note_end: Callable[[Path], None] = lambda _: None,
 ) -> int:
     """Evaluate every encoder of `run` without a result of these settings. It goes on until the run has ended.
 
     The oldest comes first; `poll` seconds pass between two looks for new ones. Each result is written as by `job.evaluate`,
     but raw pixels and the untrained encoder are measured for one encoder and reused for the others. `say` gets a line an
-    encoder, on rank 0. Returns the exit code: 0, or 2 where an encoder could not be evaluated, or its page not be written.
+    encoder, on rank 0. `note_end` gets the run between two looks: it may record an end that the run itself could not. Returns
+    the exit code: 0, or 2 where an encoder could not be evaluated, or its page not be written.
 
     Raises ConfigError for a folder that is no run's, DataError as `job.evaluate` does.
     """
@@ -53,8 +54,9 @@ def watch(
     with process_group(device) as world:
         sets, orders = Sets(train, test), Orders(world)
         if world.is_main:
-            with _alone(run, poll, say):
-                code = _lead(world, run, sets, settings, orders, poll, say)
+            pause = _Pause(run, poll, say, note_end)
+            with _alone(run, pause, say):
+                code = _lead(world, run, sets, settings, orders, pause, say)
             orders.give({"code": code})
         else:
             code = _follow(world, sets, settings, orders)
@@ -98,15 +100,31 @@ def _follow(world: World, sets: Sets, settings: Settings, orders: Orders) -> int
     return int(order["code"])
 
 
-def _lead(world: World, run: Path, sets: Sets, settings: Settings, orders: Orders, poll: float, say: Say) -> int:
+class _Pause:
+    """Wait between two looks; for rank 0. Says for what, once."""
+
+    def __init__(self, run: Path, poll: float, say: Say, note_end: Callable[[Path], None]) -> None:
+        self._run, self._poll, self._say, self._note_end = run, poll, say, note_end
+        self._said = ""
+
+    def __call__(self, line: str) -> None:
+        if not self._said and (job := job_id()):  # a stop that comes from now on has cost nothing
+            record_event(self._run, "waiting", kind="eval", job=job)
+        if line != self._said:
+            self._say(line)
+        self._said = line
+        self._note_end(self._run)
+        time.sleep(self._poll)
+
+
+def _lead(world: World, run: Path, sets: Sets, settings: Settings, orders: Orders, pause: _Pause, say: Say) -> int:
     """Evaluate each encoder as it comes; for rank 0. Returns the exit code."""
-    encoders, reported = _Encoders(run, sets, settings, say), None
+    encoders = _Encoders(run, sets, settings, say)
     # Kept only in a folder that was named: each of many encoders leaves a file as large as its features.
     folder = Path(settings.features) if settings.features else None
     while True:
         # Read before the encoders are listed: a run that has ended exports no more.
-        status = read_status(run)
-        state, ended = status.get("state", "not started"), given_up(run)
+        future = outlook(run)
         if path := encoders.next():
             orders.give({"encoder": str(path), "baselines": encoders.baselines})
             try:
@@ -119,19 +137,16 @@ def _lead(world: World, run: Path, sets: Sets, settings: Settings, orders: Order
                 encoders.evaluated(path, error.result, unwritten=str(error))
             else:
                 encoders.evaluated(path, result)
-        elif state in _ENDED or ended:
+        elif future.over:
             break
         else:
-            if state != reported:
-                say(f"{run}: {state}; waiting for its next encoder")
-                reported = state
-            time.sleep(poll)
-    reason = f" ({why})" if (why := ended or status.get("reason")) else ""
+            pause(f"{run}: {future.state}; waiting for its next encoder")
+    reason = f" ({future.reason})" if future.reason else ""
     evaluated = sum(encoders.good.values())
     failures = len(encoders.good) - evaluated
     failed = f", {failures} could not be" if failures else ""
     pages = f", {encoders.unwritten} pages could not be written" if encoders.unwritten else ""
-    say(f"{run}: {state}{reason}; {evaluated} encoders evaluated{failed}{pages}")
+    say(f"{run}: {future.state}{reason}; {evaluated} encoders evaluated{failed}{pages}")
     return 2 if failures or encoders.unwritten else 0
 
 
@@ -198,9 +213,9 @@ class _Encoders:
 
 
 @contextmanager
-def _alone(run: Path, poll: float, say: Say) -> Iterator[None]:
+def _alone(run: Path, pause: _Pause, say: Say) -> Iterator[None]:
     """Hold the run's lock for watchers. Waits for another process that has it; the lock ends with the process."""
-    path, reported = watchers_lock(run), False
+    path = watchers_lock(run)
     try:
         path.parent.mkdir(exist_ok=True)
         file = path.open("a")
@@ -209,11 +224,8 @@ def _alone(run: Path, poll: float, say: Say) -> Iterator[None]:
     with file:
         try:
             while not lock(file.fileno()):
-                if not reported:
-                    who = path.read_text(errors="replace").strip() or "another process"
-                    say(f"{run}: is watched by {who}; waiting for it to end")
-                reported = True
-                time.sleep(poll)
+                who = path.read_text(errors="replace").strip() or "another process"
+                pause(f"{run}: is watched by {who}; waiting for it to end")
         except OSError as error:  # the file system has no locks
             say(f"{path}: cannot be locked ({error.strerror}): see that no other process watches this run")
         file.truncate(0)

@@ -29,7 +29,7 @@ from simclr_dist.system.machine import threads_a_rank
 
 _REFUSED_SECONDS = 10.0  # the others mostly end with it, and rank 0 has a line to say and a status to write
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk
-_Start = Callable[[Callable[[int], bool]], tuple[int, dict[int, End]]]  # `_run_ranks` of these ranks
+_Start = Callable[[Callable[[int], bool]], tuple[int, dict[int, End], bool]]  # `_run_ranks` of these ranks
 
 
 def torchrun(
@@ -39,7 +39,7 @@ def torchrun(
 
     The code is the one in `run`/status.json, or in the ranks' notes where they did not get so far, or 75 after a stop. After a
     crash all starts again, as `restarts.decide` has it. A start for which too few machines came together does not count. Raises
-    ConfigError when this machine cannot use the rendezvous' address, and KeyboardInterrupt when ranks without a `run`, which
+    what `torchrun_options` raises, and KeyboardInterrupt when ranks without a `run`, which
     have nothing to save, are stopped.
     """
     signals.listen()
@@ -49,7 +49,7 @@ def torchrun(
         agent = ["--standalone", "--local-addr=127.0.0.1"] if nodes is None else torchrun_options(nodes)
     ranks = partial(_run_ranks, processes, command, agent)
     if run is None:
-        code, notes = ranks(lambda _: bool(signals.requested()))
+        code, notes, _ = ranks(lambda _: bool(signals.requested()))
         if signals.requested():
             raise KeyboardInterrupt
         return max([int(code != 0), *(note.code for note in notes.values())])
@@ -63,14 +63,14 @@ def torchrun(
         if met:
             crashes.append(Ended(crash=True, saved=newest_step(run), disk=disk))
             decision = decide(crashes, max_restarts, before=before)
+            if run.is_dir():  # else they have ended before they made it
+                event = "restart" if decision.again else "gave_up"
+                record_event(run, event, why=why, host=socket.gethostname(), fruitless=decision.fruitless)
             if not decision.again:
-                if run.is_dir():
-                    record_event(run, "gave_up", why=why)
                 if not disk:  # the rank has said what is to be mended
                     say(f"{why}; given up (--max-restarts {max_restarts})")
                 return 1
             since, attempts = time.monotonic(), decision.fruitless
-            record_event(run, "restart", why=why, host=socket.gethostname(), fruitless=decision.fruitless)
             say(f"{why}; starting again from step {newest_step(run)}")
         else:
             attempts += 1
@@ -88,17 +88,16 @@ def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple
     Returns the exit code, None when another start may follow; why this one ended; whether all machines had come together; and
     whether it ended by a disk that refuses.
     """
-    earlier = newest_start(run)
-    watch = _Watch(run, earlier, nodes, since)
-    code, notes = ranks(watch.is_over)
+    watch = _Watch(run, nodes, since)
+    code, notes, began = ranks(watch.is_over)
     _within(5.0, lambda: not is_held(run))  # a rank that has lost its agent is being killed: it holds the run for a moment
     note_death(run)
     if (cause := _cause(watch.first_gone, notes)) is not None:
-        name_cause(run, earlier, cause)
+        name_cause(run, watch.earlier, cause)
     status = read_status(run)
-    ended = status if status.get("start", 0) > earlier else {}
+    ended = status if status.get("start", 0) > watch.earlier else {}
     final = [note.code for note in notes.values() if note.state not in ("crashed", "done")]
-    why = str(ended.get("reason") or f"the ranks ended with {code}")
+    why = str(ended.get("reason") or _first_word(sorted(notes), notes) or f"the ranks ended with {code}")
     if ended.get("state") in ("done", "preempted", "failed", "diverged"):
         end: int | None = int(ended["exit_code"])
     elif final:
@@ -107,7 +106,7 @@ def _start(ranks: _Start, run: Path, nodes: Nodes | None, since: float) -> tuple
         end = 1 if ended else PREEMPTED  # nothing was begun that could be lost
     else:
         end = None if code else 0
-    return end, why, nodes is None or watch.began, any(note.disk for note in notes.values())
+    return end, why, nodes is None or began, any(note.disk for note in notes.values())
 
 
 def _cause(gone: Sequence[int], notes: Mapping[int, End]) -> str | None:
@@ -116,7 +115,11 @@ def _cause(gone: Sequence[int], notes: Mapping[int, End]) -> str | None:
         if rank not in notes:
             who = f"rank {rank} on {socket.gethostname()}"
             return f"{who} was killed, or crashed outside Python; was memory short? the system's log (dmesg) says so"
-    return next((f"rank {rank}: {notes[rank].why}" for rank in gone if notes[rank].why and not notes[rank].lost), None)
+    return _first_word(gone, notes)
+
+
+def _first_word(ranks: Sequence[int], notes: Mapping[int, End]) -> str | None:
+    return next((f"rank {rank}: {notes[rank].why}" for rank in ranks if notes[rank].why and not notes[rank].lost), None)
 
 
 def _within(seconds: float, happens: Callable[[], object]) -> bool:
@@ -131,10 +134,11 @@ def _within(seconds: float, happens: Callable[[], object]) -> bool:
 
 def _run_ranks(
     processes: int, command: Sequence[str], agent: Sequence[str] | None, is_over: Callable[[int], bool]
-) -> tuple[int, dict[int, End]]:
-    """Start the ranks once; return the exit code and the ranks' notes. torchrun is killed when `is_over`.
+) -> tuple[int, dict[int, End], bool]:
+    """Start the ranks once; return the exit code and the ranks' notes. Also return whether torchrun came to start them.
 
-    `agent`: torchrun's options for these machines; None for one rank, which needs no torchrun.
+    `agent`: torchrun's options for these machines; None for one rank, which needs no torchrun. torchrun is killed when
+    `is_over`.
     """
     # The last: else an agent that joins a rendezvous anew waits for an address that nobody publishes again.
     # PET_*, of a platform: torchrun would take them for options, and PET_NNODES has it wait for machines.
@@ -155,7 +159,8 @@ def _run_ranks(
                 [sys.executable, *command], env=env, tell=children, give_up=lambda child: is_over(child) or _is_refused(note)
             )
         notes = read_notes(note)
-        return code or max((end.code for end in notes.values()), default=0), notes
+        began = any(Path(folder).glob("*/attempt_*"))  # made for the ranks' logs; ranks themselves may be gone before a look
+        return code or max((end.code for end in notes.values()), default=0), notes, began
 
 
 def _is_refused(note: Path) -> bool:
@@ -167,15 +172,15 @@ def _is_refused(note: Path) -> bool:
 class _Watch:
     """A watch that sees a start is over before torchrun does."""
 
-    def __init__(self, run: Path, earlier: int, nodes: Nodes | None, since: float) -> None:
-        self._run, self._earlier = run, earlier  # the start before: its end may be noticed, and recorded, only now
+    def __init__(self, run: Path, nodes: Nodes | None, since: float) -> None:
+        self._run = run
+        self.earlier = newest_start(run)  # the start before: its end may be noticed, and recorded, only now
         self._elastic = nodes is not None and nodes.least < nodes.most
         self._wait_until = math.inf if nodes is None else since + 60 * nodes.wait_minutes
         self._look_at = 0.0
         self._ended_badly: float | None = None  # since when
         self._empty: float | None = None  # since when our ranks are gone
         self._ranks: dict[int, int] = {}  # by process
-        self.began = False  # whether there were ranks
         self.first_gone: list[int] = []  # while others of this machine were still there
 
     def is_over(self, agent: int) -> bool:
@@ -191,11 +196,11 @@ class _Watch:
             return False
         self._look_at = now + 0.3
         if alive:
-            self.began, self._empty = True, None
+            self._empty = None
             return self._run_is_over(now)
         if signals.requested():
             return True
-        if not self.began:
+        if not self._ranks:
             return now > self._wait_until
         self._empty = now if self._empty is None else self._empty
         return now > self._empty + _HANGS_SECONDS or self._run_is_over(now)
@@ -203,6 +208,11 @@ class _Watch:
     def _look_at_ranks(self, agent: int) -> bool:
         """Return whether there are ranks, and keep which of them went first."""
         alive = {process: rank for process in children(agent) if (rank := _rank(process)) is not None}
+        if alive and self._ranks and self._ranks.keys().isdisjoint(alive):
+            # All were stopped and started anew, as for a machine that joins: that has nothing to do with how these will end.
+            self._ranks, self.first_gone = {}, []
+            with suppress(OSError):  # a network disk that stutters must not end the run
+                self.earlier = newest_start(self._run)
         if alive and not self.first_gone:
             self.first_gone = sorted(self._ranks[process] for process in self._ranks.keys() - alive.keys())
         self._ranks |= alive
@@ -212,9 +222,9 @@ class _Watch:
         """Return whether status.json shows an end that torchrun does not see."""
         try:
             status = read_status(self._run)
-        except OSError:  # a network disk that stutters must not end the run
+        except OSError:  # as above
             return False
-        if status.get("start", 0) <= self._earlier or status["state"] == "running":
+        if status.get("start", 0) <= self.earlier or status["state"] == "running":
             self._ended_badly = None
             return False
         if status["exit_code"] in (1, 2, 3):

@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from simclr_dist.method.meeting import meet
-from simclr_dist.system.errors import LostRankError, RankError, SaveError, StoppedError, UserError
+from simclr_dist.system.errors import LostRankError, PassingError, RankError, SaveError, StoppedError, UserError
 from simclr_dist.system.machine import cores
 from simclr_dist.system.ranks import read_place
 
@@ -56,7 +57,9 @@ def process_group(device: str = "auto", timeout_minutes: float = 10.0) -> Iterat
     if on_cuda:
         gpus = torch.cuda.device_count()
         if gpu >= gpus:
-            raise RankError(f"device: {device!r}: rank {rank} needs GPU {gpu}, of {gpus} here")
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")  # by SLURM; one that is broken is missing here
+            error = PassingError if given and gpu <= given.count(",") else RankError
+            raise error(f"device: {device!r}: rank {rank} needs GPU {gpu}, of {gpus} here")
         if size > 1 and gpus > 1 and not os.environ.get("LOCAL_RANK"):
             raise RankError(f"LOCAL_RANK: is not set, and says which of the {gpus} GPUs here is that of rank {rank}")
         torch.cuda.set_device(gpu)
@@ -201,9 +204,35 @@ def together(action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def on_rank_0(action: Callable[[], T]) -> T | None:
-    """Do `action` on rank 0; the others wait and get None. Its UserError or SaveError is raised on every rank."""
-    return together(action if rank() == 0 else lambda: None)
+def on_rank_0(action: Callable[[], T], *, however_long: bool = False) -> T | None:
+    """Do `action` on rank 0; the others wait and get None. Its UserError or SaveError is raised on every rank.
+
+    They wait in a collective, which times out, or for an action that may take `however_long` as `await_rank_0` does.
+    """
+
+    def act() -> T | None:
+        try:
+            return action() if rank() == 0 else None
+        finally:
+            if however_long:
+                await_rank_0()
+
+    return together(act)
+
+
+def await_rank_0() -> None:
+    """Wait until rank 0 comes here, too. All ranks call it equally often.
+
+    They look into the group's store, in Python: no collective is under way that could time out, and a stop signal is heard at
+    once. The store goes with its host, rank 0 or torchrun.
+    """
+    if world_size() == 1:
+        return
+    store, pause = dist.distributed_c10d._get_default_store(), 0.01
+    times = store.add(f"simclr_dist/came/{rank()}", 1)
+    while rank() and store.add("simclr_dist/came/0", 0) < times:
+        time.sleep(pause)
+        pause = min(0.5, 1.5 * pause)
 
 
 def data_parallel(model: nn.Module, world: World, *, in_rank_order: bool) -> nn.Module:

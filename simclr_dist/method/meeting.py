@@ -11,7 +11,7 @@ from typing import NoReturn
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # its stubs lack them
 
 from simclr_dist.system import signals
-from simclr_dist.system.errors import LostRankError, RankError, StoppedError, reason_of, say
+from simclr_dist.system.errors import LostRankError, PassingError, RankError, StoppedError, reason_of, say
 from simclr_dist.system.ranks import TO_RUN_ALONE, Place
 
 _SAY_SECONDS = 10.0
@@ -22,8 +22,8 @@ _TRY_SECONDS = 10.0
 def meet(place: Place, timeout: timedelta) -> Store:
     """Return the store of all ranks, once they are there.
 
-    Raises RankError for a master of which nobody knows, a port in use, and ranks that do not come. Where the ranks start again
-    by themselves, that may pass: it is a LostRankError there. Raises StoppedError after a stop signal.
+    Raises PassingError for a port in use; RankError for a master of which nobody knows, and for ranks that do not come. Where
+    the ranks start again by themselves, that may pass: it is a LostRankError there. Raises StoppedError after a stop signal.
     """
     wait = _Wait(place, timeout)
     tcp = _connect(place, wait)
@@ -55,7 +55,7 @@ def _connect(place: Place, wait: "_Wait") -> TCPStore:
         if (error := attempt.error) is not None:
             reason = reason_of(error)
             if "EADDRINUSE" in reason:
-                wait.end(f"MASTER_PORT: {attempt.port}: is in use on this machine; take another, or end what has it")
+                raise PassingError(f"MASTER_PORT: {attempt.port}: is in use on this machine; take another, or end what has it")
             if isinstance(error, socket.gaierror | UnicodeError) and not place.restarted:  # UnicodeError: it can be no name
                 wait.end(f"MASTER_ADDR: {attempt.host!r}: {reason}; name the machine of rank 0")
             attempt = _Attempt(place)

@@ -49,10 +49,7 @@ class Claim:
 
     def check(self) -> None:
         """Raise TakenOverError when a later start holds the folder."""
-        newest = newest_start(self.run)
-        if newest > self.generation:
-            who = f"{str(self.run)!r} was taken over by {_describe(_holder(self.run, newest))}"
-            raise TakenOverError(f"run_folder: {who}; this start ends without writing")
+        check_newest(self.run, self.generation)
 
     def beat(self, step: int, *, ended: bool = False) -> None:
         """Write the heartbeat: `step` steps are done.
@@ -107,6 +104,13 @@ def claim_run(run: Path) -> Claim:
             _path(run, generation + 1).unlink()
             raise
         return Claim(run, generation + 1, lock)
+
+
+def check_newest(run: Path, generation: int) -> None:
+    """Raise TakenOverError when a later start than `generation` holds the folder."""
+    if (newest := newest_start(run)) > generation:
+        who = f"{str(run)!r} was taken over by {_describe(_holder(run, newest))}"
+        raise TakenOverError(f"run_folder: {who}; this start ends without writing")
 
 
 def newest_start(run: Path) -> int:
@@ -202,10 +206,10 @@ def _restarts_ahead(holder: dict[str, Any]) -> int:
 def _is_locked(run: Path, generation: int) -> bool | None:
     """Return whether a start's file is locked. Return None where the file system has no locks."""
     with _readable(run, generation):
-        file = _path(run, generation).open("r+b")
+        file = _path(run, generation).open("rb")
     with file:
         try:
-            return not files.lock(file.fileno())
+            return not files.lock(file.fileno(), shared=True)  # two who only look must not take each other for a holder
         except OSError:
             return None
 

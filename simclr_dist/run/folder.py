@@ -77,10 +77,10 @@ def open_run(config: Config, environment: Mapping[str, Any]) -> Claim:
         on_error.callback(claim.release)
         for folder in (run, *filter(Path.is_dir, run.iterdir())):
             files.remove_leftovers(folder)
-        write_atomically(run / "config.yaml", write_yaml(config.to_dict()).encode())  # first: it makes the run
+        write_atomically(run / "config.yaml", write_yaml(config.to_dict()).encode(), claim.check)  # first: it makes the run
         (run / "checkpoints").mkdir(exist_ok=True)
         described = {**environment, "code": code_state(run), "packages": packages()}
-        write_atomically(run / "env.json", json.dumps(described, indent=2).encode() + b"\n")
+        write_atomically(run / "env.json", json.dumps(described, indent=2).encode() + b"\n", claim.check)
         on_error.pop_all()
     return claim
 

@@ -11,12 +11,13 @@ MAX_IDLE_STOPS = 20
 class Ended:
     """A start that may be followed by another. It crashed or was stopped; `saved` is what the run had on disk then.
 
-    `disk`: it crashed on a disk that is full, read-only or forbidden.
+    `disk`: it crashed on a disk that is full, read-only or forbidden. `waited`: it had done all that there was to do.
     """
 
     crash: bool
     saved: int
     disk: bool = False
+    waited: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ def decide(ends: Sequence[Ended], max_restarts: int, *, before: int | None = Non
     """Decide whether another start follows the last of `ends`, oldest first.
 
     A crashed start is followed by another until more than `max_restarts` in a row have brought nothing new (0: no other
-    follows). For stopped starts the limit is `MAX_IDLE_STOPS`. A crash on a disk that refuses does not pass by itself, so there
-    one that brought nothing new is the last. A start brought something new when `saved` differs from the end before. For the
-    first one that is `before`; without it the first counts as fruitless.
+    follows). For stopped starts the limit is `MAX_IDLE_STOPS`; one that waited has brought all it could. A crash on a disk that
+    refuses does not pass by itself, so there one that brought nothing new is the last. A start brought something new when
+    `saved` differs from the end before. For the first one that is `before`; without it the first counts as fruitless.
     """
     last = ends[-1]
     saved_before = [ends[0].saved if before is None else before, *(end.saved for end in ends[:-1])]
     fruitless = 0
     for end, saved in zip(reversed(ends), reversed(saved_before), strict=True):
-        if end.saved != saved:
+        if end.saved != saved or (end.waited and not last.crash):
             break
         fruitless += end.crash == last.crash
     limit = max_restarts if last.crash else MAX_IDLE_STOPS

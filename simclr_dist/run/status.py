@@ -4,20 +4,20 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.run.claim import Claim, heartbeat, is_dead, newest_start
+from simclr_dist.run.claim import Claim, check_newest, heartbeat, is_dead, newest_start
 from simclr_dist.system import errors, files, signals
 from simclr_dist.system.slurm_job import job_id
 
 _STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | float, "reason?": str, "disk?": bool}
 _EVENT = {
     "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "steps_lost?": int, "lost?": bool,
-    "disk?": bool,
+    "disk?": bool, "job?": str | None,
 }  # fmt: skip
 _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "stop": {"state": str, "exit_code": int, "why": str | None},
@@ -25,6 +25,7 @@ _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "requeued": {"crash": bool, "saved": int},
 }
 _END = {"state": str, "code": int, "why": str | None, "lost?": bool, "disk?": bool}
+_FINAL = ("done", "failed", "diverged")  # a start that crashed or was preempted may be followed by another
 _LOCK_SECONDS = 5.0  # whoever has locked the ledger for longer is cut off, and must not hold us up
 
 
@@ -54,6 +55,8 @@ def end_of(error: BaseException | None) -> End:
     """Return how this error ends a start; None for a good end."""
     if error is None:
         return End("done", 0)
+    if isinstance(error, errors.PassingError) and job_id() is not None:
+        return End("crashed", 1, str(error))
     for kind, state, code in _BY_ERROR:
         if isinstance(error, kind):
             return End(state, code, str(error))
@@ -77,16 +80,20 @@ def read_notes(path: Path) -> dict[int, End]:
     notes = {}
     for file in path.parent.glob(f"{path.name}.*"):
         try:
-            note = files.read_object(file, _END)
-            end = End(note["state"], note["code"], note["why"], note.get("lost", False), note.get("disk", False))
-        except (errors.DamagedError, KeyError):
+            end = End(**files.read_object(file, _END))
+        except (errors.DamagedError, TypeError):  # or empty, or of another version
             end = End("crashed", 1, f"{file}: was cut short, as by a full disk", disk=True)
         notes[int(file.suffix[1:])] = end
     return notes
 
 
-def record_event(run: Path, event: str, **fields: Any) -> dict[str, Any]:
-    """Append a line to ledger.jsonl and return it. A disk that does not take it costs the line, with a warning, not the run."""
+def record_event(run: Path, event: str, **fields: Any) -> None:
+    """Append a line to ledger.jsonl. A disk that does not take it costs the line, with a warning, not the run."""
+    with _ledger_locked(run):
+        _append(run, event, **fields)
+
+
+def _append(run: Path, event: str, **fields: Any) -> dict[str, Any]:
     entry = {"time": time.time(), "event": event, **fields}
     line = json.dumps(entry) + "\n"
     try:
@@ -110,16 +117,41 @@ def read_ledger(run: Path, *, report: Callable[[str], None] = lambda _: None) ->
     return [entry for entry in entries if entry is not None]
 
 
-def given_up(run: Path) -> str | None:
-    """Return why nothing will start the run again by itself. Return None while something may."""
+@dataclass(frozen=True)
+class Outlook:
+    """Whether a run goes on. `over`: nothing starts it again by itself. `job`: the SLURM job that otherwise would."""
+
+    state: str
+    reason: str | None = None
+    over: bool = False
+    job: str | None = None
+
+
+def outlook(run: Path) -> Outlook:
+    """Tell whether a run goes on. The training's newest line counts more than an older status; an evaluation's do not count."""
+    status, launcher, job = read_status(run), None, None
+    state, reason, start = status.get("state", "not started"), status.get("reason"), status.get("start", 0)
     for entry in reversed(read_ledger(run)):
-        if entry["event"] in ("start", "submitted", "requeued"):
-            return None
-        if entry["event"] == "cancelled":
-            return "cancelled"
-        if entry["event"] == "gave_up" and entry.get("kind") != "eval":
-            return f"given up: {entry['why']}"
-    return None
+        match entry:
+            case {"kind": "eval"}:
+                continue
+            case {"event": "cancelled"}:
+                return Outlook(state, "cancelled", over=True)
+            case {"event": "gave_up", "job": _}:
+                return Outlook(state, f"given up: {entry['why']}", over=True)
+            case {"event": "gave_up"}:  # by a launcher, whose batch script, if there is one, may start it again
+                launcher = f"given up: {entry['why']}"
+            case {"event": "stop", "state": end, "why": why, "generation": number} if end in _FINAL and start <= number:
+                return Outlook(end, why, over=True)
+            case {"event": "submitted" | "requeued" as event}:
+                return Outlook(event, job=entry.get("job"))
+            case {"event": "start", "generation": number}:
+                job = entry.get("job")
+                if start < number:
+                    return Outlook("running", job=job)
+                break
+    over = state in _FINAL or (launcher is not None and job is None)
+    return Outlook(state, launcher or reason, over, None if over else job)
 
 
 def cancelled_jobs(run: Path) -> list[str]:
@@ -135,29 +167,42 @@ def read_status(run: Path) -> dict[str, Any]:
             return status
     for entry in reversed(read_ledger(run)):
         if entry["event"] in ("start", "stop"):
-            end = entry if entry["event"] == "stop" else {"state": "running", "exit_code": None}
-            reason = {"reason": why} if (why := end.get("why")) else {}
-            start = entry.get("generation", newest_start(run))
-            return {"state": end["state"], "exit_code": end["exit_code"], "start": start, "time": entry["time"], **reason}
+            return {**_shown(entry), "start": entry.get("generation", newest_start(run)), "time": entry["time"]}
     return {}
 
 
-def write_status(run: Path, state: str, exit_code: int | None, **more: Any) -> None:
+def write_status(run: Path, state: str, exit_code: int | None, *, start: int | None = None, **more: Any) -> None:
     """Show in status.json how the run's last start stands. It has the true exit code: torchrun makes every exit code 1.
 
-    `alarms` that a start had when it ended stay. A disk that does not take the file costs a warning.
+    `start` is the number of the start that is spoken of. Raises TakenOverError, and writes nothing, when a later one holds the
+    folder. `alarms` that a start had when it ended stay. A disk that does not take the file costs a warning.
     """
-    if state != "running" and (alarms := read_status(run).get("alarms")):
+    start = newest_start(run) if start is None else start
+    before = read_status(run)
+    if state != "running" and before.get("start") == start and (alarms := before.get("alarms")):
         more = {"alarms": alarms, **more}
-    status = {"state": state, "exit_code": exit_code, "start": newest_start(run), "time": time.time(), **more}
+    status = {"state": state, "exit_code": exit_code, "start": start, "time": time.time(), **more}
+    content = json.dumps(status, indent=2).encode() + b"\n"
     try:
-        files.write_atomically(run / "status.json", json.dumps(status, indent=2).encode() + b"\n")
+        files.write_atomically(run / "status.json", content, allowed=lambda: check_newest(run, start))
     except OSError as error:
         errors.say(f"{run / 'status.json'}: {error.strerror}: lost: {json.dumps(status)}", "WARNING: ")
 
 
+def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what status.json shows of a start or stop in the ledger."""
+    if entry["event"] == "start":
+        return {"state": "running", "exit_code": None}
+    more = {"reason": entry["why"], "disk": entry.get("disk")}
+    return {"state": entry["state"], "exit_code": entry["exit_code"], **{name: value for name, value in more.items() if value}}
+
+
 def record_start(claim: Claim, step: int, world_size: int) -> None:
-    """Record that a start goes on from `step`. Also record what was lost since the last sign of life before."""
+    """Record that a start goes on from `step`. Also record what was lost since the last sign of life before.
+
+    Raises TakenOverError when a later start holds the folder.
+    """
+    claim.check()
     before = heartbeat(claim.run)
     record_event(
         claim.run, "start", generation=claim.generation, host=socket.gethostname(), pid=os.getpid(),
@@ -175,11 +220,9 @@ def record_end(run: Path, generation: int, end: End, **more: Any) -> None:
         if stop is None:
             marks = {mark: True for mark in ("lost", "disk") if getattr(end, mark)}
             more = {"step": heartbeat(run).get("step", 0), "generation": generation, **more, **marks}
-            stop = record_event(run, "stop", state=end.state, exit_code=end.code, why=end.why, **more)
-        if newest_start(run) <= generation:
-            reason = {} if stop["why"] is None else {"reason": stop["why"]}
-            disk = {"disk": True} if stop.get("disk") else {}
-            write_status(run, stop["state"], stop["exit_code"], start=generation, **reason, **disk)
+            stop = _append(run, "stop", state=end.state, exit_code=end.code, why=end.why, **more)
+        with suppress(errors.TakenOverError):
+            write_status(run, start=generation, **_shown(stop))
 
 
 @contextmanager
@@ -189,9 +232,9 @@ def recorded(run: Path, claim: Claim | None) -> Iterator[None]:
     `claim` is rank 0's. The other ranks record only what no other rank has seen.
     """
     began, error = time.monotonic(), None
-    if claim is not None:
-        write_status(run, "running", None)
     try:
+        if claim is not None:
+            write_status(run, "running", None, start=claim.generation)
         yield
     except BaseException as raised:
         error = raised
@@ -221,8 +264,9 @@ def note_death(run: Path) -> None:
 def name_cause(run: Path, earlier: int, why: str) -> None:
     """Show `why` in status.json. Do so if the last start is later than number `earlier` and only knows it lost a rank."""
     for stop in _stops(run)[-1:]:
-        if earlier < stop.get("generation", 0) == newest_start(run) and stop.get("lost"):
-            write_status(run, "crashed", 1, reason=why)
+        if earlier < stop.get("generation", 0) and stop.get("lost"):
+            with suppress(errors.TakenOverError):
+                write_status(run, "crashed", 1, start=stop["generation"], reason=why)
 
 
 def _stops(run: Path) -> list[dict[str, Any]]:

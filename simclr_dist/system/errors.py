@@ -45,6 +45,10 @@ class RankError(DataError):
     """Error seen by one rank only; that rank reports it."""
 
 
+class PassingError(RankError):
+    """State of one machine that may pass, like a port in use. Inside a SLURM job it is a crash: another start follows."""
+
+
 class TakenOverError(UserError):
     """A later start holds the run folder. This one must write nothing more."""
 

@@ -101,8 +101,8 @@ def replacing(path: Path, allowed: Callable[[], None] = lambda: None) -> Iterato
             yield file
             file.flush()
             os.fsync(file.fileno())
-        allowed()
-        temporary.replace(path)
+            allowed()
+            temporary.replace(path)  # while it is locked: another writer of `path` would take it for a leftover
     except BaseException:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()

@@ -125,6 +125,7 @@ class Trainer:
             tensorboard=config.log.tensorboard,
             warmup_steps=self.warmup,
             hosts=self.clock.hosts,
+            start=claim.generation if claim else None,
         )
 
     def loop(self, profile: Profile | None) -> None:

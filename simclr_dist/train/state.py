@@ -59,10 +59,11 @@ def saved_bytes(config: Config) -> tuple[float, float]:
     """Return the bytes of a checkpoint, and of an encoder with projector. At least, where the optimizer's are not known."""
     with torch.device("meta"):
         model = build_simclr(**config.model.shape)
-    weights = sum(p.numel() for p in model.parameters()) * config.number_bytes
+    weights = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     copies = OPTIMIZER_BUFFERS.get(config.optim.name, 0) if config.optim.momentum else 0
-    return float(weights * (1 + copies) + buffers), float(weights)
+    # An encoder leaves as float32, whatever it was trained in.
+    return float(weights * config.number_bytes * (1 + copies) + buffers), float(4 * weights + buffers)
 
 
 def learned_tensors(learner: Learner) -> dict[str, Tensor]:

@@ -325,6 +325,8 @@ def test_splits_in_a_folder_of_arrow_files(tmp_path: Path) -> None:
 
 # ---- columns
 
+RENAME = "rename its column of labels, or take none of all with --label-column none"
+
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
     names = {"fine": {"names": ["x", "y"]}, "coarse": {"names": ["z", "w"]}}
@@ -345,6 +347,25 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     )
     pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), path)
     assert "2 columns could hold image bytes (of a, b); name one with --image-column" in refused(path, tmp_path / "out")
+
+
+def test_tables_whose_labels_are_not_alike(tmp_path: Path) -> None:
+    """Else half of the images would have none, and nothing would say so. Of tables of paths, too."""
+    write_folder(tmp_path / "src", {f"{i}.png": encoded(i) for i in range(4)})
+    for kind, images in (("bytes", [encoded(i) for i in range(4)]), ("paths", [f"{i}.png" for i in range(4)])):
+        for part, column in enumerate(("label", "labels")):
+            rows = slice(2 * part, 2 * part + 2)
+            pq.write_table(pa.table({"image": images[rows], column: [part, part]}), tmp_path / "src" / f"{part}.parquet")
+        for path in (tmp_path / "src", tmp_path / "src" / "*.parquet"):
+            said = refused(path, tmp_path / kind)
+            assert said.endswith("no column 'label', which 0.parquet has; " + RENAME), said
+            assert said.startswith(f"{tmp_path / 'src' / '1.parquet'}: ")
+        (tmp_path / "src" / "0.parquet").rename(tmp_path / "src" / "2.parquet")
+        said = refused(tmp_path / "src", tmp_path / kind)
+        assert said == f"{tmp_path / 'src' / '1.parquet'}: no column 'label', which 2.parquet has; {RENAME}"
+        write_shards(tmp_path / "src", tmp_path / kind, label_column="none", processes=1)
+        assert set(load_manifest(tmp_path / kind).label) == {-1}
+        (tmp_path / "src" / "2.parquet").unlink()
 
 
 def test_columns_and_labels_that_cannot_be_used(tmp_path: Path) -> None:
@@ -418,6 +439,27 @@ def test_names_in_a_list_stay_in_its_folder_and_links_are_followed(tmp_path: Pat
         "im/gone.png": "No such file or directory",
         "pipe.png": "not a regular file",
     }
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_list_behind_a_link_lists_what_is_beside_the_link(tmp_path: Path, kind: str) -> None:
+    """As one in a folder of links does. The target may have another name, in a store with no images beside it."""
+    (tmp_path / "blobs").mkdir()
+    for name in (f"list.{kind}", f"apart/list.{kind}"):
+        write_folder(tmp_path / "src", {f"{Path(name).parent}/{i}.png": encoded(i) for i in range(3)})
+        blob = tmp_path / "blobs" / f"{len(name)}e1f"
+        if kind == "csv":
+            blob.write_text("path,label\n0.png,4\n2.png,5\n")
+        else:
+            pq.write_table(pa.table({"image": ["0.png", "2.png"], "label": [4, 5]}), blob)
+        (tmp_path / "src" / name).symlink_to(blob)
+        out = tmp_path / f"{kind}-{len(name)}"
+        summary = write_shards(tmp_path / "src" / name, out, processes=1)
+        assert (summary.written, summary.rejected) == (2, ())
+        assert stored(out) == {"0.png": (4, encoded(0)), "2.png": (5, encoded(2))}
+    (tmp_path / "src" / "bytes.tar").symlink_to(write_tar(tmp_path / "blobs" / "77", class_folders()))
+    write_shards(tmp_path / "src" / "bytes.tar", tmp_path / "tar", processes=1)
+    assert set(stored(tmp_path / "tar")) == {f"bytes.tar/{name}" for name in class_folders()}
 
 
 @pytest.mark.parametrize(

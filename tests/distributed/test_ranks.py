@@ -9,7 +9,8 @@ import torch.distributed as dist
 import ranks
 from simclr_dist.method import distributed
 from simclr_dist.method.distributed import World, all_gather, all_gather_objects, all_gather_rows, all_sum, on_rank_0
-from simclr_dist.system.errors import DataError, LostRankError
+from simclr_dist.run.status import end_of
+from simclr_dist.system.errors import DataError, LostRankError, PassingError, RankError
 
 
 def _collectives(world: World) -> dict[str, object]:
@@ -84,6 +85,21 @@ def test_a_failing_rank_ends_all() -> None:
     with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*as it should"):
         ranks.run(ranks.failing, 2)
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(("given", "kind"), [("0,1,2,3", PassingError), ("0,1,2", RankError), ("", RankError)])
+def test_a_gpu_that_was_given_and_is_not_there_may_be_there_in_the_next_start(
+    monkeypatch: pytest.MonkeyPatch, given: str, kind: type[RankError]
+) -> None:
+    """On another machine, when SLURM has taken the broken one out. One that was never given is a mistake."""
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "n1", "MASTER_PORT": "1", "SLURM_JOB_ID": "7"}
+    for name, value in (place | {"CUDA_VISIBLE_DEVICES": given}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    with pytest.raises(RankError, match="needs GPU 3, of 3 here") as refused, distributed.process_group("cuda"):
+        pass
+    assert type(refused.value) is kind
+    assert end_of(refused.value).code == (1 if kind is PassingError else 2)
 
 
 @pytest.mark.parametrize(

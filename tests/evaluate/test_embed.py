@@ -196,7 +196,8 @@ def test_any_number_of_ranks(make_encoder: Make, folder: Path, tmp_path: Path, w
     (folder / "dog" / "bad.jpg").write_bytes(b"no image")
     embed(encoder, folder, alone, EmbedSettings(workers=0, skip_bad=True), device="cpu")
     assert ranks.run(embed_on_a_rank, world_size, encoder, folder, shared, True) == [(7, 1)] * world_size
-    one, many = read_features(alone), read_features(shared, read_features(alone).about)
+    one, many = read_features(alone), read_features(shared)
+    assert one.about == many.about
     assert one.key == many.key == KEYS
     assert np.array_equal(one.label, many.label)
     np.testing.assert_allclose(one.embedding, many.embedding, rtol=1e-4, atol=1e-5)
@@ -347,12 +348,15 @@ def test_images_inside_parquet(make_encoder: Make, folder: Path, tmp_path: Path)
         embed(make_encoder(), tmp_path / "rows" / "a.parquet", tmp_path / "f.parquet", NONE, device="cpu")
 
 
-def test_two_files_of_one_printable_name(make_encoder: Make, tmp_path: Path) -> None:
+def test_two_files_of_one_printable_name(tmp_path: Path) -> None:
+    """They are refused before any is read, be they in a folder or named one by one."""
     (tmp_path / "flat").mkdir()
     for name in ("a\n.png", "a\\n.png"):
         Image.new("RGB", (9, 9)).save(tmp_path / "flat" / name)
-    with pytest.raises(DataError, match="stands for two images"):
-        embed(make_encoder(), tmp_path / "flat", tmp_path / "f.parquet", NONE, device="cpu")
+    for sources, shown in (([tmp_path / "flat"], ""), (sorted((tmp_path / "flat").iterdir()), f"{tmp_path}/flat/")):
+        with pytest.raises(DataError) as caught:
+            find_images(sources)
+        assert str(caught.value).startswith(f"{shown}a\\n.png: is named twice; name each image once, and rename one")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views.crops import crop_view
 from simclr_dist.data.views.draws import ViewSettings, draw_views
 from simclr_dist.encoder.file import export_encoder, load_encoder, untrained_encoder
-from simclr_dist.evaluate.finetune import Recipe, classifier, finetune, finetune_path, fit, make_recipe
+from simclr_dist.evaluate.finetune import Order, Recipe, classifier, finetune, finetune_path, fit, make_recipe
 from simclr_dist.evaluate.result import file
 from simclr_dist.evaluate.settings import FinetuneSettings
 from simclr_dist.method.model import build_projector
@@ -175,6 +175,48 @@ def test_an_epoch_is_cut_into_equal_batches(images: int, batch_size: int, steps:
     recipe = make_recipe(images, FinetuneSettings(1, batch_size=batch_size, epochs=7))
     assert recipe[:-1] == (7, used, steps, left_over)
     assert recipe.peak_lr == pytest.approx(0.05 * used / 256)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size"), [(500, 16), (501, 256), (1000, 300), (7, 3), (3, 2), (2, 256), (129, 128), (1_281_167, 256)]
+)
+def test_no_image_comes_twice_in_an_epoch(images: int, batch_size: int) -> None:
+    """What the recipe says is what the training reads: steps and left-over images of every epoch."""
+    recipe, epochs = make_recipe(images, FinetuneSettings(1, batch_size=batch_size, epochs=3)), []
+    order = Order(images, 5, recipe)
+    for epoch in range(3):
+        steps = [order[epoch * recipe.steps_per_epoch + step] for step in range(recipe.steps_per_epoch)]
+        assert {one for one, _ in steps} == {epoch}
+        assert {len(places) for _, places in steps} == {recipe.batch_size_used}
+        epochs.append(np.concatenate([places for _, places in steps]))
+        assert len(np.unique(epochs[-1])) == len(epochs[-1]) == images - recipe.left_over
+        assert epochs[-1].min() >= 0
+        assert epochs[-1].max() < images
+    if images > 100:
+        assert not np.array_equal(*map(np.sort, epochs[:2])) or not recipe.left_over, "others are left over"
+        assert not np.array_equal(*epochs[:2])
+
+
+def test_each_epoch_of_a_training_has_as_many_images_as_the_result_says(
+    make_encoder: Make, sets: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120 images in batches of at most 16 are 8 steps of 15; of at most 11, 11 steps of 10."""
+    read, original = [], ShardDataset.__getitem__
+
+    def watched(self: ShardDataset, row: int) -> Any:
+        if self.manifest.folder.name == "train":
+            read.append(row)
+        return original(self, row)
+
+    monkeypatch.setattr(ShardDataset, "__getitem__", watched)
+    for batch_size, left_over in ((16, 0), (13, 0), (11, 10), (7, 12)):
+        read.clear()
+        settings = run(make_encoder(), sets, epochs=3, batch_size=batch_size)["settings"]
+        of_epoch = settings["steps_per_epoch"] * settings["batch_size_used"]
+        assert (settings["left_over"], len(read)) == (left_over, 3 * of_epoch)
+        assert of_epoch == 120 - left_over
+        for epoch in range(3):
+            assert len(set(read[epoch * of_epoch : (epoch + 1) * of_epoch])) == of_epoch
 
 
 def test_the_papers_epochs() -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,18 @@ import ranks
 from evaluated import draw_images
 from simclr_dist.cli.main import main
 from simclr_dist.data.reader import ShardDataset
+from simclr_dist.evaluate import embed, job
+from simclr_dist.evaluate.features.extraction import EncoderError
+from simclr_dist.evaluate.features.store import FeatureStore
 from simclr_dist.evaluate.features.views import RandomCrops, crop_and_flip
+from simclr_dist.evaluate.finetune import finetune
+from simclr_dist.evaluate.finetune import table as finetuned_table
 from simclr_dist.evaluate.job import evaluate
+from simclr_dist.evaluate.protocols import sgd
 from simclr_dist.evaluate.result.report import summary, table
+from simclr_dist.evaluate.sets import Sets
+from simclr_dist.evaluate.settings import EmbedSettings, FinetuneSettings, Settings
+from simclr_dist.method.distributed import World, set_timeout
 from simclr_dist.system.errors import ConfigError, DataError
 
 Make = Callable[..., Path]
@@ -64,6 +74,27 @@ def test_the_numbers_measure_the_features(make_encoder: Make, make_shards: Make,
     shuffled = make_shards("shuffled", images, np.random.default_rng(1).permutation(labels))
     control = summary(evaluate(make_encoder(run="control"), shuffled, sets[1], k=10, workers=0, device="cpu"))
     assert all(value < 60 for protocol in control.values() for value in protocol.values())
+
+
+def test_where_all_are_right_the_interval_has_a_width(make_encoder: Make, make_shards: Make) -> None:
+    """In the result, the table and the page alike; Wilson's, 72.25 to 100 % of 10 images."""
+    same = make_shards("same", *draw_images(10, seed=0))
+    encoder = make_encoder()
+    result = evaluate(encoder, same, same, k=1, workers=0, device="cpu", protocols=("knn", "mlp"), mlp_epochs=300)
+    for part in result["protocols"].values():
+        for kind, row in part["results"].items():
+            low, high = row["interval"]
+            assert high - low > 20, kind
+    assert result["protocols"]["knn"]["results"]["trained"]["top1"] == 100
+    assert "95 % intervals of the trained encoder: kNN 72.25-100.00, MLP " in table(result)
+    page = (encoder.parent.parent / "eval" / "step-00001200.html").read_text()
+    assert "<td>100.00</td><td>72.25 to 100.00</td>" in page
+    assert "100.00 to 100.00" not in page
+    settings = FinetuneSettings(1, seeds=2, epochs=1, workers=0)
+    shown = finetuned_table(finetuned := finetune(encoder, same, same, settings, device="cpu"))
+    intervals = [run["interval"] for run in finetuned["runs"]]
+    assert all(high - low > 20 for low, high in intervals)
+    assert f"other test images: {', '.join(f'{low:.2f}-{high:.2f}' for low, high in intervals)}" in shown
 
 
 def test_the_seed_is_of_the_untrained_encoder_alone(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -215,6 +246,62 @@ def test_two_processes_write_one_result_like_one_process(make_encoder: Make, set
     assert codes == [2, 2]
     assert errors.count("a result is a .json file") == 1
     assert "[rank1]" not in errors
+
+
+def _once_slow(original: Callable[..., Any]) -> Callable[..., Any]:
+    slept = []
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        if not slept:
+            slept.append(True)
+            time.sleep(4)
+        return original(*arguments, **settings)
+
+    return slow
+
+
+def _evaluate_with_a_slow_rank_0(here: World, encoder: Path, sets: tuple[Path, Path], features: Path) -> float:
+    """It reads features, fits between two epochs, and writes, each for longer than a collective waits."""
+    settings = Settings(k=10, workers=0, protocols=("knn", "sgd"), sgd_epochs=2, baselines=False)
+    both = Sets(*sets)
+    set_timeout(3 / 60)
+    if here.is_main:
+        FeatureStore.find = _once_slow(FeatureStore.find)  # type: ignore[method-assign]
+        sgd.cross_entropy = _once_slow(sgd.cross_entropy)  # type: ignore[assignment]
+        embed.write_features = _once_slow(embed.write_features)
+    result = job.measure(here, encoder, both, settings, features=features if here.is_main else None)
+    embed.embed_within(here, encoder, str(sets[1]), features / "mine.parquet", EmbedSettings(workers=0))
+    return float(result["protocols"]["sgd"]["results"]["trained"]["top1"]) if here.is_main else -1.0
+
+
+def test_ranks_wait_for_rank_0_as_long_as_it_takes(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    encoder = make_encoder()
+    alone = evaluate(encoder, *sets, k=10, workers=0, device="cpu", baselines=False, protocols=("knn", "sgd"), sgd_epochs=2)
+    (tmp_path / "features").mkdir()
+    found = ranks.run(_evaluate_with_a_slow_rank_0, 2, encoder, sets, tmp_path / "features")
+    assert found == [alone["protocols"]["sgd"]["results"]["trained"]["top1"], -1.0]
+    assert (tmp_path / "features" / "mine.parquet").is_file()
+
+
+def _evaluate_what_is_replaced(here: World, encoder: Path, other: Path, sets: tuple[Path, Path], out: Path) -> str:
+    """Between the reading of the two ranks."""
+    load = job.load_encoder
+    job.load_encoder = embed.load_encoder = lambda path, *rest: load(path if here.is_main else other, *rest)
+    for work in (
+        lambda: job.measure(here, encoder, Sets(*sets), Settings(workers=0, baselines=False)),
+        lambda: embed.embed_within(here, encoder, str(sets[1]), out, EmbedSettings(workers=0)),
+    ):
+        with pytest.raises(EncoderError) as caught:
+            work()
+    return str(caught.value)
+
+
+def test_all_ranks_have_one_encoder(make_encoder: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    encoder, other, out = make_encoder(), make_encoder(seed=6, run="other"), tmp_path / "out.parquet"
+    told = ranks.run(_evaluate_what_is_replaced, 2, encoder, other, sets, out)
+    assert told == [f"{encoder}: was not the same file on every rank; evaluate it again"] * 2
+    assert not out.exists()
+    assert not (encoder.parent.parent / "eval").exists()
 
 
 def test_mistakes_are_one_line(make_encoder: Make, make_shards: Make, sets: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,10 +8,18 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from simclr_dist.evaluate.classify import classify
 from simclr_dist.evaluate.features.extraction import Features
+from simclr_dist.evaluate.protocols import knn
 from simclr_dist.evaluate.protocols.knn import neighbours, weighted_knn
 from simclr_dist.evaluate.protocols.scores import score
 from simclr_dist.evaluate.result.report import TRAINED
 from simclr_dist.evaluate.settings import Settings
+
+
+@pytest.fixture(autouse=True, params=["at once", "in parts"])
+def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in parts":
+        monkeypatch.setattr(knn, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(knn, "_KEYS_AT_ONCE", 64)
 
 
 def blobs(n: int, d: int, classes: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The linear probe against scikit-learn's logistic regression, on easy and on badly conditioned features."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from evaluated import scored
+from simclr_dist.evaluate import space
 from simclr_dist.evaluate.protocols import linear
 from simclr_dist.evaluate.protocols.linear import L2_GRID, choose_l2, linear_probe, stratified_split
 from simclr_dist.system.errors import DataError
@@ -128,6 +130,16 @@ def test_shuffled_labels_give_chance() -> None:
     control, _ = scored(linear_probe, (train_h, shuffled), test_h, classes=7)  # with a choice of l2, which could leak too
     low, high = binom.interval(0.999, 2000, 1 / 7)
     assert low <= int((control.argmax(dim=1) == test_y).sum()) <= high
+
+
+def test_features_in_files_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train_h, train_y = overlapping(500, 0)
+    in_memory = scored(linear_probe, (train_h, train_y), train_h, classes=7)
+    monkeypatch.setattr(space, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    in_files = scored(linear_probe, (train_h, train_y), train_h, classes=7)
+    assert torch.equal(in_memory[0], in_files[0])
+    assert in_memory[1] == in_files[1]
 
 
 def test_it_is_deterministic() -> None:

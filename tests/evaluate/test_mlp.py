@@ -18,7 +18,7 @@ Probe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor,
 
 PROBES: dict[str, Probe] = {
     "linear": lambda h, y, test_h: scored(linear_probe, (h, y), test_h, classes=4),
-    "sgd": lambda h, y, test_h: scored(sgd_probe, ((h, y),), test_h, classes=4, epochs=2, batch_size=100),
+    "sgd": lambda h, y, test_h: scored(sgd_probe, (lambda _: (h, y),), test_h, classes=4, epochs=2, batch_size=100),
     "mlp": lambda h, y, test_h: scored(mlp_probe, (h, y), test_h, classes=4, epochs=2, seeds=(0, 1)),
 }
 

@@ -134,10 +134,10 @@ def test_it_does_without_a_run_and_without_much() -> None:
 
 
 def test_it_is_written_whole_or_refused(tmp_path: Path) -> None:
-    write_page(tmp_path / "report.html", page(_result()), _result())
+    write_page(tmp_path / "report.html", page(_result()))
     assert (tmp_path / "report.html").read_text().endswith("</body></html>\n")
     with pytest.raises(DataError, match="cannot write the page"):
-        write_page(tmp_path / "nowhere" / "report.html", page(_result()), _result())
+        write_page(tmp_path / "nowhere" / "report.html", page(_result()))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (3.2, 8.9), (5, 5), (0, 0), (-3, 31200), (1e-9, 2e-9), (0.1, 0.1)])

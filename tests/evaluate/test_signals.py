@@ -132,7 +132,7 @@ def test_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_signals_as_json() -> None:
     h = features(10, 4)
     h[7] = h[2]
-    found = signals(h, [f"{i}.jpg" for i in range(10)], threshold=0.999)
+    found = signals(h, [f"{i}.jpg" for i in range(10)])
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["images"], found["feature_size"]) == (10, 4)
     assert found["near_duplicates"]["pairs"] == 1
@@ -173,11 +173,6 @@ def test_false_negatives_of_large_sets() -> None:
 
 
 def test_what_is_refused() -> None:
-    for threshold in (1.0, -1.5, math.nan):
-        with pytest.raises(ConfigError, match="must be a cosine below 1"):
-            pairs(torch.ones(2, 2), threshold=threshold)
-    with pytest.raises(ConfigError, match="listed: -1"):
-        pairs(torch.ones(2, 2), listed=-1)
     for batch in (1, 4):
         with pytest.raises(ConfigError, match="from 2 to the number of labelled images, 3"):
             false_negatives(torch.tensor([0, 1, 0, -1]), batch)

@@ -1,5 +1,6 @@
 """Class-balanced parts of a set: sizes, nesting, what they depend on, and each refusal as one line."""
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -133,23 +134,24 @@ def test_what_a_refusal_advises_would_do(images: list[int], labels: float) -> No
 def test_the_result_lists_the_keys_or_names_their_file(tmp_path: Path) -> None:
     images = manifest(uneven(4000))
     few = [balanced_subset(images, 0.01, classes=3, seed=seed) for seed in range(2)]
-    described = describe_subsets(images, few, tmp_path / "result.json", everything=False)
+    described, beside = describe_subsets(images, few, tmp_path / "result.json", everything=False)
     assert (described["images"], described["images_per_class"], described["keys_file"]) == (39, 13, None)
     assert described["keys"] == [images.key[rows].tolist() for rows in few]
     assert described["digests"] == [keys_digest(keys) for keys in described["keys"]]
-    assert list(tmp_path.iterdir()) == []
+    assert beside == {}
 
     many = [balanced_subset(images, 0.2, classes=3, seed=seed) for seed in range(2)]
-    described = describe_subsets(images, many, tmp_path / "result.json", everything=False)
-    assert (described["keys"], described["keys_file"]) == (None, "result.keys.json")
-    listed = json.loads((tmp_path / "result.keys.json").read_text())
+    described, beside = describe_subsets(images, many, tmp_path / "result.json", everything=False)
+    ((path, content),) = beside.items()
+    assert (described["keys"], described["keys_file"]) == (None, path.name)
+    assert path == tmp_path / f"result.keys-{hashlib.sha256(content).hexdigest()[:8]}.json"
+    listed = json.loads(content)
     assert listed == {str(seed): images.key[rows].tolist() for seed, rows in enumerate(many)}
     assert described["digests"] == [keys_digest(listed[seed]) for seed in ("0", "1")]
-    with pytest.raises(DataError, match=r"nowhere/result\.keys\.json: cannot write"):
-        describe_subsets(images, many, tmp_path / "nowhere" / "result.json", everything=False)
 
-    everything = describe_subsets(images, [np.arange(4000)], tmp_path / "all.json", everything=True)
-    assert (everything["images"], everything["keys"], everything["keys_file"]) == (4000, None, None)
+    everything, beside = describe_subsets(images, [np.arange(4000)], tmp_path / "all.json", everything=True)
+    assert (everything["images"], everything["keys"], everything["keys_file"], beside) == (4000, None, None, {})
+    assert list(tmp_path.iterdir()) == [], "the result comes first"
 
 
 def test_the_digest_is_of_the_keys_in_any_order() -> None:

@@ -25,11 +25,13 @@ from simclr_dist.evaluate.result.board import Curves
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import Orders, watch
 from simclr_dist.method.distributed import World, set_timeout
-from simclr_dist.run.status import write_status
+from simclr_dist.run.claim import claim_run
+from simclr_dist.run.status import End, read_ledger, record_end, record_event, write_status
 from simclr_dist.system.errors import DataError
 
 Make = Callable[..., Path]
 SETTINGS = Settings(k=10, workers=0)
+QUICK = Settings(k=10, workers=0, baselines=False, protocols=("knn",))
 
 
 @pytest.fixture
@@ -173,6 +175,93 @@ def test_a_second_watcher_waits(run: Path, make_encoder: Make, sets: tuple[Path,
     assert watch(run, *sets, SETTINGS, poll=0.01, device="cpu", say=say) == 0
     assert lines[0].startswith(f"{run}: is watched by process {os.getpid()} on ")
     assert lines[1].endswith("evaluated before")
+
+
+def told(run: Path, *events: dict[str, object]) -> None:
+    for event in events:
+        record_event(run, **event)  # type: ignore[arg-type]
+
+
+SUBMITTED, RESUBMITTED = ({"event": "submitted", "kind": "train", "job": job} for job in ("7", "9"))
+EVALUATION = {"event": "submitted", "kind": "eval", "job": "8"}
+EVAL_REQUEUED = {"event": "requeued", "kind": "eval", "job": "8", "why": "SIGUSR2", "crash": False, "saved": 1}
+STARTED = {"event": "start", "generation": 1, "job": "7", "step": 0}
+FAILED = {"event": "stop", "generation": 1, "state": "failed", "exit_code": 2, "why": "no images"}
+GAVE_UP = {"event": "gave_up", "kind": "train", "job": "7", "why": "4 crashes"}
+
+
+def test_a_requeue_of_the_evaluation_does_not_hide_the_end(run: Path, make_encoder: Make, sets: tuple[Path, Path]) -> None:
+    make_encoder(seed=1, step=100)
+    told(run, SUBMITTED, EVALUATION, STARTED, GAVE_UP, EVAL_REQUEUED)
+    write_status(run, "crashed", 1)
+
+    def say(line: str) -> None:
+        lines.append(line)
+        assert "waiting" not in line
+
+    lines: list[str] = []
+    assert watch(run, *sets, QUICK, device="cpu", say=say) == 0
+    assert lines[-1] == f"{run}: crashed (given up: 4 crashes); 1 encoders evaluated"
+
+
+def test_the_end_of_an_earlier_start_does_not_end_a_new_watcher(run: Path, make_encoder: Make, sets: tuple[Path, Path]) -> None:
+    """A failed run that is submitted again, with its evaluation."""
+    make_encoder(seed=1, step=100)
+    claim_run(run).release()
+    told(run, SUBMITTED, STARTED, FAILED, RESUBMITTED, EVALUATION)
+    write_status(run, "failed", 2, reason="no images")
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "waiting" in line:
+            make_encoder(seed=2, step=200)
+            claim = claim_run(run)
+            record_end(run, claim.generation, End("done", 0))
+            claim.release()
+
+    assert watch(run, *sets, QUICK, poll=0.01, device="cpu", say=say) == 0
+    assert lines[1] == f"{run}: submitted; waiting for its next encoder"
+    assert lines[-1] == f"{run}: done; 2 encoders evaluated"
+
+
+def test_an_end_that_only_slurm_knows_ends_the_watch(run: Path, make_encoder: Make, sets: tuple[Path, Path]) -> None:
+    """After a last look for encoders."""
+    told(run, SUBMITTED)
+    lines: list[str] = []
+
+    def note_end(folder: Path) -> None:
+        make_encoder(seed=1, step=100)
+        told(folder, GAVE_UP)
+
+    assert watch(run, *sets, QUICK, poll=0.01, device="cpu", say=lines.append, note_end=note_end) == 0
+    assert lines[0] == f"{run}: submitted; waiting for its next encoder"
+    assert lines[-1] == f"{run}: not started (given up: 4 crashes); 1 encoders evaluated"
+
+
+def test_that_all_is_evaluated_is_on_record_in_a_job(
+    run: Path, make_encoder: Make, sets: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in each start, and in a watcher that waits for another to end too."""
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    make_encoder(seed=1, step=100)
+
+    def waits() -> list[object]:
+        return [(entry["kind"], entry["job"]) for entry in read_ledger(run) if entry["event"] == "waiting"]
+
+    def say(line: str) -> None:
+        assert waits() == [("eval", "8")] * ("waiting" in line), "not before the first encoder is evaluated"
+        if "waiting" in line:
+            write_status(run, "done" if "running" in line else "running", 0)
+
+    assert watch(run, *sets, QUICK, poll=0.01, device="cpu", say=lambda line: "done" in line or say(line)) == 0
+    assert waits() == [("eval", "8")]
+    other = os.open(run / "eval" / ".watch", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    watch(run, *sets, QUICK, poll=0.01, device="cpu", say=lambda line: os.close(other) if "waiting" in line else None)
+    assert waits() == [("eval", "8")] * 2
 
 
 def test_sets_that_cannot_be_compared_are_refused(run: Path, make_encoder: Make, make_shards: Make) -> None:

@@ -27,7 +27,7 @@ from simclr_dist.launch.slurm.status import describe
 from simclr_dist.launch.slurm.submission import read_record
 from simclr_dist.run.claim import newest_start
 from simclr_dist.run.folder import open_run, read_metrics, truncate_metrics
-from simclr_dist.run.status import given_up, note_death, read_ledger, read_notes, read_status, record_start, recorded
+from simclr_dist.run.status import note_death, outlook, read_ledger, read_notes, read_status, record_start, recorded
 from simclr_dist.system.errors import UserError
 
 STEP = 4
@@ -188,7 +188,7 @@ def test_whoever_looks_gets_an_answer(here: Path, monkeypatch: pytest.MonkeyPatc
         text = describe(run, read_record(run))
         assert "step 4 of 4" in text or name == "heartbeat"
         assert "loss 0.2500 at step 4" in text or "metrics" in name
-    given_up(run)
+    outlook(run)
     assert read_status(run)["state"] == "done" or ("ledger" in name and "whole" in name)
     if name == "ledger.jsonl" and kind in ("list", "types"):
         assert "  damaged     " in describe(run, RECORD)

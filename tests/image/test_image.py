@@ -81,7 +81,7 @@ def test_packages_are_the_pinned_ones(container: Container) -> None:
 
 @pytest.mark.slow
 def test_it_can_write_where_it_works_and_nowhere_else(container: Container) -> None:
-    assert container.run("/bin/sh", "-c", "touch /work/a /tmp/a && rm /work/a /tmp/a").returncode == 0
+    assert container.run("/bin/sh", "-c", "touch /work/a /cache/a /tmp/a && rm /work/a /cache/a /tmp/a").returncode == 0
     for place in ("/opt/venv/bin", "/opt/simclr_dist", "/etc"):
         assert container.run("/usr/bin/touch", f"{place}/a").returncode == 1
 
@@ -105,7 +105,9 @@ def test_nothing_is_left_of_building_it(container: Container) -> None:
 
 def test_compose() -> None:
     """TensorBoard is published on this machine alone; data is read, runs are written; GPUs are asked for by one profile."""
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    services = compose["services"]
+    assert compose["volumes"] == {"cache": None}
     assert services["tensorboard"]["ports"] == ["127.0.0.1:${TENSORBOARD_PORT:-6006}:6006"]
     assert [name for name, service in services.items() if "ports" in service] == ["tensorboard"]
     assert [name for name, service in services.items() if "deploy" in service] == ["train-gpu"]
@@ -115,10 +117,11 @@ def test_compose() -> None:
     for name, service in services.items():
         assert service["read_only"], name
         writable = [volume for volume in service["volumes"] if not volume.endswith(":ro")]
-        assert writable == ([] if name == "tensorboard" else ["${RUNS:-../runs}:/work/runs"])
+        assert writable == ([] if name == "tensorboard" else ["${CACHE:-cache}:/cache", "${RUNS:-../runs}:/work/runs"])
         assert not service["user"].startswith(("0", "root"))
         if name != "tensorboard":
             assert "shm_size" in service
+            assert service["environment"]["SIMCLR_DIST_CACHE"] == "/cache", "and not in a tmpfs, which is memory"
             config = service["command"][1].removeprefix("${CONFIG:-").removesuffix("}")
             assert load_config(REPOSITORY / config).data.shards.startswith("data/")
     built = services["train-cpu"]["build"]

@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import training_runs as runs
+from ranks import free_port
 from simclr_dist.cli.main import main
 from simclr_dist.launch import torchrun as launcher
 from simclr_dist.launch.rendezvous import Nodes
@@ -89,6 +91,12 @@ def never_began() -> int:
     return 1
 
 
+def ranks_were_there(command: Sequence[str]) -> None:
+    """torchrun has made the folder for their logs."""
+    (logs,) = (argument.partition("=")[2] for argument in command if argument.startswith("--log-dir="))
+    Path(logs, "simclr_dist_x/attempt_0").mkdir(parents=True, exist_ok=True)
+
+
 Launched = Callable[..., tuple[int, Agent]]
 
 
@@ -107,7 +115,7 @@ def test_crashes_without_a_new_checkpoint_count(launched: Launched, clock: Clock
     found, agent = launched(crash, crash, crash, max_restarts=2)
     assert (found, len(agent.commands)) == (1, 3)
     entries = [(entry["event"], entry.get("fruitless")) for entry in read_ledger(Path("run"))]
-    assert entries == [("restart", 1), ("restart", 2), ("gave_up", None)]
+    assert entries == [("restart", 1), ("restart", 2), ("gave_up", 3)]
     assert clock.now == pytest.approx(2 + 4, abs=0.5), "a pause that grows"
     again = "simclr-dist: RuntimeError: x; starting again from step 0\n"
     assert capsys.readouterr().err == again * 2 + "simclr-dist: RuntimeError: x; given up (--max-restarts 2)\n"
@@ -187,6 +195,76 @@ def test_the_reason_is_that_of_the_rank_that_went_first(
     assert re.match(expected, read_ledger(Path("run"))[-1]["why"])
 
 
+def joined(
+    monkeypatch: pytest.MonkeyPatch, endings: Sequence[list[int]], stopped: Callable[[], object], after: Callable[[], object]
+) -> None:
+    """An agent of two ranks that stops them, for a machine that joins; the new ones end as `endings` has it."""
+
+    def supervise(command: Sequence[str], *, env: Mapping[str, str], tell: object, give_up: Callable[[int], bool]) -> int:
+        ranks_were_there(command)
+
+        def look(base: int, alive: list[int]) -> None:
+            monkeypatch.setattr(launcher, "children", lambda _: [base + rank for rank in alive])
+            give_up(0)
+
+        for alive in ([0, 1], [1], []):
+            look(100, alive)
+        stopped()
+        for alive in endings:
+            look(200, alive)
+        after()
+        return 1
+
+    monkeypatch.setattr(launcher, "supervise", supervise)
+    monkeypatch.setattr(launcher, "_rank", lambda process: process % 100)
+
+
+def end_of_start(end: End) -> None:
+    claim = claim_run(Path("run"))
+    record_end(Path("run"), claim.generation, end)
+    claim.release()
+
+
+STOPPED = End("preempted", 75, "SIGTERM")
+ELASTIC = Nodes(1, 2, "127.0.0.1:29500", 0.001)
+
+
+@pytest.mark.parametrize("endings", [[[0, 1], []], [[1], []], [[], [0, 1], []]], ids=["both", "one is seen late", "a gap"])
+def test_a_loss_after_a_join_is_told_as_what_it_is(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, endings: Sequence[list[int]]
+) -> None:
+    """The ranks that went first when all were stopped for it have nothing to do with that."""
+    joined(monkeypatch, endings, lambda: end_of_start(STOPPED), lambda: end_of_start(LOST))
+    assert torchrun(2, COMMAND, Path("run"), nodes=ELASTIC) == 1
+    assert read_status(Path("run"))["reason"] == LOST.why
+
+
+def test_a_crash_after_a_join_is_not_the_stop_before(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when the machine that has joined cannot work: the stop was for it alone."""
+    joined(monkeypatch, [[0, 1], []], lambda: end_of_start(STOPPED), lambda: None)
+    assert torchrun(2, COMMAND, Path("run"), nodes=ELASTIC) == 1
+    assert capsys.readouterr().err == "simclr-dist: the ranks ended with 1; given up (--max-restarts 0)\n"
+
+
+def test_ranks_that_end_before_they_begin_are_told_in_their_own_words(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They leave notes, and nothing in the run folder. The lost connection of another is not the reason."""
+
+    def supervise(command: Sequence[str], *, env: Mapping[str, str], **more: object) -> int:
+        for rank, end in enumerate((LOST, MEMORY)):
+            Path(f"{env[LAST_WORD]}.{rank}").write_text(json.dumps(asdict(end)))
+        return 1
+
+    monkeypatch.setattr(launcher, "supervise", supervise)
+    assert torchrun(2, COMMAND, Path("run")) == 1
+    line = "rank 1: OutOfMemoryError: CUDA"
+    assert capsys.readouterr().err == f"simclr-dist: {line}; given up (--max-restarts 0)\n"
+    assert read_ledger(Path("run"))[-1]["why"] == line
+
+
 def test_what_an_earlier_start_said_is_not_this_ones(launched: Launched) -> None:
     for state, code in (("done", 0), ("failed", 2)):
         ends(state, code)()
@@ -201,6 +279,7 @@ def test_an_earlier_start_may_be_heard_of_late(clock: Clock, monkeypatch: pytest
     ends("running", None)()
 
     def supervise(command: Sequence[str], *, env: object, tell: object, give_up: Callable[[int], bool]) -> int:
+        ranks_were_there(command)
         write_status(Path("run"), "crashed", 1)
         for _ in range(20):
             clock.sleep(1)
@@ -297,17 +376,26 @@ def test_what_torchrun_is_given(launched: Launched, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_ranks_that_die_at_once_are_given_up(tmp_path: Path) -> None:
-    """With the real torchrun."""
-    (tmp_path / "run").mkdir()
+@pytest.mark.parametrize("meet", [False, True], ids=["this machine", "machines that meet"])
+def test_ranks_that_die_at_once_are_given_up(tmp_path: Path, meet: bool) -> None:
+    """With the real torchrun, and ranks that are gone before anybody looks; one of these runs has a folder already."""
+    nodes = Nodes(1, 1, f"127.0.0.1:{free_port()}", 0.5) if meet else None
+    if not meet:
+        (tmp_path / "run").mkdir()
+    (tmp_path / "rank.py").write_text("import os; os._exit(3)")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom simclr_dist.launch.torchrun import torchrun\n"
-        "sys.exit(torchrun(2, ['-m', 'no_such_module'], Path('run'), max_restarts=1))"
+        "import sys\nfrom pathlib import Path\nfrom simclr_dist.launch.rendezvous import Nodes\n"
+        "from simclr_dist.launch.torchrun import torchrun\n"
+        f"sys.exit(torchrun(2, ['rank.py'], Path('run'), nodes={nodes!r}, max_restarts=1))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("simclr-dist: the ranks ended with 1; starting again from step 0") == 1
-    assert [entry["event"] for entry in read_ledger(tmp_path / "run")] == ["restart", "gave_up"]
+    said = [line for line in done.stderr.splitlines() if line.startswith(("simclr-dist: ", "WARNING: "))]
+    assert said == [
+        "simclr-dist: the ranks ended with 1; starting again from step 0",
+        "simclr-dist: the ranks ended with 1; given up (--max-restarts 1)",
+    ]
+    assert [entry["event"] for entry in read_ledger(tmp_path / "run")] == ["restart", "gave_up"] * (not meet)
     assert read_status(tmp_path / "run") == {}
 
 

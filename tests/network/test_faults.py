@@ -34,7 +34,8 @@ def at_once(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[
     """The long ones, by name, each on a network of its own: they wait more than they work."""
 
     def play(scenario: Any, folder: Path) -> Run:
-        with Network() as network:
+        # By the order of addresses n1's rank is 1 beside n2, and 0 alone.
+        with Network(("n2", "n1") if scenario is elastic else NODES) as network:
             run: Run = scenario(network, folder, shards)
             return run
 
@@ -106,7 +107,7 @@ def test_a_cable_pulled_for_good_ends_both_and_nobody_writes(at_once: dict[str, 
 
 
 def elastic(network: Network, folder: Path, shards: Path) -> Run:
-    """Two nodes, one, and two again."""
+    """Two nodes, one, two again, and one."""
     run = Run(network, folder, shards, steps=1000, nnodes="1:2")
     run.launch(*NODES)
     run.started(1)
@@ -120,7 +121,11 @@ def elastic(network: Network, folder: Path, shards: Path) -> Run:
     run.launch("n2")
     run.started(3)
     print("two again after", time.monotonic() - began)
-    assert run.stop("n1").codes == {"n1": PREEMPTED, "n2": PREEMPTED}, run.logs()
+    run.progress()
+    network.kill("n2")
+    run.started(4)
+    del run.launchers["n2"]
+    assert run.stop("n1").codes == {"n1": PREEMPTED}, run.logs()
     return run
 
 
@@ -128,9 +133,12 @@ def test_one_node_less_and_one_more(at_once: dict[str, Future[Run]]) -> None:
     """The global batch stays, and with it the number of negatives; the node that comes back costs no step."""
     run = at_once["elastic"].result()
     starts = run.events("start")
-    assert [start["world_size"] for start in starts] == [2, 1, 2], run.logs()
+    assert [start["world_size"] for start in starts] == [2, 1, 2, 1], run.logs()
     assert starts[1]["steps_lost"] <= INTERVAL
     assert starts[2]["steps_lost"] == 0
+    assert [entry["why"] for entry in run.events("restart")] == ["ended without a word: killed, or cut off"] * 2, (
+        "the rank that was stopped for the join has nothing to do with it"
+    )
     assert {line["loss/negatives_an_anchor"] for line in training_runs.metrics(run.run)} == {2 * (24 - 1)}
 
 

@@ -14,6 +14,7 @@ from signal import SIGTERM
 import pytest
 
 import training_runs
+from ranks import free_port
 from simclr_dist.system.errors import PREEMPTED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -57,12 +58,6 @@ def scripts(tmp_path: Path) -> Iterator[Scripts]:
     for process in made.processes:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,7 @@ def test_a_port_that_is_taken(tmp_path: Path, shards: Path, scripts: Scripts) ->
         assert scripts.start("torchrun_multi", "config.yaml", NNODES="2", RDZV=where).wait(60) == 2
     line = scripts.output
     assert line.startswith(f"simclr-dist: --rdzv-endpoint: '{where}'"), line
-    assert "Address already in use" in line
+    assert "the port is in use on this machine" in line
     assert line.count("\n") == 1, line
 
 

@@ -80,6 +80,24 @@ def test_a_second_start_is_refused_while_the_first_lives() -> None:
     held.release()
 
 
+def test_who_only_looks_is_no_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for another who looks in the same moment; and whoever claims the folder waits for both."""
+    claim.claim_run(Path()).release()
+    real, seen = claim.files.lock, list[bool]()
+
+    def locked_and_looked_at(descriptor: int, **how: bool) -> bool:
+        answer = real(descriptor, **how)
+        with monkeypatch.context() as inner:
+            inner.setattr(claim.files, "lock", real)
+            seen.append(claim.is_held(Path()))
+        return answer
+
+    monkeypatch.setattr(claim.files, "lock", locked_and_looked_at)
+    assert not claim.is_held(Path())
+    assert claim.is_dead(Path())
+    assert seen == [False, False]
+
+
 def test_of_many_at_once_one_wins() -> None:
     racers = [other("claim.claim_run(run); print('mine', flush=True); time.sleep(8)") for _ in range(4)]
     results = [racer.communicate() for racer in racers]

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import simclr_dist
 from simclr_dist.config.settings import Config, DataConfig, LogConfig, LossConfig
 from simclr_dist.run.folder import check_run_folder, open_run, truncate_metrics
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.system.errors import ConfigError, TakenOverError
 
 
 @pytest.fixture
@@ -45,6 +46,31 @@ def test_the_state_of_the_code_is_kept(config: Config) -> None:
         assert code["revision"] == git.stdout.decode().strip()
     if code["diff"] is not None:
         assert (Path(config.run_folder) / code["diff"]).read_bytes().startswith(b"diff --git")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "env.json"])
+def test_a_start_that_is_taken_over_while_it_enters_writes_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its machine is lost for a while in the middle of the file `name`."""
+    run, real = Path(config.run_folder), os.fsync
+    open_run(config, {"torch": "2"}).release()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def slow(descriptor: int) -> None:
+        if f".{name}." in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            monkeypatch.setattr(os, "fsync", real)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            open_run(dataclasses.replace(config, log=LogConfig(every=7)), {"torch": "3"}).release()
+            before.update({path: (run / path).read_bytes() for path in ("config.yaml", "env.json")})
+        real(descriptor)
+
+    before: dict[str, bytes] = {}
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(TakenOverError, match="taken over by"):
+        open_run(config, {"torch": "4"})
+    assert before == {path: (run / path).read_bytes() for path in before}
+    assert len(before) == 2
 
 
 def test_an_empty_folder_is_taken(config: Config) -> None:

@@ -7,6 +7,7 @@ import pytest
 from simclr_dist.run.restarts import MAX_IDLE_STOPS, Ended, decide, pause_seconds
 
 STOP, CRASH, DISK = False, True, True
+WAITED = (False, True)  # not a disk's, and it had come to wait
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,13 @@ STOP, CRASH, DISK = False, True, True
         (0, [(STOP, 0)] * MAX_IDLE_STOPS, 0, True, MAX_IDLE_STOPS),
         (0, [(STOP, 0)] * (MAX_IDLE_STOPS + 1), 99, False, MAX_IDLE_STOPS + 1),
         (0, [(STOP, 0)] * 99 + [(STOP, 5)], 0, True, 0),
+        (0, [(STOP, 0, *WAITED)] * 99, 0, True, 0),  # it did what there was to do, and would wait for months
+        (0, [(STOP, 0, *WAITED)] * 99 + [(STOP, 0)] * MAX_IDLE_STOPS, 0, True, MAX_IDLE_STOPS),
+        (0, [(STOP, 0, *WAITED)] * 99 + [(STOP, 0)] * (MAX_IDLE_STOPS + 1), 0, False, MAX_IDLE_STOPS + 1),
+        (0, [*[(STOP, 0)] * MAX_IDLE_STOPS, (STOP, 0, *WAITED)], 0, True, 0),
+        (0, [*[(STOP, 0)] * MAX_IDLE_STOPS, (STOP, 0, *WAITED), (STOP, 0)], 0, True, 1),
+        (0, [(CRASH, 0, *WAITED), (CRASH, 0, *WAITED)], 1, False, 2),  # a crash is one whenever it comes
+        (0, [(CRASH, 0), *[(STOP, 0, *WAITED)] * 9, (CRASH, 0)], 1, False, 2),
     ],
 )
 def test_what_starts_again(

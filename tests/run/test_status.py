@@ -1,12 +1,16 @@
 """What became of a run: true, said once, and kept whole."""
 
+import errno
 import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
-from simclr_dist.run.claim import claim_run
+from simclr_dist.run.claim import Claim, claim_run
 from simclr_dist.run.status import (
     End,
     name_cause,
@@ -19,7 +23,17 @@ from simclr_dist.run.status import (
     recorded,
     write_status,
 )
-from simclr_dist.system.errors import ConfigError, DataError, DivergedError, LostRankError, RankError, SaveError, StoppedError
+from simclr_dist.system import files
+from simclr_dist.system.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    LostRankError,
+    RankError,
+    SaveError,
+    StoppedError,
+    TakenOverError,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,108 @@ def test_a_start_records_what_was_lost(tmp_path: Path) -> None:
     held.release()
 
 
+def test_every_line_of_the_ledger_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network disk two machines that append at once write over each other."""
+    claim = claim_run(tmp_path)
+    real = time.sleep
+    for append in (
+        lambda: record_event(tmp_path, "restart", why="x"),
+        lambda: record_start(claim, 0, 1),
+        lambda: record_end(tmp_path, claim.generation, End("done", 0)),
+    ):
+        before = read_ledger(tmp_path)
+        with (tmp_path / "ledger.jsonl").open("ab") as another:
+            assert files.lock(another.fileno())
+
+            def wait(seconds: float, another: BinaryIO = another, before: object = before) -> None:
+                assert read_ledger(tmp_path) == before
+                another.close()
+                real(seconds)
+
+            monkeypatch.setattr("simclr_dist.run.status.time.sleep", wait)
+            append()
+            assert another.closed
+        assert len(read_ledger(tmp_path)) == len(before) + 1
+    claim.release()
+
+
+def test_a_disk_without_locks_keeps_its_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "lock", none)
+    record_event(tmp_path, "restart", why="x")
+    record_end(tmp_path, 1, End("done", 0))
+    assert [entry["event"] for entry in read_ledger(tmp_path)] == ["restart", "stop"]
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Claim, Callable[[], Claim]]]:
+    """A start, and what has another machine take over its run."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first, later = claim_run(tmp_path), list[Claim]()
+
+    def take_over() -> Claim:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        later.append(claim_run(tmp_path))
+        write_status(tmp_path, "running", None, start=later[0].generation, note="the other's")
+        return later[0]
+
+    yield first, take_over
+    for claim in (first, *later):
+        claim.release()
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        lambda claim: recorded(claim.run, claim).__enter__(),
+        lambda claim: write_status(claim.run, "running", None, start=claim.generation, alarms=[]),
+        lambda claim: record_start(claim, 3, 2),
+    ],
+    ids=["its first status", "an alarm", "its start"],
+)
+def test_a_start_that_was_left_behind_writes_nothing(left_behind: Any, writes: Callable[[Claim], object]) -> None:
+    first, take_over = left_behind
+    take_over()
+    before = contents(first.run)
+    with pytest.raises(TakenOverError, match="taken over by"):
+        writes(first)
+    assert contents(first.run) == before
+
+
+def test_a_start_that_is_left_behind_while_it_writes(left_behind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow disk, say."""
+    first, take_over = left_behind
+    write_status(first.run, "running", None, start=first.generation)
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", real)
+        take_over()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(TakenOverError):
+        write_status(first.run, "running", None, start=first.generation, alarms=[])
+    assert read_status(first.run)["note"] == "the other's"
+
+
+def test_the_end_of_a_start_that_was_left_behind_is_not_the_others(left_behind: Any) -> None:
+    """Its parent sees it die, and names the cause."""
+    first, take_over = left_behind
+    record_end(first.run, first.generation, End("crashed", 1, "Connection reset", lost=True))
+    take_over()
+    before = contents(first.run)
+    name_cause(first.run, 0, "rank 1 was killed")
+    record_end(first.run, first.generation, End("crashed", 1, "x"))
+    assert contents(first.run) == before
+
+
 def stops(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_ledger(run) if line["event"] == "stop"]
 
@@ -161,6 +277,26 @@ def test_a_status_that_the_disk_did_not_take_is_shown_from_the_ledger(tmp_path: 
     assert len(stops(tmp_path)) == 1
     status = read_status(tmp_path)
     assert (status["state"], status["exit_code"], status["reason"]) == ("preempted", 75, "SIGTERM")
+
+
+def test_the_ledger_knows_all_that_the_status_says_of_an_end(tmp_path: Path) -> None:
+    for end in (End("crashed", 1, "disk full", disk=True), End("done", 0)):
+        claim = claim_run(tmp_path)
+        record_end(tmp_path, claim.generation, end)
+        claim.release()
+        status = read_status(tmp_path)
+        (tmp_path / "status.json").unlink()
+        assert read_status(tmp_path) | {"time": 0} == status | {"time": 0}
+
+
+def test_alarms_stay_with_their_start(tmp_path: Path) -> None:
+    for alarms in ([{"kind": "collapse"}], None):
+        claim = claim_run(tmp_path)
+        if alarms:
+            write_status(tmp_path, "running", None, start=claim.generation, alarms=alarms)
+        record_end(tmp_path, claim.generation, End("crashed", 1, "x"))
+        claim.release()
+        assert read_status(tmp_path).get("alarms") == alarms
 
 
 def test_the_end_of_a_start_of_an_older_version_is_read(tmp_path: Path) -> None:

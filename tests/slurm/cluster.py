@@ -33,7 +33,7 @@ AuthInfo=socket={folder}/munge/socket,cred_expire={cred_expire}
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/{tasks}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -81,6 +81,7 @@ class Cluster:
     Partition `main` (the default) is preempted by jobs of partition `urgent`: SIGTERM, `grace` seconds, SIGKILL, requeue.
     `kill_wait`: seconds from SIGTERM to SIGKILL at a cancel, a requeue and a time limit.
     `slurmd_timeout`: seconds until a silent node counts as lost.
+    `tasks`: the plugin that rules a task's CPUs: "affinity" binds it to those it has asked for, "none" lets it use all.
     `cred_expire`: seconds that a requeued job waits; 120 on a usual cluster, which SLURM also takes for anything below 5.
 
     `environment` is what every command here has: this process's variables but those of another SLURM, this Python first on
@@ -88,7 +89,14 @@ class Cluster:
     """
 
     def __init__(
-        self, nodes: int = 2, *, grace: int = 20, kill_wait: int = 5, slurmd_timeout: int = 10, cred_expire: int = 5
+        self,
+        nodes: int = 2,
+        *,
+        grace: int = 20,
+        kill_wait: int = 5,
+        slurmd_timeout: int = 10,
+        cred_expire: int = 5,
+        tasks: str = "none",
     ) -> None:
         self.nodes = tuple(f"n{1 + k}" for k in range(nodes))
         self.network = Network((LOGIN, *self.nodes))
@@ -97,6 +105,7 @@ class Cluster:
             "kill_wait": kill_wait,
             "slurmd_timeout": slurmd_timeout,
             "cred_expire": cred_expire,
+            "tasks": tasks,
             "nodes": ",".join(self.nodes),
         }
 

@@ -23,3 +23,12 @@ def test_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     assert "GraceTime=2 is too short" in done.stdout
     assert done.returncode == 1
     assert not list(tmp_path.glob("**/.check-*"))
+
+
+@pytest.mark.parametrize("cluster", [{"nodes": 3}], indirect=True)
+def test_a_step_of_fewer_nodes_than_its_job(cluster: Cluster, tmp_path: Path) -> None:
+    """Rank 0 is on the step's first node, which is not the job's. And the job has more nodes than the step has tasks."""
+    step = "srun --nodes=1 --nodelist=n2 --ntasks=2 simclr-dist check --only network"
+    job = cluster.sbatch(step, "--nodes=3", "--ntasks-per-node=2", "--output=said", cwd=tmp_path)
+    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=90) == "COMPLETED", (tmp_path / "said").read_text()
+    assert "ports: each of 2 ranks reaches the next" in (tmp_path / "said").read_text()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 import training_runs
+from simclr_dist.launch.slurm.job import meeting_port
 from simclr_dist.run.status import read_status
 from slurm.cluster import Cluster, why_not
 from slurm.training import Run, alone
@@ -103,6 +106,38 @@ def test_cancelled_is_cancelled_and_can_be_resumed_on_fewer_nodes(run: Run) -> N
     assert negatives == {2 * (24 - 1)}
     cluster.login("scancel", str(run.job))  # not by our command: SLURM's own must do as well
     assert cluster.wait(run.job, "CANCELLED", "PENDING", "COMPLETED", seconds=60) == "CANCELLED"
+
+
+@pytest.mark.parametrize("cluster", [{"kill_wait": 30}], indirect=True)
+def test_a_scontrol_that_answers_late_revives_nothing_that_was_cancelled(run: Run) -> None:
+    """And a run that was stopped still goes on."""
+    cluster, late = run.cluster, run.folder / "late"
+    late.mkdir()
+    (late / "scontrol").write_text(f'#!/bin/sh\nsleep 3\nexec {shutil.which("scontrol")} "$@"\n')
+    (late / "scontrol").chmod(0o755)
+    path = cluster.environment["PATH"]
+    cluster.environment["PATH"] = f"{late}:{path}"
+    run.submit()
+    cluster.environment["PATH"] = path
+    run.started(1)
+    cluster.login("scancel", "--signal=USR2", str(run.job))
+    run.started(2)
+    cluster.login("scancel", str(run.job))
+    assert cluster.wait(run.job, "CANCELLED", "PENDING", "COMPLETED", seconds=60) == "CANCELLED", run.logs()
+    assert cluster.show(run.job)["Restarts"] == "1"
+    assert [start["steps_lost"] for start in run.events("start")] == [0, 0]
+
+
+def test_the_port_of_a_job_that_is_taken_is_another_one_in_the_next_start(run: Run) -> None:
+    first = meeting_port(1, 0)
+    lines = f"import socket, time; s = socket.create_server(('', {first})); open('ready', 'w'); time.sleep(600)"
+    run.cluster.start("n1", sys.executable, "-c", lines, cwd=run.folder)
+    run.cluster.until((run.folder / "ready").exists, "the port is taken")
+    assert run.submit() == 1
+    run.started(1)
+    assert run.cluster.show(run.job)["Restarts"] == "1"
+    assert f"simclr-dist: MASTER_PORT: {first}: is in use on this machine" in run.logs()
+    assert "Traceback" not in run.logs()
 
 
 def test_a_node_that_loses_power(run: Run, undisturbed: dict[str, Any]) -> None:

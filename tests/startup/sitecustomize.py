@@ -7,7 +7,7 @@ WITHOUT_COMPILER, for the tests of signals, kills and restarts, which start some
 triton, is half of the import, though nothing is compiled. torchvision imports it for one function, an optimizer to switch it
 off, and DDP to read a setting. There it waits until somebody uses it. All other tests have torch as it is.
 
-STEP_PAUSE (seconds), for tests that must meet a rank in the middle of a run.
+STEP_PAUSE (seconds), for tests that must meet a rank in the middle of a run. DIES_IN_STEP, for a rank that never comes further.
 """
 
 import atexit
@@ -15,6 +15,7 @@ import functools
 import gc
 import importlib
 import os
+import signal
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -63,10 +64,12 @@ class _Startup:
             self._wait_with_the_compiler()
         elif self._waits and name == "torchvision.ops.roi_align" and _COMPILER not in sys.modules:
             sys.modules[_TOOLS] = self._tools
-        elif name == "simclr_dist.train.learner" and "STEP_PAUSE" in os.environ:
+        elif name == "simclr_dist.train.learner" and {"STEP_PAUSE", "DIES_IN_STEP"} & set(os.environ):
             from torch.optim.optimizer import register_optimizer_step_post_hook
 
-            register_optimizer_step_post_hook(lambda *_: time.sleep(float(os.environ["STEP_PAUSE"])))
+            if "DIES_IN_STEP" in os.environ:
+                register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            register_optimizer_step_post_hook(lambda *_: time.sleep(float(os.environ.get("STEP_PAUSE", "0"))))
         return ModuleSpec(name, _NotInstalled()) if name == "pandas" else None  # type: ignore[arg-type]
 
     def _wait_with_the_compiler(self) -> None:

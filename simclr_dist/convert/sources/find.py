@@ -36,13 +36,14 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
         if not kinds or not (kinds <= {_TABLES[0]} or kinds <= {_TABLES[1]} or kinds <= set(_ARCHIVES)):
             kind = ".parquet, .arrow or .tar"
             raise DataError(f"{source}: this pattern must match {kind} files and nothing else; it matches {len(paths)} files")
-        root, names = source.parent.resolve(), [path.name for path in paths]
     elif os.path.isfile(source):  # noqa: PTH113 (the same)
-        root, names = source.resolve().parent, [source.resolve().name]
+        paths = [source]
     elif os.path.isdir(source):  # noqa: PTH112 (the same)
         return _folder(source, image_column, label_column)
     else:
         raise unknown
+    # A link counts where it stands: its target may be a blob of a store, with no such name and with no images beside it.
+    root, names = source.parent.resolve(), [path.name for path in paths]
     kind = Path(names[0]).suffix.lower()
     if kind in _TABLES:
         return _tables(root, names, image_column, label_column)

@@ -8,7 +8,7 @@ from pathlib import Path
 from simclr_dist.convert.sources.archives import plain_path, why_unsafe
 from simclr_dist.convert.sources.folders import file_chunks
 from simclr_dist.convert.sources.originals import Problem, Source
-from simclr_dist.convert.sources.tables import NO_LABEL, PATH_COLUMNS, read_paths
+from simclr_dist.convert.sources.tables import NO_LABEL, PATH_COLUMNS, check_labels, read_paths
 from simclr_dist.system.errors import DataError, printable
 
 LABEL_COLUMNS = ("label", "class")
@@ -18,7 +18,7 @@ _MOST_BYTES = 1 << 30  # some 15 million lines; they take several times as much 
 
 
 def list_source(path: Path, image_column: str | None = None, label_column: str | None = None) -> Source:
-    """Make a source of a CSV file (UTF-8, commas), in its order. Paths are relative to its folder.
+    """Make a source of a CSV file (UTF-8, commas), in its order. Paths are relative to its folder, of a link to the link's.
 
     The first row is a header when one of its cells is in `PATH_COLUMNS`, or when a column is named. Without a header the
     columns are path and label, or path alone. Labels are integers from -1 (or empty: none), or names of classes, numbered in
@@ -50,7 +50,7 @@ def list_source(path: Path, image_column: str | None = None, label_column: str |
     classes, labels = _labels(path, [(line, row[label].strip()) for line, row in rows] if label is not None else [])
     numbers = labels or itertools.repeat(-1)
     listed = ((f"{path.name}:{line}", row[image], number) for (line, row), number in zip(rows, numbers, strict=False))
-    return _listed(path, path.resolve().parent, listed, classes)
+    return _listed(path, path.parent.resolve(), listed, classes)
 
 
 def path_table_source(root: Path, names: list[str], image_column: str | None, label_column: str | None) -> Source | None:
@@ -64,8 +64,9 @@ def path_table_source(root: Path, names: list[str], image_column: str | None, la
     tables = [first, *(read_paths(root / name, image_column, label_column) for name in names[1:])]
     rows: list[tuple[str, str, int]] = []
     for name, table in zip(names, tables, strict=True):
-        if table is None or table.classes != first.classes:
-            raise DataError(f"{root / name}: has image bytes or class names that {names[0]} has not; shard the files apart")
+        if table is None:
+            raise DataError(f"{root / name}: has image bytes, which {names[0]} has not; shard the files apart")
+        check_labels(root / name, table, root / names[0], first)
         rows += ((f"{name}#{number}", path or "", label) for number, (path, label) in enumerate(table.rows))
     return _listed(root / names[0], root, rows, first.classes)
 

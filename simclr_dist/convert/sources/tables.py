@@ -121,7 +121,7 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
     """
     chunks: list[TableChunk] = []
     skipped: list[Problem] = []
-    classes: tuple[str, ...] | None = None
+    alike: Columns | None = None
     first = 0
     for name in names:
         path, parquet = root / name, name.lower().endswith(".parquet")
@@ -134,9 +134,7 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
         except (pa.ArrowException, OSError) as error:
             kind = "Parquet" if parquet else "Arrow"
             raise DataError(f"{path}: not a readable {kind} file ({reason_of(error)})") from None
-        if classes is not None and classes != columns.classes:
-            raise DataError(f"{path}: its class names differ from those of {names[0]}; shard the files apart")
-        classes = columns.classes
+        check_labels(path, columns, root / names[0], alike := alike or columns)
         if not sum(groups):
             skipped.append(Problem(printable(name), "no rows"))
         first_row = group = 0
@@ -150,13 +148,24 @@ def table_source(root: Path, names: list[str], image_column: str | None = None, 
             first, first_row, group = first + rows, first_row + rows, group + count
     if not first:
         raise DataError(f"{root / names[0]}: has no rows")
-    return Source(classes or (), chunks, skipped=tuple(skipped))
+    return Source(chunks[0].columns.classes, chunks, skipped=tuple(skipped))
+
+
+def check_labels(path: Path, columns: "Columns | Paths", first: Path, of_first: "Columns | Paths") -> None:
+    """Refuse a table whose labels are not like the first one's. Raises DataError."""
+    if columns.label != of_first.label:
+        lacking, other = (path, first) if columns.label is None else (first, path)
+        cure = f"rename its column of labels, or take none of all with --label-column {NO_LABEL}"
+        raise DataError(f"{lacking}: no column {columns.label or of_first.label!r}, which {other.name} has; {cure}")
+    if columns.classes != of_first.classes:
+        raise DataError(f"{path}: its class names differ from those of {first.name}; shard the files apart")
 
 
 class Paths(NamedTuple):
     """Rows of a table of paths: path (None: null), label (-1: none)."""
 
     rows: list[tuple[str | None, int]]
+    label: str | None
     classes: tuple[str, ...]
 
 
@@ -188,7 +197,7 @@ def read_paths(path: Path, image_column: str | None, label_column: str | None) -
     if inner:
         paths = [cell and cell[inner] for cell in paths]
     labels = table.column(label).fill_null(-1).to_pylist() if label else [-1] * len(paths)
-    return Paths(list(zip(paths, labels, strict=True)), _class_names(schema, label))
+    return Paths(list(zip(paths, labels, strict=True)), label, _class_names(schema, label))
 
 
 def _has_no_bytes(path: Path, column: str, parquet: bool) -> bool:

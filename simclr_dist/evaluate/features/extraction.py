@@ -13,7 +13,8 @@ from tqdm import tqdm
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.views.crops import eval_view, normalise
 from simclr_dist.data.workers import Loader
-from simclr_dist.method.distributed import all_gather_rows, rank, world_size
+from simclr_dist.evaluate.rows import ROWS_AT_ONCE, copied, space_for
+from simclr_dist.method.distributed import all_equal, all_gather, rank, world_size
 from simclr_dist.system.errors import DataError
 
 RAW_PIXELS = "raw_pixels"
@@ -42,8 +43,8 @@ class Features(NamedTuple):
 
     def labelled(self) -> "Features":
         """Return the features of images that have a label."""
-        keep = self.label >= 0
-        return self if bool(keep.all()) else Features(*(part[keep] for part in self))
+        keep = (self.label >= 0).nonzero()[:, 0]
+        return self if len(keep) == len(self.h) else Features(copied(self.h, keep), self.label[keep], self.row[keep])
 
 
 def extract(
@@ -80,38 +81,58 @@ def extract(
         for encoder in encoders.values():
             modes.callback(encoder.train, encoder.training)
             encoder.eval()
-        # The empty first parts give a rank without images the shapes that the others gather.
+        # It gives a rank without images the shapes that the others gather.
         example = torch.zeros(1, 3, image_size, image_size, device=device)
-        parts = {name: [encoder(example)[:0].float()] for name, encoder in encoders.items()}
+        shapes = {name: (encoder(example).shape[1], torch.float32) for name, encoder in encoders.items()}
         if pixels:
-            parts[RAW_PIXELS] = [torch.empty(0, 3 * sizes[-1] ** 2, dtype=torch.uint8, device=device)]
-        labels, rows = ([torch.empty(0, dtype=torch.int64)] for _ in range(2))
+            shapes[RAW_PIXELS] = (3 * sizes[-1] ** 2, torch.uint8)
+        features = {name: space_for(len(mine), *shape, device) for name, shape in shapes.items()}
+        labels, done = torch.empty(len(mine), dtype=torch.int64), 0
         with tqdm(total=len(mine), unit=" images", desc=title, disable=None if rank() == 0 else True) as bar:
             for views, label, row in loader:
+                part = slice(done, done + len(row))
+                assert row.tolist() == list(mine[part]), "each row exactly once"
                 if encoders:
                     x = views[0].to(device, non_blocking=True)
                     x = colour(x, row) if colour else normalise(x, card["mean"], card["std"])
                     for name, encoder in encoders.items():
-                        parts[name].append(encoder(x).float())
+                        features[name][part] = encoder(x)
                 if pixels:
-                    parts[RAW_PIXELS].append(views[-1].flatten(1).to(device))
-                labels.append(label)
-                rows.append(row)
+                    features[RAW_PIXELS][part] = views[-1].flatten(1).to(device)
+                labels[part], done = label, part.stop
                 bar.update(len(row))
-        row, label = (all_gather_rows(torch.cat(part).to(device)) for part in (rows, labels))
-        assert torch.equal(row.sort().values.cpu(), torch.arange(len(images))), "each row exactly once"
-        return _in_row_order(parts, row, label)
+        assert done == len(mine), "each row exactly once"
+        label = _gathered(labels[:, None].to(device), len(images))[:, 0]
+        rows = torch.arange(len(images), device=device)
+        return {name: Features(_checked(name, _gathered(features.pop(name), len(images))), label, rows) for name in shapes}
 
 
-def _in_row_order(parts: dict[str, list[Tensor]], row: Tensor, label: Tensor) -> dict[str, Features]:
-    """Gather all ranks' parts in row order. `row` and `label` are theirs. `parts` is emptied, so memory holds each once."""
-    order, features = row.argsort(), {}
-    for name in list(parts):
-        h = all_gather_rows(torch.cat(parts.pop(name)))[order]
-        if bad := int((~h.isfinite().all(dim=1)).sum()):
-            raise EncoderError(f"{name}: the representation of {bad} of {len(h)} images is not finite")
-        features[name] = Features(h, label[order], row[order])
-    return features
+def _gathered(mine: Tensor, count: int) -> Tensor:
+    """Gather all `count` rows, in row order. `mine` [n, d] are rows r, r + W, ... of rank r of W."""
+    ranks = world_size()
+    if ranks == 1:
+        return mine
+    whole = space_for(count, mine.shape[1], mine.dtype, mine.device)
+    for start in range(0, -(-count // ranks), ROWS_AT_ONCE):
+        part = mine[start : start + ROWS_AT_ONCE]
+        padded = part.new_zeros(min(ROWS_AT_ONCE, -(-count // ranks) - start), part.shape[1])
+        padded[: len(part)] = part
+        rows = whole[start * ranks : (start + len(padded)) * ranks]
+        rows.copy_(all_gather(padded).transpose(0, 1).flatten(0, 1)[: len(rows)])
+    return whole
+
+
+def _checked(name: str, h: Tensor) -> Tensor:
+    """Return the features. Raises EncoderError where they are not finite."""
+    if bad := sum(int((~rows.isfinite().all(dim=1)).sum()) for rows in h.split(ROWS_AT_ONCE)):
+        raise EncoderError(f"{name}: the representation of {bad} of {len(h)} images is not finite")
+    return h
+
+
+def check_alike(network: nn.Module, path: object) -> None:
+    """Raise EncoderError where ranks have loaded different files. One may be replaced while they read it."""
+    if not all_equal(network.digests):
+        raise EncoderError(f"{path}: was not the same file on every rank; evaluate it again")
 
 
 def pixel_side(image_size: int) -> int:

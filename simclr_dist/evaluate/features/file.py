@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from simclr_dist.evaluate.space import empty
 from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import fitting, replacing
 
@@ -26,11 +27,6 @@ Embedding = NDArray[np.float32] | NDArray[np.uint8]
 
 _METADATA_KEY = b"simclr_dist"
 _ROW_GROUP_BYTES = 64 * 2**20
-_MEANINGS = {
-    "encoder_sha256": "the encoder's sha256", "shape": "the encoder's shape", "layer": "the layer",
-    "image_size": "the image size", "precision": "the precision",
-    "data_digest": "the images' digest", "classes": "the classes",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,11 +122,10 @@ def write_features(
         raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
 
 
-def read_features(path: str | Path, expected: About | None = None) -> FeatureTable:
-    """Read and check a file of `write_features`. With `expected`, only features of exactly that are taken.
+def read_features(path: str | Path) -> FeatureTable:
+    """Read and check a file of `write_features`.
 
-    Raises DataError when the file is missing, is not one of ours, is damaged (every page has a checksum), or differs from
-    `expected`, naming the first difference.
+    Raises DataError when the file is missing, is not one of ours, or is damaged (every page has a checksum).
     """
     path = Path(path)
     if not path.is_file():
@@ -139,8 +134,6 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
         # In one thread, for the reason that data.manifest gives.
         with path.open("rb") as content, pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
             about = _read_about(path, file.schema_arrow)
-            if expected is not None:
-                _compare(path, about, expected)
             kind: Any = file.schema_arrow.field("embedding").type if "embedding" in file.schema_arrow.names else None
             size, values = getattr(kind, "list_size", 0), getattr(kind, "value_type", None)
             schema = file.schema_arrow.remove_metadata()
@@ -149,7 +142,7 @@ def read_features(path: str | Path, expected: About | None = None) -> FeatureTab
             )
             if not ours or not file.metadata.num_rows:
                 raise _foreign(path)
-            embedding: Any = np.empty((file.metadata.num_rows, size), dtype=kind.value_type.to_pandas_dtype())
+            embedding = empty(file.metadata.num_rows, size, kind.value_type.to_pandas_dtype())
             parts, start = [], 0
             for number in range(file.num_row_groups):  # one at a time: memory for one more than what is returned
                 table = file.read_row_group(number, use_threads=False).combine_chunks()
@@ -202,7 +195,7 @@ def _read_about(path: Path, schema: pa.Schema) -> About:
         if version != FORMAT:
             raise DataError(f"{path}: its format is {version!r}, this simclr-dist reads {FORMAT!r}; embed the images again")
         kinds = {"shape": dict, "image_size": int, "classes": list}
-        fitting(about, {name: kinds.get(name, str) for name in _MEANINGS})
+        fitting(about, {one.name: kinds.get(one.name, str) for one in fields(About)})
         return About(**about | {"classes": tuple(about["classes"])})
     except (KeyError, TypeError, ValueError, RecursionError):
         raise _foreign(path) from None
@@ -210,16 +203,3 @@ def _read_about(path: Path, schema: pa.Schema) -> About:
 
 def _foreign(path: Path) -> DataError:
     return DataError(f"{path}: not a file of features; make one with `simclr-dist embed ENCODER SRC OUT.parquet`")
-
-
-def _compare(path: Path, about: About, expected: About) -> None:
-    for name, meaning in _MEANINGS.items():
-        value, wanted = getattr(about, name), getattr(expected, name)
-        if value != wanted:
-            differs = f"{meaning} is {_short(value)}, not {_short(wanted)}: features of something else"
-            raise DataError(f"{path}: {differs}; embed the images again, or name another file")
-
-
-def _short(value: Any) -> str:
-    text = str(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -39,11 +39,11 @@ class FeatureStore:
         """Read features of exactly `about` for the images `key`. They are in the keys' order; None where no file has them."""
         for path in (path for path, held in self._about.items() if held == about):
             try:
-                table = read_features(path, about)
+                table = read_features(path)
             except DataError as error:
                 self._say(f"{error}; the images are read")
                 continue
-            if table.key == tuple(key):
+            if table.about == about and table.key == tuple(key):
                 self.reused[title] = str(path)
                 return table
             self._say(f"{path}: has {len(table.key)} images, not exactly the {len(key)} asked for; the images are read")

@@ -1,15 +1,19 @@
 """Classify frozen features by weighted nearest neighbours. This quality measure has nothing to train."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from simclr_dist.evaluate.settings import Settings
+from simclr_dist.evaluate.space import IN_MEMORY_BYTES
 from simclr_dist.method.loss.tiles import unit_rows
 
 # Weights become integers before they are summed, so that a vote does not depend on the order of the sum (atomics on a
 # GPU add in any order). 2**40 leaves 20 bits for the number of neighbours.
 _WEIGHT_ONE = 2**40
 _SIMILARITIES_AT_ONCE = 2**25
+_KEYS_AT_ONCE = 8192
 MOST_NEIGHBOURS = 200  # the protocol's k; of few images it would be nearly all, and 256 of CIFAR-10 lose 4 to 6 points to 20
 
 
@@ -35,7 +39,7 @@ def weighted_knn(
     the lower class (`argmax`, and `score`, which ranks all classes so).
 
     Args:
-        train_h: [n, d] float features; float64 stays float64, anything else is computed in float32.
+        train_h: [n, d] float features; float64 stays float64, anything else is computed in float32. Many are taken in parts.
         train_y: [n] int64 labels in [0, classes).
         test_h: [m, d], on the device of train_h.
 
@@ -47,16 +51,31 @@ def weighted_knn(
     if len(train_h) == 0:
         raise ValueError("there are no training rows to vote")
     dtype = torch.float64 if train_h.dtype == torch.float64 else torch.float32
-    keys, labels = unit_rows(train_h.to(dtype)), train_y.to(train_h.device)
-    k = min(k, len(keys))
-    votes = torch.zeros(len(test_h), classes, dtype=torch.int64, device=keys.device)
-    rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(keys))
+    labels, k = train_y.to(train_h.device), min(k, len(train_h))
+    votes = torch.zeros(len(test_h), classes, dtype=torch.int64, device=train_h.device)
+    few = len(train_h) * train_h.shape[1] * dtype.itemsize <= IN_MEMORY_BYTES
+    keys = [unit_rows(train_h.to(dtype))] if few else train_h.split(_KEYS_AT_ONCE)
+    rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(keys[0]))
     for queries, counted in zip(test_h.split(rows_at_once), votes.split(rows_at_once), strict=True):
-        similarity = unit_rows(queries.to(dtype)) @ keys.T
-        nearest, index = _nearest(similarity, k)
+        parts = keys if few else (unit_rows(part.to(dtype)) for part in keys)
+        nearest, index = _nearest_of_parts(unit_rows(queries.to(dtype)), parts, k)
         weight = ((nearest - nearest[:, :1]).double() / temperature).exp()  # relative to the nearest: exp cannot overflow
         counted.scatter_add_(1, labels[index], (weight * _WEIGHT_ONE).round().long())
     return votes
+
+
+def _nearest_of_parts(queries: Tensor, parts: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Find each query's k nearest keys. Returns their cosines, descending, and their rows. `parts` are all keys in order."""
+    nearest, index, first = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64), 0
+    index = index.to(queries.device)
+    for keys in parts:
+        values, columns = _nearest(queries @ keys.T, min(k, len(keys)))
+        nearest, index = torch.cat([nearest, values], dim=1), torch.cat([index, columns + first], dim=1)
+        if first:
+            nearest, order = nearest.sort(dim=1, descending=True, stable=True)  # earlier rows come first among equals
+            nearest, index = nearest[:, :k], index.gather(1, order[:, :k])
+        first += len(keys)
+    return nearest, index
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

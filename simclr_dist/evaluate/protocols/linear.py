@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from simclr_dist.evaluate.protocols.scores import AT_ONCE, Predict, top1
+from simclr_dist.evaluate.rows import copied
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.system.errors import DataError
 
@@ -48,7 +49,8 @@ def linear_probe(
     Minimises mean cross-entropy + l2/2 * |W|^2 over weights W and an unpenalised bias, full batch, from zero, on
     features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Without
     `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then as with that l2 given.
-    Needs one float32 copy of train_h, two where l2 is chosen; the inputs are left as they are.
+    Needs one float32 copy of train_h, two where l2 is chosen, in files where they are large (`features.space`); the inputs are
+    left as they are.
 
     Args:
         train_h: [n, d] features. train_y: [n] int64 labels in [0, classes).
@@ -70,7 +72,7 @@ def linear_probe(
     if l2 is None:
         choice = choose_l2(train_h, train_y, classes=classes, seed=seed, max_iter=max_iter)
         l2 = float(choice["l2"])
-    problem = _standardised(train_h, train_y, classes)
+    problem = _standardised(copied(train_h, dtype=torch.float32), train_y, classes)
     fit = _fit(problem, l2, max_iter, _FINISHED)
     info = {
         "l2": l2, "choice": choice, "max_iter": max_iter,
@@ -112,8 +114,8 @@ def choose_l2(
         split = stratified_split(train_y, share=VALIDATION_SHARE, seed=seed, fold=fold)
         fit_rows, held_out = (rows.to(train_h.device) for rows in split)
         if len(held_out):
-            problem = _standardised(train_h[fit_rows], train_y[fit_rows], classes)
-            parts.append((problem, problem.like(train_h[held_out]), train_y[held_out]))
+            problem = _standardised(copied(train_h, fit_rows, torch.float32), train_y[fit_rows], classes)
+            parts.append((problem, problem.like(train_h, held_out), train_y[held_out]))
         elif fold == 0:
             few = f"{len(train_y)} labelled training images are too few to choose l2 on"
             raise DataError(f"linear probe: {few} (no class has a row to spare for validation); give l2, or more images")
@@ -181,25 +183,26 @@ class _Problem(NamedTuple):
     hessian: Tensor
     basis: Tensor | None
 
-    def like(self, h: Tensor) -> Tensor:
+    def like(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return other rows, standardised by these rows' mean and deviation. They are a copy, in the basis of these."""
-        x = h.to(torch.float32, copy=True).sub_(self.mean).mul_(self.scale)
+        x = copied(h, rows, torch.float32).sub_(self.mean).mul_(self.scale)
         return x if self.basis is None else x @ self.basis
 
 
-def _standardised(h: Tensor, y: Tensor, classes: int) -> _Problem:
+def _standardised(x: Tensor, y: Tensor, classes: int) -> _Problem:
+    """Standardise rows [n, d] float32 in place."""
     # Sums are float32 inside a block of rows, float64 between blocks, and of distances from the first row, so that a
     # column that is constant has exactly its value as the mean.
-    first = h[0].float()
-    total = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
-    for rows in h.split(_ROWS_SUMMED):
-        total += rows.to(torch.float32, copy=True).sub_(first).sum(dim=0)
-    mean = (first + total / len(h)).float()  # float32: the deviations are from the very value that is subtracted
-    x = h.to(torch.float32, copy=True).sub_(mean)
+    first = x[0].clone()
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(_ROWS_SUMMED):
+        total += (rows - first).sum(dim=0)
+    mean = (first + total / len(x)).float()  # float32: the deviations are from the very value that is subtracted
+    x.sub_(mean)
     total.zero_()
     for rows in x.split(_ROWS_SUMMED):
         total += rows.square().sum(dim=0)
-    deviation = (total / len(h)).sqrt()
+    deviation = (total / len(x)).sqrt()
     varies = deviation > 1e-6 * mean.abs()  # a column that is constant to rounding becomes 0
     scale = torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0).float()
     x, basis = x.mul_(scale), None
@@ -208,7 +211,7 @@ def _standardised(h: Tensor, y: Tensor, classes: int) -> _Problem:
         x = x @ basis
     some = x[:: -(-len(x) // _ROWS_OF_HESSIAN)]
     hessian = (some.T @ some).double() / (len(some) * classes)
-    return _Problem(x, y.to(h.device), classes, mean, scale, hessian, basis)
+    return _Problem(x, y.to(x.device), classes, mean, scale, hessian, basis)
 
 
 class _Fit(NamedTuple):

@@ -26,7 +26,7 @@ EpochFeatures = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def sgd_probe(
-    train: EpochFeatures | tuple[Tensor, Tensor],
+    train: EpochFeatures,
     *,
     classes: int,
     epochs: int = Settings.sgd_epochs,
@@ -37,24 +37,22 @@ def sgd_probe(
 
     Args:
         train: gives, for an epoch's number from 0, the features [n, d] of newly drawn views of all training images and
-            their labels [n] int64 in [0, classes), both always in the shapes of the first epoch; or one such pair, for
-            features that stay the same.
+            their labels [n] int64 in [0, classes).
         batch_size: at most; of fewer training rows, all of them.
         seed: of the order of the rows. The caller seeds its crops.
 
     Returns:
         The classifier after its last epoch, from test rows [m, d] on the device of the training features to float32 logits
-        [m, classes], and a dict of plain values: the settings, `views` ("new in every epoch" or "fixed"),
-        `paper_epochs`, `as_in_paper` (90 epochs, of new views), `steps`, `loss` (mean over the last epoch) and
+        [m, classes], and a dict of plain values: the settings,
+        `paper_epochs`, `as_in_paper` (90 epochs), `steps`, `loss` (mean over the last epoch) and
         `train_top1` in percent (of the last epoch's rows, by the final classifier).
     """
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got epochs={epochs} and batch_size={batch_size}")
-    fixed = isinstance(train, tuple)
-    fit = _fit((lambda _: train) if isinstance(train, tuple) else train, classes, epochs, batch_size, seed)
+    fit = _fit(train, classes, epochs, batch_size, seed)
     info = {
-        "epochs": epochs, "paper_epochs": Settings.sgd_epochs, "as_in_paper": epochs == Settings.sgd_epochs and not fixed,
-        "views": "fixed" if fixed else "new in every epoch",
+        "epochs": epochs, "paper_epochs": Settings.sgd_epochs, "as_in_paper": epochs == Settings.sgd_epochs,
+        "views": "new in every epoch",
         "batch_size": fit.batch_size, "lr": fit.lr, "schedule": "cosine to 0, no warm-up",
         "momentum": MOMENTUM, "nesterov": True, "weight_decay": 0.0,
         "features": "as they are",
@@ -84,7 +82,7 @@ def _fit(draw: EpochFeatures, classes: int, epochs: int, batch_size: int, seed: 
     h, y = draw(0)
     if len(h) == 0:
         raise ValueError("there are no training rows to fit")
-    shape, device, batches = h.shape, h.device, -(-len(h) // batch_size)
+    device, batches = h.device, -(-len(h) // batch_size)
     batch_size = min(batch_size, len(h))
     lr, steps = BASE_LR * batch_size / 256, epochs * batches
     weight = torch.zeros(classes, h.shape[1], device=device, requires_grad=True)
@@ -95,8 +93,6 @@ def _fit(draw: EpochFeatures, classes: int, epochs: int, batch_size: int, seed: 
     for epoch in range(epochs):
         if epoch > 0:
             h, y = draw(epoch)
-            if h.shape != shape or len(y) != len(h):
-                raise ValueError(f"epoch {epoch}: features {tuple(h.shape)} and {len(y)} labels, epoch 0 had {tuple(shape)}")
         y, total = y.to(device), torch.zeros_like(total)
         for rows in torch.randperm(len(h), generator=generator).tensor_split(batches):
             rows = rows.to(device)

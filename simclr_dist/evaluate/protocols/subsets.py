@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.system.errors import DataError, reason_of
-from simclr_dist.system.files import write_atomically
+from simclr_dist.system.errors import DataError
 
 Rows = NDArray[np.int64]
 KEYS_IN_RESULT = 1000
@@ -56,11 +55,13 @@ def balanced_subset(manifest: Manifest, labels: float, *, classes: int, seed: in
     return np.sort(np.concatenate([_drawn(manifest, rows, seed)[:each] for rows in members])).astype(np.int64)
 
 
-def describe_subsets(manifest: Manifest, subsets: Sequence[Rows], path: Path, *, everything: bool) -> dict[str, Any]:
+def describe_subsets(
+    manifest: Manifest, subsets: Sequence[Rows], path: Path, *, everything: bool
+) -> tuple[dict[str, Any], dict[Path, bytes]]:
     """Describe subsets for the result at `path`: sizes, key digests, and keys. The subsets' seeds are 0, 1 and so on.
 
-    More keys than KEYS_IN_RESULT go to a file beside `path`, as JSON {seed: [key, ...]}; of `everything` (all labelled images)
-    there is no list. Raises DataError when the file cannot be written.
+    More keys than KEYS_IN_RESULT are for a file beside `path`, JSON {seed: [key, ...]}, whose content is returned too. Its name
+    is of its content: an older result's stays as it is. Of `everything` (all labelled images) there is no list.
     """
     keys = [[str(key) for key in manifest.key[rows]] for rows in subsets]
     images, classes = len(subsets[0]), len(np.unique(manifest.label[subsets[0]]))
@@ -69,15 +70,12 @@ def describe_subsets(manifest: Manifest, subsets: Sequence[Rows], path: Path, *,
         "digests": [keys_digest(of_seed) for of_seed in keys], "keys": None, "keys_file": None,
     }  # fmt: skip
     if everything:
-        return described
+        return described, {}
     if len(keys) * images <= KEYS_IN_RESULT:
-        return {**described, "keys": keys}
-    file = path.with_name(f"{path.stem}.keys.json")
-    try:
-        write_atomically(file, json.dumps({str(seed): of_seed for seed, of_seed in enumerate(keys)}).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"{file}: cannot write the subsets' keys: {reason_of(error)}") from None
-    return {**described, "keys_file": file.name}
+        return {**described, "keys": keys}, {}
+    content = json.dumps({str(seed): of_seed for seed, of_seed in enumerate(keys)}).encode() + b"\n"
+    file = path.with_name(f"{path.stem}.keys-{hashlib.sha256(content).hexdigest()[:8]}.json")
+    return {**described, "keys_file": file.name}, {file: content}
 
 
 def keys_digest(keys: Sequence[str]) -> str:

@@ -7,13 +7,14 @@ from html import escape
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 250, 56, 24, 46, 34
+_MOST = 1e300  # of a damaged log: differences of such, and parts of smaller ones, are numbers still
 _COLOURS = ("#1f5fa8", "#c7572b", "#2a8f3c", "#7a4fa3")
 
 
 def line_chart(title: str, series: Series, *, unit: str = "") -> str:
-    """Draw an <svg> with a line for each of `series`. Those are points of x and y. Points that are not finite are left out."""
-    finite = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
-    if not (lines := {name: points for name, points in finite.items() if points}):
+    """Draw an <svg> with a line for each of `series`. Those are points of x and y. Points out of all measure are left out."""
+    drawn = {name: [(x, y) for x, y in points if abs(x) < _MOST > abs(y)] for name, points in series.items()}
+    if not (lines := {name: points for name, points in drawn.items() if points}):
         return ""
     xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (0, 1))
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
@@ -52,7 +53,7 @@ def line_chart(title: str, series: Series, *, unit: str = "") -> str:
 
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
     """Choose two to `most` + 1 round numbers. They go from at or below `low` to at or above `high`."""
-    if high <= low:
+    if high - low < 1 / _MOST:
         low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
     size = 10.0 ** math.floor(math.log10((high - low) / most))
     size *= next(times for times in (1, 2, 5, 10) if (high - low) / (size * times) <= most)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Resul
 from simclr_dist.system.errors import DamagedError, DataError, reason_of
 from simclr_dist.system.files import fitting, write_atomically
 
-_FILES = (("encoder", "sha256"), ("train", "digest"), ("test", "digest"))
 SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")  # of an encoder: its baselines' too
 _PARTS: dict[str, dict[str, Any]] = {
     "encoder": {"file": str, "sha256": str, "step": int, **dict.fromkeys(SHAPE, object)},
@@ -44,26 +44,31 @@ def write_result(path: Path, result: Result) -> str:
     """Write JSON atomically. The older result is kept, with its page, unless each of its numbers is in `result`.
 
     An older result of other images, another encoder or other settings becomes NAME.kept-XXXXXXXX.json. The eight digits are of
-    what it measured, so the newest of each measurement is there. Returns the line that says so, or ''. Raises UnwrittenError
-    when the disk does not take the result; the older one is then where it was.
+    what it measured, so the newest of each measurement is there. A damaged one becomes NAME.json.damaged-XXXXXXXX. Returns the
+    line that says so, or ''. Raises UnwrittenError when the disk does not take the result; the older one is then where it was.
     """
-    kept: Path | None = None
+    line = ""
 
     def keep() -> None:
-        nonlocal kept
-        if (before := _read(path)) is not None and not _supersedes(result, before):
-            digest = hashlib.sha256(json.dumps(_measured(before), sort_keys=True).encode()).hexdigest()[:8]
-            kept = path.with_name(f"{path.stem}.kept-{digest}.json")
-            path.replace(kept)
-            if (page := path.with_suffix(".html")).exists():
-                page.replace(kept.with_suffix(".html"))
+        nonlocal line
+        before, content = _read(path)
+        if before is None and b'"top1": ' in content:
+            name, what = f"{path.name}.damaged-{_digits(content)}", "a damaged result"
+        elif before is not None and not _supersedes(result, before):
+            digits = _digits(json.dumps(_measured(before), sort_keys=True).encode())
+            name, what = f"{path.stem}.kept-{digits}.json", "a result of other images, weights or settings"
+        else:
+            return
+        path.replace(path.with_name(name))
+        if (page := path.with_suffix(".html")).exists():
+            page.replace(path.with_name(f"{name.removesuffix('.json')}.html"))
+        line = f"{path}: there was {what}: kept as {name}"
 
     try:
         write_atomically(path, as_json(result).encode() + b"\n", allowed=keep)
     except OSError as error:
-        why = f"{path}: cannot write the result: {reason_of(error)}"
-        raise UnwrittenError(why, result, stored=False) from None
-    return f"{path}: there was a result of other images, weights or settings: kept as {kept.name}" if kept else ""
+        raise UnwrittenError(f"{path}: cannot write the result: {reason_of(error)}", result) from None
+    return line
 
 
 def read_result(path: Path) -> Result:
@@ -115,13 +120,17 @@ def _is_flat(value: Any) -> bool:
     return not any(isinstance(part, dict | list | tuple) for part in parts)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Read a result of any format. Returns None for what is not JSON and so has no number."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+def _read(path: Path) -> tuple[dict[str, Any] | None, bytes]:
+    """Read a result of any format, with the file's bytes. None stands for what is no JSON object."""
+    value, content = None, b""
+    with suppress(OSError, ValueError, RecursionError):
+        content = path.read_bytes()
+        value = json.loads(content)
+    return value if isinstance(value, dict) else None, content
+
+
+def _digits(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def _supersedes(result: Result, before: dict[str, Any]) -> bool:
@@ -144,8 +153,11 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
     changes_nothing = set[str]() if "runs" in result else {"batch_size", "workers"}  # a finetuning learns from its batches
     if "runs" not in result and not any(UNTRAINED in part["rows"] for part in protocols.values()):
         changes_nothing.add("seed")  # of its weights
+    encoder, digests = _dict(result, "encoder"), [_dict(result, part).get("digest") for part in ("train", "test")]
+    # Of a published checkpoint one file may hold several encoders, and fit several shapes.
+    which = [*map(encoder.get, ("sha256", "projector_sha256", *SHAPE)), _dict(encoder, "weights").get("prefix")]
     return {
-        "of": [result.get("format"), *(_dict(result, name).get(key) for name, key in _FILES)],
+        "of": json.dumps([result.get("format"), which, digests]),
         "settings": {name: str(value) for name, value in _dict(result, "settings").items() if name not in changes_nothing},
         "protocols": protocols,
     }

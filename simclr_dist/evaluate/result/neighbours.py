@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simclr_dist.evaluate.features.extraction import Images
-from simclr_dist.method.loss.tiles import unit_rows
+from simclr_dist.evaluate.rows import unit_copy
 from simclr_dist.system.errors import ConfigError
 
 QUERIES, NEIGHBOURS = 8, 7
@@ -52,7 +52,7 @@ def find_neighbours(h: Tensor, query: Tensor, count: int = NEIGHBOURS) -> Neighb
     """
     if len(h) < 2:
         raise ConfigError("neighbours: there is no other image to be one; give two images or more")
-    z = unit_rows(h.float())
+    z = unit_copy(h)
     query = query.to(h.device)
     cosine = (z[query] @ z.T).scatter_(1, query[:, None], -torch.inf)
     values, indices = cosine.sort(dim=1, descending=True, stable=True)

@@ -13,7 +13,7 @@ from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import confusions
 from simclr_dist.evaluate.result.charts import line_chart
 from simclr_dist.evaluate.result.earlier import comparable
-from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, UnwrittenError, counts, leak, signal_rows
+from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, counts, leak, signal_rows
 from simclr_dist.run.folder import read_metrics
 from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
@@ -49,13 +49,12 @@ _BEGIN = (
 )
 
 
-def write_page(path: Path, text: str, result: Result) -> None:
-    """Write the page's `text` beside `result`, which is there already. Raises UnwrittenError when the disk does not take it."""
+def write_page(path: Path, text: str) -> None:
+    """Write the page's `text`. Raises DataError when the disk does not take it."""
     try:
         write_atomically(path, text.encode())
     except OSError as error:
-        why = f"{path}: cannot write the page: {reason_of(error)}; the result itself is in {path.with_suffix('.json')}"
-        raise UnwrittenError(why, result, stored=True) from None
+        raise DataError(f"{path}: cannot write the page: {reason_of(error)}") from None
 
 
 def claim_page(path: Path) -> None:

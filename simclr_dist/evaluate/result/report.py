@@ -24,10 +24,10 @@ NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
 
 
 class UnwrittenError(DataError):
-    """A file of an evaluation cannot be written. `result` has the numbers; `stored` tells whether its JSON is there."""
+    """A file of an evaluation cannot be made. `result` has the numbers; `stored` is the path of its JSON, where it is there."""
 
-    def __init__(self, line: str, result: Result, *, stored: bool) -> None:
-        super().__init__(line)
+    def __init__(self, line: str, result: Result, *, stored: Path | None = None) -> None:
+        super().__init__(line + (f"; the result itself is in {stored}" if stored else ""))
         self.result, self.stored = result, stored
 
 

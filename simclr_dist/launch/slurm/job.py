@@ -69,9 +69,17 @@ class Job:
         return PREEMPTED if code == PREEMPTED else 1
 
 
+def meeting_port(job: int, restart: int) -> int:
+    """Return the port at which a job's ranks meet. The next start has another, should this one be taken.
+
+    It lies below those that Linux gives to connections (from 32768), and between those of NFS and of GlusterFS.
+    launch/train.sbatch has the same rule.
+    """
+    return 21_000 + (job * 101 + restart * 13) % 3_000
+
+
 def rank_variables(task: submitit.JobEnvironment) -> dict[str, str]:
     """Return torchrun's variables for a task of a job."""
-    job, restart = int(task.raw_job_id), restart_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     variables = {
         "RANK": str(task.global_rank),
@@ -79,7 +87,7 @@ def rank_variables(task: submitit.JobEnvironment) -> dict[str, str]:
         # Where SLURM shows each task only its own GPU, that is number 0 for all of them.
         "LOCAL_RANK": "0" if gpus and "," not in gpus else str(task.local_rank),
         "MASTER_ADDR": task.hostnames[0] if task.cluster == "slurm" else "127.0.0.1",
-        "MASTER_PORT": str(20_000 + (job * 101 + restart * 13) % 20_000),  # the same for all tasks, another for the next start
+        "MASTER_PORT": str(meeting_port(int(task.raw_job_id), restart_count())),
     }
     if "OMP_NUM_THREADS" not in os.environ:
         share = str(threads_a_rank(task.num_tasks // task.num_nodes))

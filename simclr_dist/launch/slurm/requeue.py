@@ -35,10 +35,9 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     fate = scheduler.overtaken(job)
     if fate == "cancelled" or job in cancelled_jobs(run):
         return Verdict(True, "cancelled", code=code)
-    restart = str(restart_count())
-    for entry in read_ledger(run):  # a task has decided already, and the batch script asks after it
-        if entry["event"] == "gave_up" and (entry.get("job"), entry.get("restart")) == (job, restart):
-            return Verdict(True, entry["why"], code=code)
+    ends, given_up, waited = _earlier(run, kind, job)
+    if given_up is not None:  # by a task of this start, and the batch script asks after it
+        return Verdict(True, given_up, code=code)
     if fate == "requeued":
         return Verdict(False, "SLURM has requeued it: preempted, a node lost, or asked to")
     status: dict[str, Any] = {}
@@ -56,11 +55,11 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     if not (crash or status):
         why = "stopped"
     saved = _progress(run, kind)
-    decision = decide([*_requeued(run, kind, job), Ended(crash, saved, disk=status.get("disk", False))], max_restarts)
+    decision = decide([*ends, Ended(crash, saved, disk=status.get("disk", False), waited=waited)], max_restarts)
     if not decision.again:
         times = max(1, decision.fruitless)
         what = f"{times} {'crashes' if crash else 'stops'} in a row at step {saved}; the last: {why}"
-        record_event(run, "gave_up", kind=kind, job=job, restart=restart, why=what)
+        record_event(run, "gave_up", kind=kind, job=job, restart=str(restart_count()), why=what)
         return Verdict(True, what, crash, code)
     return Verdict(False, why, crash)
 
@@ -76,7 +75,8 @@ def go_on(run: Path, kind: Kind, job: str, verdict: Verdict, *, one_of_many: boo
         if one_of_many:
             return True  # but the batch script asks again: the task that made the mark may have died before SLURM heard it
     else:
-        record_event(run, "requeued", kind=kind, job=job, why=verdict.why, crash=verdict.crash, saved=_progress(run, kind))
+        more = {"why": verdict.why, "crash": verdict.crash, "saved": _progress(run, kind)}
+        record_event(run, "requeued", kind=kind, job=job, restart=restart, **more)
     if refused := scheduler.requeue(job):
         record_event(run, "requeue_refused", kind=kind, job=job, why=refused)
         return False
@@ -87,19 +87,27 @@ def _progress(run: Path, kind: Kind) -> int:
     return newest_step(run) if kind == "train" else len(list((run / "eval").glob("*.json")))
 
 
-def _requeued(run: Path, kind: Kind, job: str) -> list[Ended]:
-    """Return the ends after which the job was requeued, oldest first. Count only those since it was last given up.
+def _earlier(run: Path, kind: Kind, job: str) -> tuple[list[Ended], str | None, bool]:
+    """Return the ends of the job's earlier starts, oldest first. Return also what the ledger knows of this one.
 
-    The launcher of a batch script without submitit gives up too, at every start: that is one crash of the job, and no more.
+    That is why it was given up, if it was, and whether it has waited. Only ends since the job was last given up count. The
+    launcher of a batch script without submitit gives up too, at every start: that names no job. It is one crash of the job, and
+    no more.
     """
     ends: list[Ended] = []
+    waited = False
     for entry in read_ledger(run):
-        if entry.get("job") == job and entry.get("kind") == kind:
-            if entry["event"] == "requeued":
-                ends.append(Ended(entry["crash"], entry["saved"]))
-            elif entry["event"] == "gave_up":
+        if (entry.get("job"), entry.get("kind")) == (job, kind):
+            now = entry.get("restart") == str(restart_count())
+            if entry["event"] == "gave_up":
+                if now:
+                    return ends, str(entry["why"]), waited
                 ends.clear()
-    return ends
+            elif entry["event"] == "requeued" and not now:
+                ends.append(Ended(entry["crash"], entry["saved"], waited=waited))
+                waited = False
+            waited = waited or entry["event"] == "waiting"
+    return ends, None, waited
 
 
 def _began() -> float:

@@ -1,10 +1,11 @@
 """Requeue a job when its tasks could not. They were stopped, or died before they could ask for that. A batch script's
-last line is `python -m simclr_dist.launch.slurm.rescue RUN CODE`, after srun has ended with CODE. It exits with the job's exit
-code.
+last line is `simclr-dist rescue RUN CODE`, after srun has ended with CODE; or `python -m` with this module, where the Python
+is known. It exits with the job's exit code.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from simclr_dist.launch.slurm.requeue import go_on, settle
@@ -12,14 +13,14 @@ from simclr_dist.system.errors import PREEMPTED, say
 from simclr_dist.system.slurm_job import job_id
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Return the job's exit code. Nobody reads it when the job is requeued."""
-    parser = argparse.ArgumentParser(prog="python -m simclr_dist.launch.slurm.rescue")
+    parser = argparse.ArgumentParser(prog="simclr-dist rescue")
     parser.add_argument("run", type=Path)
     parser.add_argument("code", type=int)
     parser.add_argument("--kind", choices=("train", "eval"), default="train")
     parser.add_argument("--max-restarts", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.code == 0:
         return 0
     if (job := job_id()) is None:

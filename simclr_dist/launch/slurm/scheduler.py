@@ -22,6 +22,7 @@ _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT", GONE,
 }  # fmt: skip
+_PATIENCE = 20.0  # seconds for one answer of a busy controller; its programs themselves try again after 10
 # Answers that no second try changes. While a controller is away, its programs have many other words.
 _REFUSALS = ("invalid job id", "disabled", "denied", "already completing or completed", "not permitted")
 
@@ -87,33 +88,40 @@ def states(job_ids: Sequence[str]) -> list[JobState]:
         return list(pool.map(state, job_ids))
 
 
-def overtaken(job_id: str, *, seconds: float = 2.0) -> Literal["cancelled", "requeued"] | None:
-    """Tell whether somebody else has ended this process's job. Return None also when SLURM does not say."""
-    answer = ask(["scontrol", "show", "job", "--oneliner", job_id], seconds)
-    job, restarts = _read("scontrol", answer.out), re.search(r" Restarts=([0-9]+) ", answer.out)
+def overtaken(job_id: str, *, seconds: float = 10.0) -> Literal["cancelled", "requeued", "no"] | None:
+    """Tell whether somebody else has ended this process's job. Return None when SLURM does not say."""
+    answer = ask(["scontrol", "show", "job", job_id], seconds)
+    job, restarts = _read("scontrol", answer.out), re.search(r"^ +Requeue=\d Restarts=(\d+) ", answer.out, re.MULTILINE)
     if job is None or restarts is None:
         return None
     if int(restarts[1]) > restart_count():
         return "requeued"
     # A cancelled job is COMPLETING until its last process is gone, and only at a time limit is there a reason.
-    return "cancelled" if job.name in ("COMPLETING", "CANCELLED") and job.reason != "TimeLimit" else None
+    return "cancelled" if job.name in ("COMPLETING", "CANCELLED") and job.reason != "TimeLimit" else "no"
 
 
 def requeue(job_id: str, *, seconds: float = 60.0) -> str | None:
     """Requeue this process's job. Return None when it is requeued, also by somebody else; otherwise why not.
 
-    Tries for `seconds` while the controller does not answer. A cancelled job is left alone: SLURM would revive it.
+    Tries for `seconds` while the controller does not answer. A cancelled job is left alone: SLURM would revive it. So nothing
+    is asked before SLURM has said that it is not. It is asked all the same after `seconds` of silence: the processes of a
+    cancelled job are killed after KillWait, mostly 30 s, also while the controller is away. Whoever is there then was hardly
+    cancelled. And nobody sees that a stopped run is lost, but anybody sees in the queue, and cancels again, a job that is not.
     """
+    if shutil.which("scontrol") is None:
+        return "scontrol: is not on PATH"
     deadline = time.monotonic() + seconds
     while True:
-        if fate := overtaken(job_id):
+        fate = overtaken(job_id, seconds=min(max(deadline - time.monotonic(), 1.0), _PATIENCE))
+        if fate in ("cancelled", "requeued"):
             return None if fate == "requeued" else "the job was cancelled"
-        answer = ask(["scontrol", "requeue", job_id], max(deadline - time.monotonic(), 1.0))
-        complaint = answer.complaint
-        if answer.code == 0 or "pending execution" in complaint:
-            return None
-        if answer.code == 127 or any(words in complaint.lower() for words in _REFUSALS) or time.monotonic() >= deadline:
-            return f"scontrol: {complaint}"
+        over = time.monotonic() >= deadline
+        if fate is not None or over:
+            answer = ask(["scontrol", "requeue", job_id], max(deadline - time.monotonic(), _PATIENCE))
+            if answer.code == 0 or "pending execution" in answer.complaint:
+                return None
+            if over or any(words in answer.complaint.lower() for words in _REFUSALS):
+                return f"scontrol: {answer.complaint}"
         time.sleep(min(1.0, seconds / 10))
 
 
@@ -191,10 +199,10 @@ _QUESTIONS = {
         ("--noheader", "--states=all", "--jobs=JOB", "--format=%T|%r|%N|%M"),
         r"\A(?P<name>\w+)\|(?P<reason>.*)\|(?P<nodes>.*)\|(?P<elapsed>.*)\Z", 1.5,
     ),
-    "scontrol": (  # names that users choose come before, and may hold anything
-        ("show", "job", "--oneliner", "JOB"),
-        r"\bJobState=(?P<name>\w+) Reason=(?P<reason>\S*) Dependency=.*?"
-        r"\bRunTime=(?P<elapsed>\S+)(?:.*? NodeList=(?P<nodes>\S*))?", 0.8,
+    "scontrol": (  # not --oneliner: names that users choose come before, may hold anything, but begin no line
+        ("show", "job", "JOB"),
+        r"(?ms)^ +JobState=(?P<name>\w+) Reason=(?P<reason>\S*) .*?"
+        r"^ +RunTime=(?P<elapsed>\S+)(?:.*?^ +NodeList=(?P<nodes>\S*))?", 0.8,
     ),
     "sacct": (
         ("-n", "-X", "-P", "-j", "JOB", "-o", "State,NodeList,Elapsed"),

@@ -1,8 +1,11 @@
-"""Describe a submitted run: its jobs' states in SLURM, steps, and ledger."""
+"""Describe a submitted run: its jobs' states in SLURM, steps, and ledger. Note an end that SLURM alone knows."""
 
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ from simclr_dist.config.strict_yaml import read_settings
 from simclr_dist.data.collection import count_images
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.submission import original_of
-from simclr_dist.run.claim import heartbeat
+from simclr_dist.run.claim import heartbeat, is_dead
 from simclr_dist.run.folder import read_metrics
-from simclr_dist.run.status import read_ledger, read_status
-from simclr_dist.system.errors import UserError, printable
+from simclr_dist.run.status import note_death, outlook, read_ledger, read_status, record_event
+from simclr_dist.system.errors import ConfigError, UserError, printable
 
 _LINES = 5  # of the ledger
 
@@ -23,6 +26,7 @@ def describe(run: Path, record: Mapping[str, Any]) -> str:
     """Return the answer to `submit status`; `record` is the run's submission.json."""
     jobs = [job for job in (record["job_id"], record["eval_job_id"]) if job is not None]
     states = scheduler.states(jobs)
+    note_end(run, dict(zip(jobs, states, strict=True)))
     origin = original_of(run, record)
     copied = f"; it was submitted for {origin[0]}, which is another folder" if origin else ""
     damaged: list[str] = []
@@ -41,6 +45,24 @@ def describe(run: Path, record: Mapping[str, Any]) -> str:
         lines.append(f"  {title:11} {when} {entry['event']} {' '.join(details)}")
     lines += (f"  damaged     {line}" for line in damaged)
     return "\n".join(map(printable, lines))
+
+
+def note_end(run: Path, states: Mapping[str, scheduler.JobState] | None = None) -> None:
+    """Record the end of a training's job that nobody else could record. `states` are those that are known already.
+
+    `scancel` takes a waiting job out of the queue before anything of ours has run, and KillWait after it the ranks of another
+    are killed. SLURM alone knows of both, so whoever looks at the run writes it down: a watcher, `submit status` and `cancel`.
+    """
+    job = outlook(run).job
+    if job is None or not re.fullmatch(r"[0-9]+(_[0-9]+)?", job) or not os.access(run / "ledger.jsonl", os.W_OK):
+        return  # nobody's job; or another user's run
+    with suppress(ConfigError):  # a damaged folder of starts, which the next start refuses
+        if not is_dead(run):
+            return
+        state = (states or {}).get(job) or scheduler.state(job)
+        if state.over and outlook(run).job == job:  # nobody has submitted the run again in the meantime
+            note_death(run)
+            record_event(run, "gave_up", kind="train", job=job, why=f"job {job}: {state}")
 
 
 def _progress(run: Path, record: Mapping[str, Any]) -> str:

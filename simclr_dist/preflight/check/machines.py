@@ -106,7 +106,9 @@ def _ports(world: World) -> list[Finding]:
     with closing(socket.create_server(("", 0))) as listener:
         listener.settimeout(_CONNECT_SECONDS)
         addresses = all_gather_objects((_address(), listener.getsockname()[1]))
-        neighbour = addresses[(world.rank + 1) % world.size]
+        host, port = addresses[(world.rank + 1) % world.size]
+        # That is rank 0's machine, by a name that stands for 127.0.1.1 there, as on Debian. From here it has an address.
+        neighbour = (_master() if host.startswith("127.") else host, port)
         problem = None
         try:
             socket.create_connection(neighbour, timeout=_CONNECT_SECONDS).close()
@@ -121,15 +123,16 @@ def _ports(world: World) -> list[Finding]:
 
 def _address() -> str:
     """Return this machine's address towards rank 0, or its name."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
         with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-            probe.connect((master, 9))  # sends nothing: it only picks the network device
-            address = str(probe.getsockname()[0])
-        # On rank 0's machine that is the loopback device, which the others do not reach.
-        return socket.gethostbyname(master) if address.startswith("127.") else address
+            probe.connect((_master(), 9))  # sends nothing: it only picks the network device
+            return str(probe.getsockname()[0])
     except OSError:
         return socket.gethostname()
+
+
+def _master() -> str:
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _seconds(tensor: torch.Tensor, world: World, times: int) -> float:

@@ -17,6 +17,7 @@ from simclr_dist.preflight.plan.memory import checkpoint_bytes
 from simclr_dist.preflight.plan.scaling import NoStep, Step, predict_fitting_step
 from simclr_dist.preflight.plan.traffic import log_traffic
 from simclr_dist.system.errors import ConfigError
+from simclr_dist.train.state import saved_bytes
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _disk_rows(plan: Plan) -> list[tuple[str, str]]:
     if each is None:
         return [("disk: shards", shards), ("disk: checkpoints", f"not known for {plan.config.optim.name}")]
     kept, exports = plan.config.files_kept(plan.total_steps)
-    encoder = plan.footprint.parameters * plan.config.number_bytes
+    _, encoder = saved_bytes(plan.config)
     return [
         ("disk: shards", shards),
         ("disk: checkpoints", f"{_size(kept * each)} at most: {kept} of {_size(each)}, with one that is being written"),

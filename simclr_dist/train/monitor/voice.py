@@ -26,7 +26,8 @@ class Monitor:
 
     On a terminal a progress bar, else one plain line an interval; train.log gets the lines in both cases. What a full disk or
     a closed console does not take is lost: each file is warned of once, losses are counted, and the run goes on. Alarms (their
-    rules need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json while they last.
+    rules need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json, as those of `start`, while they
+    last.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Monitor:
         tensorboard: bool = True,
         warmup_steps: int = 0,
         hosts: Sequence[str] = (),
+        start: int | None = None,
     ) -> None:
         self._active = active
         self.lost: Counter[str] = Counter()  # lines and TensorBoard entries that could not be written, by file
@@ -46,7 +48,7 @@ class Monitor:
             return
         self._run, self._log, self._metrics = run, run / "train.log", run / "metrics.jsonl"
         self._total, self._first_step = total_steps, first_step
-        self._alarms = Alarms(warmup_steps=warmup_steps, hosts=hosts)
+        self._alarms, self._start = Alarms(warmup_steps=warmup_steps, hosts=hosts), start
         self._board: EventFile | None = None
         if tensorboard:
             # What a killed start wrote after the checkpoint is written again, or is no part of this run.
@@ -109,7 +111,8 @@ class Monitor:
         if changes := self._alarms.see(step, metrics, timing):
             for change in changes:
                 self.say(change.line)
-            write_status(self._run, "running", None, alarms=[dataclasses.asdict(alarm) for alarm in self._alarms.active])
+            alarms = [dataclasses.asdict(alarm) for alarm in self._alarms.active]
+            write_status(self._run, "running", None, start=self._start, alarms=alarms)
 
     def close(self) -> None:
         """End the progress bar, and warn of what was lost."""

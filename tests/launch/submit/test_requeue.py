@@ -94,12 +94,46 @@ def test_what_brings_nothing_new_is_given_up(
         verdict = settle(tmp_path, "train", "7", code, 3)
         assert not verdict.final, start
         assert go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(limit))
     assert settle(tmp_path, "train", "7", code, 3).final
     assert events(tmp_path)[-1] == "gave_up"
     assert settle(tmp_path, "train", "7", code, 3).final, "the batch script asks again, after the task"
     assert events(tmp_path).count("gave_up") == 1
     record_event(tmp_path, "submitted", job="8")
     assert not settle(tmp_path, "train", "8", code, 3).final, "a new submission starts counting anew"
+
+
+def ended(run: Path, monkeypatch: pytest.MonkeyPatch, start: int, code: int, *, waited: bool, submitted: str = "7") -> bool:
+    """Whether a watcher's job ends for good at the end of this start; otherwise it is requeued."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+    if waited:
+        record_event(run, "waiting", kind="eval", job=submitted)
+    verdict = settle(run, "eval", submitted, code, 3)
+    return verdict.final or not go_on(run, "eval", submitted, verdict, one_of_many=True)
+
+
+@pytest.mark.parametrize("fate", [None, "requeued"])
+def test_a_watcher_may_wait_as_long_as_the_training_takes(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, fate: str | None
+) -> None:
+    """At its own time limits, and where SLURM preempts it. Then evaluations never end: one of a file that goes, and another."""
+    slurm.fate = fate
+    for start in range(3 * MAX_IDLE_STOPS):
+        record_event(tmp_path, "requeued", kind="train", job="6", why="x", crash=False, saved=start)  # which is not its own
+        assert not ended(tmp_path, monkeypatch, start, PREEMPTED, waited=True), start
+    slurm.fate = None
+    for start in range(3 * MAX_IDLE_STOPS, 5 * MAX_IDLE_STOPS + 1):
+        waited = start == 4 * MAX_IDLE_STOPS
+        assert not ended(tmp_path, monkeypatch, start, PREEMPTED, waited=waited), start
+    assert ended(tmp_path, monkeypatch, 5 * MAX_IDLE_STOPS + 1, PREEMPTED, waited=False)
+    assert read_ledger(tmp_path)[-1]["why"] == f"{MAX_IDLE_STOPS + 1} stops in a row at step 0; the last: stopped"
+
+
+def test_a_watcher_that_crashes_in_a_circle_is_given_up(tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it comes to wait before each crash, and is stopped between them."""
+    for start, code in enumerate((1, PREEMPTED, 1, 1)):
+        assert not ended(tmp_path, monkeypatch, start, code, waited=True), start
+    assert ended(tmp_path, monkeypatch, 4, 1, waited=True)
 
 
 def test_progress_starts_the_count_anew(tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +170,13 @@ def test_of_many_tasks_one_asks_and_the_batch_script_asks_again(tmp_path: Path, 
     assert go_on(tmp_path, "train", "7", verdict, one_of_many=False), "who made the mark may have been killed"
     assert slurm.asked == 2
     assert events(tmp_path).count("requeued") == 1
+
+
+def test_a_start_counts_once_though_task_and_batch_script_ask(tmp_path: Path, slurm: Slurm) -> None:
+    verdict = settle(tmp_path, "train", "7", 1, 1)
+    slurm.refusals = ["the controller is away"]
+    assert not go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+    assert not settle(tmp_path, "train", "7", 1, 1).final
 
 
 def test_processes_know_when_they_began() -> None:

@@ -14,11 +14,21 @@ from simclr_dist.launch.slurm.scheduler import GONE, UNKNOWN, JobState
 from simclr_dist.system.errors import ConfigError
 from stand_ins import StandIns
 
-SHOWN = (
-    "JobId=7 JobName=a JobState=FAILED Reason=b UserId=me(1) Priority=1 JobState={state} Reason={reason} Dependency=(null)"
-    " Requeue=1 Restarts={restarts} BatchFlag=1 ExitCode=0:0 RunTime=00:01:05 TimeLimit=1-00:00:00 Partition=main"
-    " ReqNodeList=(null) ExcNodeList=n9 NodeList={nodes} BatchHost=n1\n"
-)
+# As SLURM 22.05 writes it, with a name and a comment that look like its own words.
+OWN = "JobState=CANCELLED Reason=None Dependency=(null) Requeue=1 Restarts=9 BatchFlag=1 RunTime=09:09 NodeList=n9 "
+SHOWN = f"""\
+JobId=7 JobName=a {OWN}
+   UserId=me(1) GroupId=me(1) MCS_label=N/A
+   Priority=1 Nice=0 Account=(null) QOS=(null)
+   JobState={{state}} Reason={{reason}} Dependency=(null)
+   Requeue=1 Restarts={{restarts}} BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:01:05 TimeLimit=1-00:00:00 TimeMin=N/A
+   Partition=main AllocNode:Sid=login:0
+   ReqNodeList=(null) ExcNodeList=n9
+   NodeList={{nodes}}
+   BatchHost=n1
+   Comment={OWN}
+"""
 HANGS = "#!/bin/sh\n/bin/sleep 30\n"
 FORGOTTEN = "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n"
 AWAY = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
@@ -113,9 +123,17 @@ def test_cancel(no_slurm: StandIns) -> None:
     assert scheduler.cancel(["7"]) == "scancel: Kill job error on job id 7: Access/permission denied"
 
 
-# scontrol: `show` answers {folder}/shown if it is there; `requeue` counts, and does what the test says with the count in $n.
+# scontrol: `show` says that the job runs, or what is in {folder}/shown; `requeue` counts, and does what the test says with the
+# count in $n.
 SCONTROL = """#!/bin/sh
-if [ "$1" = show ]; then [ -f {folder}/shown ] && exec /bin/cat {folder}/shown; exit 1; fi
+if [ "$1" = show ]; then
+[ -f {folder}/shown ] && exec /bin/cat {folder}/shown
+echo "JobId=7 JobName=a
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:01:05 TimeLimit=1-00:00:00"
+exit
+fi
 n=$(/bin/cat {folder}/requeues 2>/dev/null || echo 0); n=$((n + 1)); echo $n > {folder}/requeues
 """
 
@@ -159,22 +177,22 @@ def test_requeued_by_somebody_else_is_as_good(no_slurm: StandIns) -> None:
 
 
 def test_without_scontrol_as_in_a_container(no_slurm: StandIns) -> None:
-    assert scheduler.requeue("7") == "scontrol: No such file or directory"
+    assert scheduler.requeue("7") == "scontrol: is not on PATH"
 
 
 @pytest.mark.parametrize(
     ("state", "reason", "restarts", "own", "fate"),
     [
-        ("RUNNING", "None", 0, 0, None),
+        ("RUNNING", "None", 0, 0, "no"),
         ("COMPLETING", "None", 0, 0, "cancelled"),
         ("CANCELLED", "None", 2, 2, "cancelled"),
-        ("COMPLETING", "TimeLimit", 1, 1, None),
+        ("COMPLETING", "TimeLimit", 1, 1, "no"),
         ("COMPLETING", "None", 1, 0, "requeued"),
         ("PENDING", "BeginTime", 3, 2, "requeued"),
     ],
 )
 def test_who_has_ended_the_job(
-    no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, restarts: int, own: int, fate: str | None
+    no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, restarts: int, own: int, fate: str
 ) -> None:
     if own:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(own))
@@ -182,7 +200,34 @@ def test_who_has_ended_the_job(
     (no_slurm.folder / "shown").write_text(SHOWN.format(state=state, reason=reason, restarts=restarts, nodes="n1"))
     assert scheduler.overtaken("7") == fate
     assert scheduler.requeue("7") == ("the job was cancelled" if fate == "cancelled" else None)
-    assert requeues(no_slurm) == (fate is None)  # SLURM would revive a cancelled job
+    assert requeues(no_slurm) == (fate == "no")  # SLURM would revive a cancelled job
+
+
+@pytest.mark.parametrize(
+    "first", ["/bin/sleep 9", "echo 'Unable to contact slurm controller' >&2; exit 1", "echo no answer; exit"]
+)
+def test_nothing_is_requeued_before_slurm_has_said_that_it_is_not_cancelled(
+    no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """It may be late, or away for a while."""
+    monkeypatch.setattr(scheduler, "_PATIENCE", 1.0)
+    once = f"[ -f {{folder}}/asked ] || {{{{ : > {{folder}}/asked; {first}; }}}}\n"
+    no_slurm.write("scontrol", SCONTROL.replace("then\n", f"then\n{once}", 1))
+    (no_slurm.folder / "shown").write_text(SHOWN.format(state="COMPLETING", reason="None", restarts=0, nodes="n1"))
+    assert scheduler.requeue("7", seconds=30) == "the job was cancelled"
+    assert requeues(no_slurm) == 0
+    (no_slurm.folder / "asked").unlink()
+    (no_slurm.folder / "shown").unlink()
+    assert scheduler.requeue("7", seconds=30) is None
+
+
+def test_after_a_long_silence_a_job_that_still_lives_was_not_cancelled(
+    no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_PATIENCE", 1.0)
+    no_slurm.write("scontrol", SCONTROL.replace("then\n", "then\nexit 1\n", 1))
+    assert scheduler.requeue("7", seconds=1) is None
+    assert requeues(no_slurm) == 1
 
 
 def test_signals_to_the_job_do_not_end_the_request(no_slurm: StandIns) -> None:

@@ -45,6 +45,46 @@ def test_a_grace_that_is_too_short(no_slurm: StandIns) -> None:
     assert found == "GraceTime=10 is too short for a step and a checkpoint (25 s): a preemption loses work"
 
 
+QOS = CONFIG.replace("preempt/partition_prio", "preempt/qos")
+JOB = "JobId=7 JobName=a Account=us QOS=low Requeue=1 Restarts=0"
+
+
+def test_where_the_qos_rules_its_grace_counts(no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its PreemptMode: the partition's, which the test has at 300 s and 10 s, do not."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for answer, expected in (
+        ("00:05:00|cluster", []),
+        ("1-00:00:00|requeue", []),
+        ("00:00:10|requeue", ["GraceTime=10 is too short for a step and a checkpoint (25 s): a preemption loses work"]),
+        ("00:01:00|cancel", ["PreemptMode=CANCEL: a preempted job does not start again"]),
+    ):
+        no_slurm.write("sacctmgr", f"#!/bin/sh\necho \"$@\" > {no_slurm.folder}/asked\necho '{answer}'\n")
+        for partition in (PARTITION, PARTITION.replace("300", "10").replace("REQUEUE", "OFF")):
+            found = shown(no_slurm, config=QOS, partition=partition, job=JOB)
+            assert found == [(True, problem) for problem in expected]
+    assert settings.dangers(20.0)[0] == "partition main, QOS low"
+    assert (no_slurm.folder / "asked").read_text().split()[-3:] == ["qos", "low", "format=GraceTime,PreemptMode"]
+
+
+@pytest.mark.parametrize(
+    ("job", "sacctmgr", "why"),
+    [
+        ("", "echo '00:05:00|cluster'", "this is no job"),
+        (JOB, "echo 'sacctmgr: error: Connection refused' >&2; exit 1", "Connection refused"),
+        (JOB, "true", "sacctmgr does not know 'low'"),
+    ],
+)
+def test_a_qos_that_is_not_known(
+    no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch, job: str, sacctmgr: str, why: str
+) -> None:
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    no_slurm.write("sacctmgr", f"#!/bin/sh\n{sacctmgr}\n")
+    [(fatal, found)] = shown(no_slurm, config=QOS, job=job)
+    assert not fatal
+    assert found == f"PreemptType=preempt/qos: GraceTime and PreemptMode are the QOS's, and not known here: {why}"
+
+
 def test_preemption_without_a_requeue(no_slurm: StandIns) -> None:
     [(fatal, found)] = shown(no_slurm, partition=PARTITION.replace("REQUEUE", "CANCEL"))
     assert fatal
