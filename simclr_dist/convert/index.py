@@ -18,6 +18,7 @@ from simclr_dist.convert.sources.folders import is_hidden
 from simclr_dist.convert.sources.originals import Problem, is_image_name, why_no_bytes
 from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.convert.workers import workers
+from simclr_dist.data.index import INDEX_NAME, write_index
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
 from simclr_dist.data.pixels.images import prepare_image
 from simclr_dist.system.errors import DataError, printable
@@ -78,6 +79,7 @@ def index_shards(
         write_list(folder / REJECTED_NAME, rejected)
         names = [path.name for path, table in zip(tars, tables, strict=True) if len(table)]
         manifest = write_manifest(folder, names, rows, ())
+        write_index(manifest)
     labelled = pc.sum(pc.greater_equal(rows.column("label"), 0)).as_py()
     return IndexSummary(manifest, len(rows), labelled, len(names), tuple(rejected), tuple(skipped))
 
@@ -94,7 +96,7 @@ def _usable_tars(folder: Path) -> tuple[list[Path], list[Problem], list[Problem]
     skipped: list[Problem] = []
     for path in sorted(folder.iterdir()):
         name = printable(path.name)
-        if path.name == REJECTED_NAME:
+        if path.name in (REJECTED_NAME, INDEX_NAME):
             continue
         if is_hidden(path.name):
             skipped.append(Problem(name, "hidden"))

@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
@@ -16,11 +17,13 @@ from simclr_dist.convert.sources.archives import is_label, parse_label, read_lab
 from simclr_dist.convert.sources.originals import is_image_name
 from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.convert.workers import workers
+from simclr_dist.data.index import INDEX_NAME, write_index
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from simclr_dist.data.pixels.images import prepare_image
 from simclr_dist.system.errors import DataError, printable
 from simclr_dist.system.machine import cores
 
+_COLUMNS = ("key", "offset", "size", "label", "width", "height", "sha256")
 _Members = dict[int, tuple[str, int]]  # name and size by place
 
 
@@ -55,27 +58,43 @@ def verify_shards(
         folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")) or folders
         if bare := sorted({path.parent.name for path in folder.glob("*/*.tar")} - {each.name for each in folders}):
             raise DataError(f"{folder / bare[0]}: holds tars and no {MANIFEST_NAME} to compare them with")
-    manifests = list(map(read_manifest, folders))
+    manifests = [read_manifest(each, fresh=True) for each in folders]  # not by an index, which may be damaged itself
+    for manifest in manifests:
+        _renew_index(manifest, report)
     shards = sum(len(manifest.shards) for manifest in manifests)
     numbers, reported = np.zeros(3, dtype=np.int64), 0
     bar = tqdm(total=sum(map(len, manifests)), unit="image", disable=not (progress and sys.stderr.isatty()))
     with bar, workers(min(processes or cores(), shards), (__name__,), folder) as run:
-        tasks = [task for manifest in manifests for task in _tasks(manifest)]
-        for (_, _, rows), (lines, *counted) in zip(tasks, run(bind(_check_shard, decode=decode), tasks), strict=True):
-            for line in lines:
-                report(line)
-            numbers, reported = numbers + counted, reported + len(lines)
-            bar.update(len(rows["key"]))
+        for manifest in manifests:
+            results = run(bind(_check_shard, decode=decode), _tasks(manifest))
+            for images, (lines, *counted) in zip(manifest.shard_sizes.tolist(), results, strict=True):
+                for line in lines:
+                    report(line)
+                numbers, reported = numbers + counted, reported + len(lines)
+                bar.update(images)
     bad, unlisted, read = numbers.tolist()
     return VerifySummary(sum(map(len, manifests)), shards, read, bad, reported, unlisted)
 
 
+def _renew_index(manifest: Manifest, report: Callable[[str], object]) -> None:
+    """Replace an index whose columns are not those of a fresh manifest."""
+    if not (index := Path(manifest.folder, INDEX_NAME)).exists():
+        return
+    mapped = read_manifest(index.parent)
+    pairs: list[tuple[Any, Any]] = [*zip(manifest.key.parts, mapped.key.parts, strict=True)]
+    pairs += [(getattr(manifest, name), getattr(mapped, name)) for name in _COLUMNS[1:]]
+    if not all(np.array_equal(fresh, of_index) for fresh, of_index in pairs):
+        report(f"{index}: is damaged; it is made anew")
+        with suppress(OSError):
+            index.unlink()
+        write_index(index.with_name(MANIFEST_NAME))
+
+
 def _tasks(manifest: Manifest) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """List each tar's path and size. The manifest's columns for it come third."""
-    ends = manifest.shard_sizes.cumsum().tolist()
+    ends = manifest.shard_ends.tolist()
     for shard, size, first, end in zip(manifest.shards, manifest.shard_bytes.tolist(), [0, *ends], ends, strict=False):
-        names = ("key", "offset", "size", "label", "width", "height", "sha256")
-        yield Path(manifest.folder, shard), size, {name: getattr(manifest, name)[first:end] for name in names}
+        yield Path(manifest.folder, shard), size, {name: getattr(manifest, name)[first:end] for name in _COLUMNS}
 
 
 def _check_shard(task: tuple[Path, int, dict[str, Any]], decode: bool) -> tuple[list[str], int, int, int]:

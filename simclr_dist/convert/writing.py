@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from simclr_dist.convert.partial import Partial, put
 from simclr_dist.convert.sources.tar import tar_members
+from simclr_dist.data.index import write_index
 from simclr_dist.data.manifest import ROW_SCHEMA, ManifestRow, row_table, write_manifest
 from simclr_dist.system.errors import DataError, printable
 
@@ -107,7 +108,7 @@ def write_manifests(partial: Partial, shards: list[Shard], classes: tuple[str, .
         tables = {shard.name: _read_rows(partial, shard) for shard in tars}
         total += sum(int(table.schema.metadata[_BYTES]) for table in tables.values())
         rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables.values()])
-        write_manifest(partial.out / side, list(tables), rows, classes)
+        write_index(write_manifest(partial.out / side, list(tables), rows, classes))
     return total
 
 

@@ -1,20 +1,25 @@
 """Load shards by name: a folder, its URL, or tars in braces."""
 
 import dataclasses
-import io
 import itertools
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
 from braceexpand import braceexpand
+from numpy.typing import NDArray
 
-from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, check_shards, content_digest, parse_manifest, read_manifest
-from simclr_dist.data.remote.fetch import Patience, check_url, fetch, is_url, join
+from simclr_dist.data.index import Parquet, Sides, content_digest, open_index
+from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, check_shards, read_manifest
+from simclr_dist.data.remote.cache import CacheSettings, cache_settings
+from simclr_dist.data.remote.fetch import check_url, fetch, is_url, join
 from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, redact
 
 PIPE = "pipe:"
@@ -23,9 +28,10 @@ _MOST_SHARDS = 1_000_000
 _LONGEST_PATTERN = 4096
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.[^{}]*)?\}")
 _MOST_MANIFEST_BYTES = 4 << 30
+_ROWS = 1 << 16  # at a time
 
 
-def load_collection(where: str | Path, *, beside: str | Path = ".", patience: Patience | None = None) -> Manifest:
+def load_collection(where: str | Path, *, beside: str | Path = ".", cache: CacheSettings | None = None) -> Manifest:
     """Load the manifest of what `where` names. A relative path starts from the folder `beside`.
 
     A folder, or its URL, stands for all tars of its manifest. Tars (`shards/train-{000000..000099}.tar`, or one) stand for
@@ -41,10 +47,14 @@ def load_collection(where: str | Path, *, beside: str | Path = ".", patience: Pa
         raise DataError(
             f"{redact(text)}: its tars lie in {len(folders)} folders, and a manifest describes one; name one folder's tars"
         )
+    if cache is None:
+        with suppress(ConfigError):  # of the environment; it matters where shards go through the cache, and is said there
+            cache = cache_settings()
     if remote:
-        manifest = parse_manifest(_fetch_manifest(folders[0], patience), folders[0])
+        manifest = _fetch_manifest(folders[0], cache)
     else:
-        manifest = read_manifest(Path(beside) / (folders[0] or ("/" if text.startswith("/") else ".")))
+        folder = Path(beside) / (folders[0] or ("/" if text.startswith("/") else "."))
+        manifest = read_manifest(folder, cache=cache.folder if cache else None)
     if tars:
         names = [tar.rpartition("/")[2] for tar in tars]
         manifest = _only(manifest, [unquote(name) for name in names] if remote and text.startswith("http") else names)
@@ -113,24 +123,45 @@ def _only(manifest: Manifest, names: Sequence[str]) -> Manifest:
     keep = np.array([name in wanted for name in manifest.shards])
     if keep.all():
         return manifest
-    rows = keep[manifest.shard]
-    arrays = {name: getattr(manifest, name)[rows] for name in ("key", "offset", "size", "label", "width", "height", "sha256")}
-    return dataclasses.replace(
-        manifest, shards=tuple(name for name in manifest.shards if name in wanted),
-        shard_sizes=manifest.shard_sizes[keep], shard_bytes=manifest.shard_bytes[keep],
-        shard=(np.cumsum(keep) - 1)[manifest.shard[rows]].astype(np.int32), **arrays,
-        digest=content_digest(arrays["key"].tolist(), manifest.classes, arrays["sha256"], arrays["label"]),
+    ends, first, last = manifest.shard_ends, *np.flatnonzero(keep)[[0, -1]]
+    rows: slice | NDArray[np.int64] = slice(ends[first] - manifest.shard_sizes[first], ends[last])
+    if not keep[first : last + 1].all():  # then copies, no views
+        rows = np.flatnonzero(np.repeat(keep, manifest.shard_sizes))
+    arrays = {name: getattr(manifest, name)[rows] for name in ("offset", "size", "label", "width", "height", "sha256")}
+    part = dataclasses.replace(
+        manifest, shards=tuple(name for name in manifest.shards if name in wanted), shard_sizes=manifest.shard_sizes[keep],
+        shard_bytes=manifest.shard_bytes[keep], key=manifest.key.only(rows), **arrays,
     )  # fmt: skip
+    return dataclasses.replace(part, **_counted(part))
 
 
-def _fetch_manifest(folder: str, patience: Patience | None) -> bytes:
+def _counted(m: Manifest) -> dict[str, Any]:
+    """Compute the values of a manifest that are of all its images."""
+    sides, parts = Sides(), [slice(first, first + _ROWS) for first in range(0, len(m), _ROWS)]
+    for part in parts:
+        sides.add(m.width[part], m.height[part])
+    keys, hashes = (m.key.only(part).tolist() for part in parts), (m.sha256[part] for part in parts)
+    digest = content_digest(keys, m.classes, hashes, (m.label[part] for part in parts))
+    return {"short_side": sides.median(), "pixels": sides.pixels, "digest": digest}
+
+
+def _fetch_manifest(folder: str, cache: CacheSettings | None) -> Manifest:
     url = join(folder, MANIFEST_NAME)
     check_url(url)
-    content = io.BytesIO()
     try:
-        fetch(url, content, most=_MOST_MANIFEST_BYTES, patience=patience)
+        if cache is not None:
+            with suppress(OSError):  # no room there
+                cache.folder.mkdir(parents=True, exist_ok=True)
+                return _fetched(url, folder, tempfile.TemporaryFile(dir=cache.folder), cache)
+        return _fetched(url, folder, os.fdopen(os.memfd_create(MANIFEST_NAME), "w+b"), cache)
     except UnreachableError as error:
         cure = "; for tars without a manifest, `simclr-dist shard --index` on a copy writes one, or set data.reader: stream"
         missing = "404" in str(error) or "it is not there" in str(error)
         raise UnreachableError(f"{error}{cure if missing else ''}") from None
-    return content.getvalue()
+
+
+def _fetched(url: str, folder: str, into: BinaryIO, cache: CacheSettings | None) -> Manifest:
+    with into:
+        fetch(url, into, most=_MOST_MANIFEST_BYTES, patience=cache.patience if cache else None)
+        into.flush()
+        return Manifest(folder, **open_index(Parquet(into, f"{folder}/{MANIFEST_NAME}"), None, cache.folder if cache else None))

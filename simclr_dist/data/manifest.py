@@ -1,10 +1,10 @@
 """Write and read the manifest. This Parquet table beside the shards has each image's place, label, size in pixels and hash."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,36 +13,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.data.index import FORMAT_VERSION, INDEX_NAME, METADATA_KEY, SCHEMA, Keys, Parquet, open_index
+from simclr_dist.system.errors import DataError
 from simclr_dist.system.files import replacing
 
 MANIFEST_NAME = "manifest.parquet"
-FORMAT_VERSION = 1
-
-_METADATA_KEY = b"simclr_dist"
-_COLUMNS = {
-    "key": pa.string(), "shard": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.int64(),
-    "class_name": pa.string(), "width": pa.int32(), "height": pa.int32(), "sha256": pa.binary(32),
-}  # fmt: skip
-_SCHEMA = pa.schema([pa.field(name, kind, nullable=name == "class_name") for name, kind in _COLUMNS.items()])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All images of a folder of shards. Arrays run over the n images, shard after shard.
+    """All images of a folder of shards. Arrays run over the n images, shard after shard; they are views of a mapped file.
 
-    `shards` are file names inside `folder`; `shard_sizes` int64 [s] counts the images of each. `shard` int32 [n] is an index
-    into `shards`; `offset` and `size` int64 [n] locate the image's bytes inside the tar. `label` int64 [n] is -1 where there
-    is none; `sha256` uint8 [n, 32] is of the image's bytes. `classes` are names by label, () when the source has none (labels
-    may exist all the same). `digest` is the hex sha256 of the content (keys, hashes, labels, classes), whatever the folder.
-    `folder` is a text when it is a URL (`data.collection`). `shard_bytes` int64 [s] are the sizes of the tars.
+    `shards` are file names inside `folder`; `shard_sizes` int64 [s] counts the images of each, `shard_bytes` int64 [s] has the
+    sizes of the tars. `offset` and `size` int64 [n] locate the image's bytes inside the tar. `label` int64 [n] is -1 where
+    there is none; `sha256` uint8 [n, 32] is of the image's bytes. `classes` are names by label, () when the source has none
+    (labels may exist all the same). `digest` is the hex sha256 of the content (keys, hashes, labels, classes), whatever the
+    folder. `short_side` is the median of the images' shorter sides, `pixels` the sum over all images. `folder` is a text when
+    it is a URL (`data.collection`).
     """
 
     folder: Path | str
     shards: tuple[str, ...]
     shard_sizes: NDArray[np.int64]
-    key: NDArray[np.str_]
-    shard: NDArray[np.int32]
+    shard_bytes: NDArray[np.int64]
+    key: Keys
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     label: NDArray[np.int64]
@@ -51,15 +45,24 @@ class Manifest:
     sha256: NDArray[np.uint8]
     classes: tuple[str, ...]
     digest: str
-    shard_bytes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    short_side: float
+    pixels: int
 
     def __len__(self) -> int:
         return len(self.key)
 
+    @cached_property
+    def shard_ends(self) -> NDArray[np.int64]:
+        """Rows before each shard's end, int64 [s]."""
+        return self.shard_sizes.cumsum()
+
     @property
-    def short_side(self) -> float:
-        """Return the median of the images' shorter sides, in pixels."""
-        return float(np.median(np.minimum(self.width, self.height)))
+    def shard(self) -> NDArray[np.int32]:
+        """Make each image's index into `shards`, int32 [n]. `shard_of` is for one image."""
+        return np.repeat(np.arange(len(self.shards), dtype=np.int32), self.shard_sizes)
+
+    def shard_of(self, row: int) -> int:
+        return int(self.shard_ends.searchsorted(row, side="right"))
 
 
 class ManifestRow(NamedTuple):
@@ -75,7 +78,7 @@ class ManifestRow(NamedTuple):
     sha256: bytes
 
 
-ROW_SCHEMA = pa.schema([_SCHEMA.field(name) for name in ManifestRow._fields])
+ROW_SCHEMA = pa.schema([SCHEMA.field(name) for name in ManifestRow._fields])
 
 
 def row_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema = ROW_SCHEMA) -> pa.Table:
@@ -102,8 +105,8 @@ def write_manifest(folder: Path, shards: Sequence[str], rows: Sequence[ManifestR
         "shards": [{"name": name, "bytes": (folder / name).stat().st_size, "samples": counts.get(name, 0)} for name in shards],
         "classes": list(classes),
     }
-    arrays = [columns[field.name] for field in _SCHEMA]
-    schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(about, sort_keys=True).encode()})
+    arrays = [columns[field.name] for field in SCHEMA]
+    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(about, sort_keys=True).encode()})
     path = folder / MANIFEST_NAME
     with replacing(path) as file:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
@@ -121,8 +124,11 @@ def load_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read `folder`/manifest.parquet like `load_manifest`, but do not look at the shards."""
+def read_manifest(folder: Path, *, cache: Path | None = None, fresh: bool = False) -> Manifest:
+    """Read `folder`/manifest.parquet like `load_manifest`, but do not look at the shards.
+
+    By its index (`data.index`), which is made if need be: in `folder`, or in the folder `cache`. `fresh` takes none.
+    """
     path = folder / MANIFEST_NAME
     of_images = f"if it holds images, `simclr-dist shard {folder} DST` makes shards of them, and DST is what to name"
     if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
@@ -136,91 +142,21 @@ def read_manifest(folder: Path) -> Manifest:
             cure = f"name one of {', '.join(inner)}"
         raise DataError(f"{folder}: has no {MANIFEST_NAME}; {cure}")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            beside = None if fresh else folder / INDEX_NAME
+            return Manifest(folder, **open_index(Parquet(file, str(path)), beside, cache))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_manifest(content, folder)
-
-
-def parse_manifest(content: bytes, folder: Path | str) -> Manifest:
-    """Parse a manifest's bytes. `folder` is a path or a URL. Raises DataError for a bad one."""
-    path = f"{folder}/{MANIFEST_NAME}"
-    try:
-        # No threads of pyarrow's: with them some 8 % of short commands ended with 134 (pyarrow 26.0). read_table starts one
-        # whatever it is told.
-        with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
-            table = file.read(use_threads=False).combine_chunks()
-        table.validate(full=True)  # texts that are no UTF-8, for one
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({reason_of(error)}); shard the images again") from None
-    names, counts, classes = _read_about(folder, path, table)
-    shard_bytes, sizes = counts.T.copy()
-
-    column = {name: table.column(name).to_numpy() for name in ("offset", "size", "label", "width", "height")}
-    index = {name: i for i, name in enumerate(names)}
-    shard = np.array([index.get(name, -1) for name in table.column("shard").to_pylist()], dtype=np.int32)
-    if sizes.sum() != len(shard) or not np.array_equal(shard, np.repeat(np.arange(len(names)), sizes)):
-        raise DataError(f"{path}: its rows do not follow its own list of shards; shard the images again")
-    # Subtracting, not adding: offset + size of a damaged manifest may overflow.
-    inside = (column["size"] > 0) & (column["offset"] >= 0) & (column["offset"] <= shard_bytes[shard] - column["size"])
-    labels_known = (column["label"] >= -1) & ((column["label"] < len(classes)) if classes else True)
-    possible = inside & labels_known & (column["width"] > 0) & (column["height"] > 0)
-    if not possible.all():
-        row = int(possible.argmin())
-        raise DataError(f"{path}: row {row} has an impossible offset, size or label; shard the images again")
-
-    keys = table.column("key").to_pylist()
-    hashes = np.frombuffer(b"".join(table.column("sha256").to_pylist()), dtype=np.uint8).reshape(-1, 32)
-    return Manifest(
-        folder, shards=names, shard_sizes=sizes, shard_bytes=shard_bytes, classes=classes, shard=shard, **column,
-        key=np.array(keys, dtype=np.str_), sha256=hashes, digest=content_digest(keys, classes, hashes, column["label"]),
-    )  # fmt: skip
-
-
-def content_digest(keys: Sequence[str], classes: Sequence[str], sha256: NDArray[np.uint8], label: NDArray[np.int64]) -> str:
-    """Compute `Manifest.digest` of these images."""
-    digest = hashlib.sha256(json.dumps([list(keys), list(classes)]).encode())
-    digest.update(sha256.tobytes())
-    digest.update(label.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def check_shards(manifest: Manifest) -> None:
     """Check that the manifest's (local) folder has each shard. The size must fit, too. Raises DataError."""
     cure = "copy it here or shard the images again"
     for name, recorded in zip(manifest.shards, manifest.shard_bytes.tolist(), strict=True):
-        shard = Path(manifest.folder, name)
+        shard = f"{manifest.folder}/{name}"
         try:
-            size = shard.stat().st_size
+            size = os.stat(shard).st_size  # noqa: PTH116 (a Path costs as much again, and there may be many)
         except OSError as error:
             raise DataError(f"{shard}: in {MANIFEST_NAME}, but {error.strerror}; {cure}") from None
         if size != recorded:
             raise DataError(f"{shard}: has {size} bytes, {MANIFEST_NAME} says {recorded}; {cure}")
-
-
-def _read_about(folder: Path | str, path: str, table: pa.Table) -> tuple[tuple[str, ...], NDArray[np.int64], tuple[str, ...]]:
-    """Read shards and classes from the schema's metadata. Returns shard names, int64 [s, 2] (bytes, samples), class names."""
-    foreign = DataError(
-        f"{path}: not a manifest of simclr-dist; move it away, and `simclr-dist shard --index {folder}` writes one"
-    )
-    try:
-        about: Any = json.loads(table.schema.metadata[_METADATA_KEY])
-        version = about["version"]
-        entries = [(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in about["shards"]]
-        counts = np.array([sizes for _, *sizes in entries], dtype=np.int64).reshape(-1, 2)
-        classes = tuple(str(name) for name in about["classes"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        raise foreign from None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: manifest version {version}, this simclr-dist reads {FORMAT_VERSION}; shard the images again")
-    same = table.schema.remove_metadata().equals(_SCHEMA)
-    if not same or any(table.column(field.name).null_count for field in _SCHEMA if not field.nullable):
-        raise foreign
-    if table.num_rows == 0:
-        raise DataError(f"{path}: lists no image; shard the images again")
-    names = tuple(name for name, _, _ in entries)
-    # A name with a folder in it would make the reader open files outside the folder of shards.
-    strange = any(Path(name).name != name or name == ".." or "\0" in name or samples < 1 for name, _, samples in entries)
-    if strange or len(set(names)) != len(names):
-        raise foreign
-    return names, counts, classes

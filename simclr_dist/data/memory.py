@@ -30,8 +30,7 @@ def held_in_memory(images: Images, choice: str, pause: Callable[[], object] = la
     """
     if not isinstance(images, ShardDataset):
         return images
-    pixels = int((images.manifest.height.astype(np.int64) * images.manifest.width).sum())
-    wanted = choice == "always" or (choice == "auto" and 3 * pixels <= AUTO_BYTES)
+    wanted = choice == "always" or (choice == "auto" and 3 * images.manifest.pixels <= AUTO_BYTES)
     return DecodedImages(images, pause) if wanted else images
 
 
@@ -66,7 +65,7 @@ class DecodedImages(Dataset[Sample]):
                 image = images[row].image
                 if image.shape[1:] != (heights[row], widths[row]):
                     raise DataError(
-                        f"{manifest.folder}/{manifest.shards[manifest.shard[row]]}: image {manifest.key[row]}: has"
+                        f"{manifest.folder}/{manifest.shards[manifest.shard_of(row)]}: image {manifest.key[row]}: has"
                         f" {image.shape[2]} x {image.shape[1]} pixels, the manifest says {widths[row]} x {heights[row]};"
                         " shard the images again"
                     )

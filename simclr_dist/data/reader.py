@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from simclr_dist.data.collection import load_collection
+from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.pixels.decode import decode
 from simclr_dist.data.remote.ahead import Ahead
@@ -56,7 +57,7 @@ class ShardDataset(Dataset[Sample]):
     def __init__(self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None) -> None:
         if open_shards < 1:
             raise ValueError(f"ShardDataset: open_shards: {open_shards} must be at least 1")
-        self.manifest: Manifest = load_collection(where, patience=cache.patience if cache else None)
+        self.manifest: Manifest = load_collection(where, cache=cache)
         self._open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
         self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -82,10 +83,12 @@ class ShardDataset(Dataset[Sample]):
 
     def read(self, row: int) -> bytes:
         """Read the image's bytes as they were converted. Raises DataError when sha256 says otherwise."""
-        place = int(self.manifest.size[row]), int(self.manifest.offset[row])
+        m, shard = self.manifest, self.manifest.shard_of(row)
+        place = size, offset = int(m.size[row]), int(m.offset[row])
+        if not (size > 0 and 0 <= offset <= int(m.shard_bytes[shard]) - size):  # checked when the index was made
+            raise DataError(f"{self._name(row)}: its place is impossible; {INDEX_NAME} is damaged: remove it")
         right = self._right(row, content := self._bytes(row, *place))
         if not right and self._cache is not None:
-            shard = int(self.manifest.shard[row])
             self._cache.again(shard)
             self._close(shard)
             right = self._right(row, content := self._bytes(row, *place))
@@ -141,13 +144,13 @@ class ShardDataset(Dataset[Sample]):
     def _bytes(self, row: int, size: int, offset: int) -> bytes:
         """Read bytes of the image's tar."""
         try:
-            return os.pread(self._descriptor(int(self.manifest.shard[row])), size, offset)
+            return os.pread(self._descriptor(self.manifest.shard_of(row)), size, offset)
         except OSError as error:
             raise DataError(f"{self._name(row)}: cannot be read: {error.strerror}") from None
 
     def _name(self, row: int) -> str:
         m = self.manifest
-        return f"{m.folder}/{m.shards[m.shard[row]]}: image {m.key[row]}"
+        return f"{m.folder}/{m.shards[m.shard_of(row)]}: image {m.key[row]}"
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:

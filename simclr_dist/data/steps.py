@@ -119,9 +119,9 @@ class StepDataset(Dataset[Views]):
             bad.append((row, str(error)))
         for spare in self.plan.spares(step, slot) if self.replace_bad else ():
             try:
-                return self.images[int(spare)]
+                return self.images[spare]
             except DataError as error:
-                bad.append((int(spare), str(error)))
+                bad.append((spare, str(error)))
         raise RankError(bad[-1][1])
 
 

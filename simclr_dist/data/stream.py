@@ -7,6 +7,7 @@ starts its tars anew.
 
 import hashlib
 import io
+import itertools
 import os
 import random
 import secrets
@@ -55,9 +56,9 @@ class StreamPlan(Plan):
         """Return no shards: the order is not known."""
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
-    def spares(self, step: int, slot: int) -> Rows:
+    def spares(self, step: int, slot: int) -> Iterator[int]:
         """Repeat the place's number. Each read of it gives the stream's next image."""
-        return np.full(_SPARES, step % self.steps_per_epoch * self.global_batch_size + slot, dtype=np.int64)
+        return itertools.repeat(step % self.steps_per_epoch * self.global_batch_size + slot, _SPARES)
 
 
 class StreamImages(Dataset[Sample]):

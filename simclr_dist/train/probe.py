@@ -17,6 +17,7 @@ from simclr_dist.system.errors import ConfigError
 
 K = 20  # of some hundred or thousand images that vote; the evaluation's 200 is for a whole training set
 TEMPERATURE = 0.1
+_ROWS = 1 << 18
 
 
 class OnlineProbe:
@@ -93,8 +94,12 @@ class OnlineProbe:
 def choose(images: Manifest, train: Manifest, most: int) -> tuple[NDArray[np.int64], int]:
     """Choose rows of at most `most` labelled images, evenly spread. Omits those in `train`; returns also their number."""
     labelled = np.flatnonzero(images.label >= 0)
-    keys, trained = (np.ascontiguousarray(manifest.sha256).view("V32").ravel() for manifest in (images, train))
-    trained_on = np.isin(keys[labelled], trained)
+    mine = images.sha256[labelled]
+    heads, trained = np.unique(mine.view("<u8")[:, 0]), set[bytes]()
+    for first in range(0, len(train), _ROWS):  # not all at once, of many millions
+        some = train.sha256[first : first + _ROWS]
+        trained.update(sha256.tobytes() for sha256 in some[np.isin(some.view("<u8")[:, 0], heads)])
+    trained_on = np.array([sha256.tobytes() in trained for sha256 in mine], dtype=bool)
     free = labelled[~trained_on]
     count = min(most, len(free))
     return free[np.arange(count) * len(free) // max(count, 1)], int(trained_on.sum())

@@ -16,6 +16,7 @@ from simclr_dist.cli.main import main
 from simclr_dist.convert.index import index_shards
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.convert.verify import verify_shards
+from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import MANIFEST_NAME, load_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.system.errors import DataError
@@ -53,7 +54,7 @@ def test_tars_of_others_can_be_trained_on(tmp_path: Path, kind: int) -> None:
     summary = index_shards(tmp_path, processes=1)
     assert (summary.images, summary.labelled, summary.shards, summary.rejected) == (4, 2, 2, ())
     assert [path.read_bytes() for path in tars] == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar", MANIFEST_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar", INDEX_NAME, MANIFEST_NAME]
     manifest = load_manifest(tmp_path)
     assert manifest.key.tolist() == ["x/0", "x/1", "2", long]
     assert manifest.label.tolist() == [5, -1, 0, -1]

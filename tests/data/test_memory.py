@@ -126,8 +126,7 @@ def test_what_auto_takes(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = ShardDataset(small)
     assert isinstance(held_in_memory(shards, "auto"), DecodedImages)
     assert held_in_memory(shards, "never") is shards
-    many = replace(shards.manifest, height=np.full(40, AUTO_BYTES // 40 // 96 + 1), width=np.full(40, 32))
-    shards.manifest = many
+    shards.manifest = replace(shards.manifest, pixels=AUTO_BYTES // 3 + 1)
     assert held_in_memory(shards, "auto") is shards
     shards = ShardDataset(small)
     monkeypatch.setattr(memory, "AUTO_BYTES", 40 * 32 * 32 * 3)

@@ -102,19 +102,19 @@ def test_an_unreadable_image_ends_it_with_one_line(damaged: Callable[..., ShardD
 
 def test_a_spare_takes_an_unreadable_images_place_at_any_world_size(damaged: Callable[..., ShardDataset], images: Path) -> None:
     plan = plan_for(ShardDataset(images))
-    rows = plan[1][1]
+    rows, (first, second, *_), (other, *_) = plan[1][1], plan.spares(1, 2), plan.spares(1, 9)
     # Slot 2's image and its first spare, and slot 9's: both may fail at once, on one rank or on two.
-    dataset = damaged(int(rows[2]), int(plan.spares(1, 2)[0]), int(rows[9]))
+    dataset = damaged(int(rows[2]), first, int(rows[9]))
 
     def step(rank: int, world_size: int) -> Views:
         return StepDataset(dataset, plan_for(dataset, rank, world_size), SETTINGS, replace_bad=True)[1]
 
     expected = rows.copy()
-    expected[2], expected[9] = plan.spares(1, 2)[1], plan.spares(1, 9)[0]
+    expected[2], expected[9] = second, other
     alone = step(0, 1)
     assert alone.rows.tolist() == expected.tolist()
     assert len(set(alone.rows.tolist())) == 12
-    assert [row for row, _ in alone.bad] == [rows[2], plan.spares(1, 2)[0], rows[9]]
+    assert [row for row, _ in alone.bad] == [rows[2], first, rows[9]]
     assert all(f"image {dataset.manifest.key[row]}: " in reason and "\n" not in reason for row, reason in alone.bad)
     for world_size in (2, 3):
         parts = [step(rank, world_size) for rank in range(world_size)]
@@ -126,7 +126,7 @@ def test_a_spare_takes_an_unreadable_images_place_at_any_world_size(damaged: Cal
 
 def test_without_a_readable_spare_the_run_ends(damaged: Callable[..., ShardDataset], images: Path) -> None:
     plan = plan_for(ShardDataset(images))
-    dataset = damaged(int(plan[0][1][7]), *plan.spares(0, 7).tolist())
+    dataset = damaged(int(plan[0][1][7]), *plan.spares(0, 7))
     steps = StepDataset(dataset, plan_for(dataset), SETTINGS, replace_bad=True)
     with pytest.raises(RankError, match="sha256"):
         next(load_steps(steps, range(1), workers=0))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simclr_dist.data.index import Keys
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.evaluate.protocols.subsets import balanced_subset, describe_subsets, keys_digest
 from simclr_dist.system.errors import DataError
@@ -22,13 +23,13 @@ def manifest(
 ) -> Manifest:
     """Of images that are nowhere: a subset is drawn from keys and labels alone."""
     n = len(labels)
-    of_each = np.ones(n, dtype=np.int32)
+    rows, of_each = np.arange(n), np.ones(n, dtype=np.int32)
     return Manifest(
         folder=Path("shards"),
         shards=("part-0.tar",),
         shard_sizes=np.array([n]),
-        key=np.array([f"{key:06d}" for key in (range(n) if keys is None else keys)]),
-        shard=0 * of_each,
+        key=Keys(6 * rows, 6 * rows + 6, np.frombuffer("".join(f"{key:06d}" for key in keys or rows).encode(), np.uint8)),
+        shard_bytes=np.array([n]),
         offset=np.arange(n),
         size=np.ones(n, dtype=np.int64),
         label=np.array(labels, dtype=np.int64),
@@ -37,6 +38,8 @@ def manifest(
         sha256=np.zeros((n, 32), dtype=np.uint8),
         classes=tuple(classes),
         digest="0" * 64,
+        short_side=1.0,
+        pixels=n,
     )
 
 

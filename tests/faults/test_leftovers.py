@@ -70,10 +70,15 @@ def test_a_conversion_leaves_nothing(tmp_path: Path) -> None:
     command = ["shard", "images", "other", "--processes", "1"]
     kill(tmp_path, "temporary", *command)
     kill(tmp_path, ".manifest.parquet", *command)
+    kill(tmp_path, ".manifest.index", *command)
     good(tmp_path, *command)
     (tmp_path / "other/manifest.parquet").unlink()
     kill(tmp_path, ".manifest.parquet", "shard", "--index", "other")
     good(tmp_path, "shard", "--index", "other")
+    (tmp_path / "other/manifest.index").unlink()
+    runs.write_config(tmp_path, Path("other"), steps=4)
+    kill(tmp_path, ".manifest.index", "plan", "config.yaml", "--global_batch_size", "8")
+    good(tmp_path, "plan", "config.yaml", "--global_batch_size", "8")
 
 
 def writing(arguments: Sequence[str]) -> int:

@@ -74,7 +74,6 @@ class ShardCache:
 
     def __init__(self, manifest: Manifest, settings: CacheSettings) -> None:
         self._manifest, self._settings = manifest, settings
-        self._ends = manifest.shard_sizes.cumsum()
         self._names: dict[int, str] = {}
         largest = int(manifest.shard_bytes.max())
         self.check_room(largest, f"its largest shard has {largest / 2**30:.3g}")
@@ -140,7 +139,7 @@ class ShardCache:
 
     def _name(self, shard: int) -> str:
         if shard not in self._names:
-            m, end = self._manifest, int(self._ends[shard])
+            m, end = self._manifest, int(self._manifest.shard_ends[shard])
             rows = slice(end - int(m.shard_sizes[shard]), end)
             about = hashlib.sha256(f"{m.shards[shard]}\n{m.shard_bytes[shard]}\n".encode())
             for part in (m.offset[rows], m.size[rows]):

@@ -36,12 +36,14 @@ def shards(config: Config, world: World) -> list[Finding]:
         images = ShardDataset(config.data.shards, open_shards=4, cache=cache_settings(config.data.cache, config.data.cache_gib))
         digest, misfit = images.manifest.digest, _misfit(config, len(images), world)
         random = np.random.default_rng([config.seed, world.rank])
-        choice = np.arange(len(images))
+        first, count = 0, len(images)
         if isinstance(images.manifest.folder, str):  # a URL: fetch one shard into the cache, not all
-            choice = np.flatnonzero(images.manifest.shard == random.integers(len(images.manifest.shards)))
-        read = min(_SAMPLES, len(choice))
+            shard = random.integers(len(images.manifest.shards))
+            count = int(images.manifest.shard_sizes[shard])
+            first = int(images.manifest.shard_ends[shard]) - count
+        read = min(_SAMPLES, count)
         begin = time.perf_counter()
-        size = sum(len(images.read(int(row))) for row in random.choice(choice, read, replace=False))
+        size = sum(len(images.read(first + int(row))) for row in random.choice(count, read, replace=False))
         rate = size / (time.perf_counter() - begin) / 2**20
     except (DataError, ConfigError) as error:
         problem = f"{place_of(world.rank)}: {error}"
