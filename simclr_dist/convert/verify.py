@@ -4,7 +4,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
@@ -17,10 +16,11 @@ from simclr_dist.convert.sources.archives import is_label, parse_label, read_lab
 from simclr_dist.convert.sources.originals import is_image_name
 from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.convert.workers import workers
-from simclr_dist.data.index import INDEX_NAME, write_index
+from simclr_dist.data.index import indices
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from simclr_dist.data.pixels.images import prepare_image
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.data.remote.cache import cache_settings
+from simclr_dist.system.errors import DataError, printable, reason_of
 from simclr_dist.system.machine import cores
 
 _COLUMNS = ("key", "offset", "size", "label", "width", "height", "sha256")
@@ -60,7 +60,7 @@ def verify_shards(
             raise DataError(f"{folder / bare[0]}: holds tars and no {MANIFEST_NAME} to compare them with")
     manifests = [read_manifest(each, fresh=True) for each in folders]  # not by an index, which may be damaged itself
     for manifest in manifests:
-        _renew_index(manifest, report)
+        _check_indices(manifest, report)
     shards = sum(len(manifest.shards) for manifest in manifests)
     numbers, reported = np.zeros(3, dtype=np.int64), 0
     bar = tqdm(total=sum(map(len, manifests)), unit="image", disable=not (progress and sys.stderr.isatty()))
@@ -76,18 +76,17 @@ def verify_shards(
     return VerifySummary(sum(map(len, manifests)), shards, read, bad, reported, unlisted)
 
 
-def _renew_index(manifest: Manifest, report: Callable[[str], object]) -> None:
-    """Replace an index whose columns are not those of a fresh manifest."""
-    if not (index := Path(manifest.folder, INDEX_NAME)).exists():
-        return
-    mapped = read_manifest(index.parent)
-    pairs: list[tuple[Any, Any]] = [*zip(manifest.key.parts, mapped.key.parts, strict=True)]
-    pairs += [(getattr(manifest, name), getattr(mapped, name)) for name in _COLUMNS[1:]]
-    if not all(np.array_equal(fresh, of_index) for fresh, of_index in pairs):
-        report(f"{index}: is damaged; it is made anew")
-        with suppress(OSError):
-            index.unlink()
-        write_index(index.with_name(MANIFEST_NAME))
+def _check_indices(manifest: Manifest, report: Callable[[str], object]) -> None:
+    """Remove an index whose columns are not those of a fresh manifest. The next start makes it anew."""
+    for index, mapped in indices(Path(manifest.folder, MANIFEST_NAME), cache_settings().folder):
+        pairs: list[tuple[Any, Any]] = [*zip(manifest.key.parts, mapped["key"].parts, strict=True)]
+        pairs += [(getattr(manifest, name), mapped[name]) for name in _COLUMNS[1:]]
+        if not all(np.array_equal(fresh, of_index) for fresh, of_index in pairs):
+            try:
+                index.unlink()
+                report(f"{index}: is damaged, and is removed; the next start makes it anew")
+            except OSError as error:
+                report(f"{index}: is damaged, and cannot be removed: {reason_of(error)}")
 
 
 def _tasks(manifest: Manifest) -> Iterator[tuple[Path, int, dict[str, Any]]]:

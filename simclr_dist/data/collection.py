@@ -145,6 +145,13 @@ def _counted(m: Manifest) -> dict[str, Any]:
     return {"short_side": sides.median(), "pixels": sides.pixels, "digest": digest}
 
 
+def check_content(manifest: Manifest) -> None:
+    """Raise DataError where keys and labels are not those of the digest."""
+    if _counted(manifest)["digest"] != manifest.digest:
+        cure = f"`simclr-dist shard --verify {manifest.folder}` finds and removes it, and the next start makes it anew"
+        raise DataError(f"{manifest.folder}: labels or keys are not those of {MANIFEST_NAME}, so its index is damaged; {cure}")
+
+
 def _fetch_manifest(folder: str, cache: CacheSettings | None) -> Manifest:
     url = join(folder, MANIFEST_NAME)
     check_url(url)

@@ -11,6 +11,7 @@ import itertools
 import json
 import mmap
 import os
+import stat
 import struct
 import time
 from collections import Counter
@@ -57,7 +58,10 @@ class Keys:
         return len(self.parts[0])
 
     def __getitem__(self, rows: Any) -> Any:
-        if isinstance(rows, slice | list | np.ndarray):
+        if isinstance(rows, list | np.ndarray):
+            rows = np.arange(len(self))[rows]  # of a mask, too
+            return np.array([self[row] for row in rows], dtype=np.str_)
+        if isinstance(rows, slice):
             return np.array(self.only(rows).tolist(), dtype=np.str_)
         begins, ends, text = self.parts
         return text[begins[rows] : ends[rows]].tobytes().decode(errors="replace")
@@ -99,7 +103,8 @@ class Parquet:
     def __init__(self, file: BinaryIO, shown: str) -> None:
         self.file, self.shown = file, shown
         about = os.fstat(file.fileno())
-        self.changed = max(about.st_mtime_ns, about.st_ctime_ns)
+        self.mode = stat.S_IMODE(about.st_mode) if about.st_nlink else None  # None: a file without a name
+        self.mark = max(about.st_mtime_ns, about.st_ctime_ns) + _SECOND  # the time of an index says of which file it is
 
     @cached_property
     def sha256(self) -> str:
@@ -132,14 +137,13 @@ def open_index(parquet: Parquet, beside: Path | None, cache: Path | None) -> dic
     The index is `beside`, or else in the folder `cache`. It is made in the first place that takes it, by one process while
     others wait. Without a place it is held in memory. Raises DataError for a Parquet file that cannot be used.
     """
-    for place in _places(parquet, beside, cache):
-        if fields := _read(place, parquet):
-            return fields
-    for place in _places(parquet, beside, cache):
-        with suppress(OSError):
-            _make_there(place, parquet)
-        if fields := _read(place, parquet):
-            return fields
+    for make in (False, True):
+        for place in _places(parquet, beside, cache):
+            with suppress(OSError):  # it cannot be read there, or made
+                if make:
+                    _make_there(place, parquet)
+                if fields := _read(place, parquet):
+                    return fields
     if beside is not None or cache is not None:
         tried = " and ".join(str(place.parent) for place in _places(parquet, beside, cache))
         say(f"{parquet.shown}: each process reads it into its memory, as no index can be kept in {tried}", "WARNING: ")
@@ -154,7 +158,19 @@ def write_index(parquet: Path) -> None:
     Then nobody waits for it later.
     """
     with suppress(OSError), parquet.open("rb") as file:
-        _make_there(parquet.with_name(INDEX_NAME), Parquet(file, str(parquet)))
+        place, made_of = parquet.with_name(INDEX_NAME), Parquet(file, str(parquet))
+        _make_there(place, made_of)
+        os.utime(place, ns=(made_of.mark, made_of.mark))  # for other users, who could not, and would hash it at each start
+
+
+def indices(parquet: Path, cache: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield path and fields of each index of a Parquet file. Only those that can be read."""
+    with parquet.open("rb") as file:
+        about = Parquet(file, str(parquet))
+        for place in _places(about, parquet.with_name(INDEX_NAME), cache):
+            with suppress(OSError):
+                if fields := _read(place, about):
+                    yield place, fields
 
 
 def _places(parquet: Parquet, beside: Path | None, cache: Path | None) -> Iterator[Path]:
@@ -165,21 +181,23 @@ def _places(parquet: Parquet, beside: Path | None, cache: Path | None) -> Iterat
 
 
 def _read(place: Path, parquet: Parquet) -> dict[str, Any] | None:
-    """Map an index. Returns None where there is none, or one that is damaged, or of another Parquet file."""
+    """Map an index. Returns None where there is none, or one that is damaged, or of another Parquet file.
+
+    Raises OSError where it cannot be read: it may be whole all the same.
+    """
     try:
         with place.open("rb") as file:
             header, fields = _mapped(file)
-            # Its time says of which file it is, so that this one need not be read. A copy has other times, and then a moment's
-            # look at the bytes decides. A file that is changing at this moment may keep its time.
-            mark = parquet.changed + _SECOND
-            if os.fstat(file.fileno()).st_mtime_ns != mark:
+            # By its time the Parquet file need not be read. A copy has other times, and then a moment's look at the bytes
+            # decides. A file that is changing at this moment may keep its time.
+            if os.fstat(file.fileno()).st_mtime_ns != parquet.mark:
                 if header["parquet_sha256"] != parquet.sha256:
                     return None
-                if time.time_ns() > mark:
+                if time.time_ns() > parquet.mark:
                     with suppress(OSError):  # another user's
-                        os.utime(file.fileno(), ns=(mark, mark))
+                        os.utime(file.fileno(), ns=(parquet.mark, parquet.mark))
             return fields
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -230,15 +248,19 @@ def _make_there(place: Path, parquet: Parquet) -> None:
     def still_wanted() -> None:
         if _read(place, parquet):  # made where there are no locks; a reader of that one may lose it if it is replaced
             raise FileExistsError(errno.EEXIST, "made by another process", str(place))
+        if parquet.mode is not None and not os.fstat(parquet.file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "its manifest was replaced meanwhile", str(place))
 
     place.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(place.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # no locks: then each makes its own
+        with suppress(OSError):  # no locks, as on NFS for a folder: then each makes its own, and the first one stays
             lock(folder, wait=True)
         if _read(place, parquet) is None:
-            with replacing(place, still_wanted) as file:
+            with replacing(place, still_wanted, new=not place.exists()) as file:
                 _make(parquet, file)
+                if parquet.mode is not None:  # who may read the one may read the other
+                    os.fchmod(file.fileno(), parquet.mode)
     finally:
         os.close(folder)
 

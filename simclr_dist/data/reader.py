@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simclr_dist.data.collection import load_collection
+from simclr_dist.data.collection import check_content, load_collection
 from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.pixels.decode import decode
@@ -50,14 +50,19 @@ class ShardDataset(Dataset[Sample]):
     disk. The next ones are fetched ahead where the order is known (`expect`) or is that of the manifest. No more than
     `open_shards` files are open at a time. Raises DataError, naming key and shard, when the bytes are not those that the
     manifest was written for. Raises UnreachableError when the server fails, ConfigError when the cache's limit is too small.
+    `checked`: all labels and keys are compared with the manifest's digest first, for those who use them.
     """
 
     _cache: ShardCache | None = None
 
-    def __init__(self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None) -> None:
+    def __init__(
+        self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None, checked: bool = False
+    ) -> None:
         if open_shards < 1:
             raise ValueError(f"ShardDataset: open_shards: {open_shards} must be at least 1")
         self.manifest: Manifest = load_collection(where, cache=cache)
+        if checked:
+            check_content(self.manifest)
         self._open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
         self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -74,6 +79,7 @@ class ShardDataset(Dataset[Sample]):
         return len(self.manifest)
 
     def __getitem__(self, row: int) -> Sample:
+        row = range(len(self))[row]  # from the end, too
         content = self.read(row)
         try:
             image = decode(content)
@@ -86,7 +92,8 @@ class ShardDataset(Dataset[Sample]):
         m, shard = self.manifest, self.manifest.shard_of(row)
         place = size, offset = int(m.size[row]), int(m.offset[row])
         if not (size > 0 and 0 <= offset <= int(m.shard_bytes[shard]) - size):  # checked when the index was made
-            raise DataError(f"{self._name(row)}: its place is impossible; {INDEX_NAME} is damaged: remove it")
+            cure = f"`simclr-dist shard --verify {m.folder}` finds and removes it"
+            raise DataError(f"{self._name(row)}: its place is impossible, so {INDEX_NAME} is damaged; {cure}")
         right = self._right(row, content := self._bytes(row, *place))
         if not right and self._cache is not None:
             self._cache.again(shard)

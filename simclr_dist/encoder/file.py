@@ -250,7 +250,7 @@ def _read(path: Path, expected: _EncoderCard | _ProjectorCard) -> tuple[Card, di
     content, digest = read_once(path)
     weights = load(content)  # it checks the header, which is JSON behind its length
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    text = header.get("__metadata__", {}).get("card", "null")
+    text = (header.get("__metadata__") or {}).get("card", "null")
     names = [field.name for field in dataclasses.fields(expected)]
     card: Card = fitting(json.loads(text), dict.fromkeys(names, object))
     check_ranges(merge(expected, {name: card[name] for name in names}, "its card"))

@@ -68,7 +68,7 @@ def classify(
             say(f"{kind}: {NAMES[protocol]} {rows[kind]['top1']:.2f} % in {rows[kind]['seconds']:.0f} s")
             if kind != TRAINED:
                 del rows[kind]["confusion"], rows[kind]["per_class"]
-    used = protocol_settings(settings, len(features["train"][TRAINED].labelled().h))
+    used = protocol_settings(settings, int((features["train"][TRAINED].label >= 0).sum()))
     return {name: {"settings": values, "results": results[name]} for name, values in used.items()}
 
 
@@ -96,7 +96,7 @@ def _linear(train: Features, test: Features, classes: int, settings: Settings) -
 
 def _mlp(train: Features, test: Features, classes: int, settings: Settings) -> dict[str, Any]:
     """Return the means over the seeds, with their `spread`. Confusions and classes are the first seed's."""
-    by_seed, info = mlp.mlp_probe(train.h.float(), train.label, classes=classes, epochs=settings.mlp_epochs)
+    by_seed, info = mlp.mlp_probe(train.h, train.label, classes=classes, epochs=settings.mlp_epochs)
     runs = [_score(predict, test, classes) for predict in by_seed]
     over_seeds = spread(runs)
     means: dict[str, Any] = {name: over_seeds[name]["mean"] for name in ("top1", "mean_per_class")}

@@ -123,7 +123,7 @@ def embed_within(
     check_alike(network, encoder)
     card: dict[str, Any] = network.card  # type: ignore[assignment]
     digests: dict[str, str] = network.digests  # type: ignore[assignment]
-    images = together(lambda: ShardDataset(source) if isinstance(source, str | Path) else ImageFiles(source))
+    images = together(lambda: ShardDataset(source, checked=True) if isinstance(source, str | Path) else ImageFiles(source))
     on_rank_0(lambda: _check_room(out, 4 * len(images) * card["feature_size"]))
     read = Readable(images) if settings.skip_bad else images
     try:

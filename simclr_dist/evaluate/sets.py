@@ -22,7 +22,7 @@ class Sets:
 
     def __init__(self, train: str | Path, test: str | Path) -> None:
         self.named = {"train": str(train), "test": str(test)}
-        self.images = together(lambda: {"train": ShardDataset(train), "test": ShardDataset(test)})
+        self.images = together(lambda: {"train": ShardDataset(train, checked=True), "test": ShardDataset(test, checked=True)})
         manifests = [images.manifest for images in self.images.values()]
         _check_comparable(*manifests)
         self.names = {name: images.manifest.classes for name, images in self.images.items()}

@@ -91,8 +91,11 @@ def write_atomically(path: Path, content: bytes, allowed: Callable[[], None] = l
 
 
 @contextmanager
-def replacing(path: Path, allowed: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` unless the block raises. What killed writers of `path` left is removed."""
+def replacing(path: Path, allowed: Callable[[], None] = lambda: None, *, new: bool = False) -> Iterator[BinaryIO]:
+    """Open a file that replaces `path` unless the block raises. What killed writers of `path` left is removed.
+
+    A `new` one replaces nothing: raises FileExistsError where another process was quicker.
+    """
     remove_leftovers(path.parent, glob.escape(path.name))
     file = _temporary_beside(path)
     temporary = Path(file.name)
@@ -102,12 +105,26 @@ def replacing(path: Path, allowed: Callable[[], None] = lambda: None) -> Iterato
             file.flush()
             os.fsync(file.fileno())
             allowed()
-            temporary.replace(path)  # while it is locked: another writer of `path` would take it for a leftover
+            _put(temporary, path, new=new)  # while it is locked: another writer of `path` would take it for a leftover
     except BaseException:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+def _put(temporary: Path, path: Path, *, new: bool) -> None:
+    if new:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links
+            pass
+        else:
+            temporary.unlink()
+            return
+    temporary.replace(path)
 
 
 def remove_leftovers(folder: Path, names: str = "*") -> None:

@@ -32,7 +32,7 @@ class OnlineProbe:
         self._settings = settings
         self._batch = max(1, min(512, 2 * config.global_batch_size // (config.micro_batches * world.size)))
         self._device = world.device
-        images = together(lambda: ShardDataset(config.probe.shards))
+        images = together(lambda: ShardDataset(config.probe.shards, checked=True))
         rows, self.left_out = choose(images.manifest, train, config.probe.images)
         if len(rows) < 4:
             raise ConfigError(

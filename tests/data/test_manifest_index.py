@@ -202,7 +202,7 @@ def test_a_damaged_column_costs_one_line_and_verify_finds_it(images: Path, tmp_p
         ShardDataset(shards).read(5)
     lines: list[str] = []
     assert verify_shards(shards, processes=1, report=lines.append).bad == 0
-    assert lines == [f"{path}: is damaged; it is made anew"]
+    assert lines == [f"{path}: is damaged, and is removed; the next start makes it anew"]
     assert ShardDataset(shards).read(5) == expected
     assert verify_shards(shards, processes=1, report=lines.append).lines == 0
     assert len(lines) == 1
@@ -212,10 +212,10 @@ def unwritable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a read-only disk, for root too."""
     replacing = index_module.replacing
 
-    def refuse(path: Path, *arguments: Any) -> Any:
+    def refuse(path: Path, *arguments: Any, **how: Any) -> Any:
         if path.is_relative_to(folder):
             raise OSError(30, "Read-only file system", str(path))
-        return replacing(path, *arguments)
+        return replacing(path, *arguments, **how)
 
     monkeypatch.setattr(index_module, "replacing", refuse)
 
@@ -323,13 +323,15 @@ def test_one_that_is_mapped_is_not_replaced_by_its_like(shards: Path, monkeypatc
     assert len(set(inodes)) == 1
 
 
-def test_the_group_may_read_it(shards: Path) -> None:
-    before = os.umask(0o027)
+@pytest.mark.parametrize("mode", [0o640, 0o664])
+def test_who_may_read_the_manifest_may_read_it(shards: Path, mode: int) -> None:
+    (shards / MANIFEST_NAME).chmod(mode)
+    before = os.umask(0o077)
     try:
         load_manifest(shards)
     finally:
         os.umask(before)
-    assert stat.S_IMODE((shards / INDEX_NAME).stat().st_mode) == 0o640
+    assert stat.S_IMODE((shards / INDEX_NAME).stat().st_mode) == mode
 
 
 def test_pickled_it_is_whole(shards: Path) -> None:
@@ -354,3 +356,99 @@ def test_a_start_holds_nothing_of_the_images(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert part.key[:5].tolist() == whole.key[10_000:10_005].tolist()
+
+
+@pytest.mark.parametrize("column", ["label", "key"])
+def test_who_uses_labels_and_keys_meets_no_damaged_ones(images: Path, tmp_path: Path, column: str) -> None:
+    """The header's digest would vouch for them. Who trains reads neither, and compares nothing."""
+    shards = Path(shutil.copytree(images, tmp_path / "shards"))
+    manifest, path = load_manifest(shards), shards / INDEX_NAME
+    labels = manifest.label.tolist()  # a mapped file is what is written into
+    whole = manifest.key.parts[2].tobytes() if column == "key" else manifest.label.tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(whole)] ^= 1
+    path.write_bytes(content)
+    ShardDataset(shards)
+    with pytest.raises(DataError, match=rf"^{shards}: labels or keys [^\n]*its index is damaged; `simclr-dist shard --verify"):
+        ShardDataset(shards, checked=True)
+    lines: list[str] = []
+    verify_shards(shards, processes=1, report=lines.append)
+    assert lines == [f"{path}: is damaged, and is removed; the next start makes it anew"]
+    assert ShardDataset(shards, checked=True).manifest.label.tolist() == labels
+
+
+def test_a_damaged_one_in_the_cache_is_found_too(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Path(shutil.copytree(images, tmp_path / "shards"))
+    (shards / INDEX_NAME).unlink(missing_ok=True)
+    unwritable(shards, monkeypatch)
+    monkeypatch.setenv("SIMCLR_DIST_CACHE", str(tmp_path / "cache"))
+    manifest = ShardDataset(shards).manifest
+    (path,) = (tmp_path / "cache").rglob("*.index")
+    content = bytearray(path.read_bytes())
+    content[content.index(manifest.sha256.tobytes())] ^= 1
+    path.write_bytes(content)
+    lines: list[str] = []
+    verify_shards(shards, processes=1, report=lines.append)
+    assert lines == [f"{path}: is damaged, and is removed; the next start makes it anew"]
+    assert not path.exists()
+
+
+def test_one_that_cannot_be_read_is_left_alone(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, or a disk that stutters: a reader of it may lose it if it is replaced."""
+    load_manifest(shards)
+    before = (shards / INDEX_NAME).stat().st_ino
+    mapped = index_module._mapped
+
+    def unmapped(file: Any) -> Any:
+        if file.name == str(shards / INDEX_NAME):
+            raise PermissionError(13, "Permission denied")
+        return mapped(file)
+
+    monkeypatch.setattr(index_module, "_mapped", unmapped)
+    assert load_collection(shards, cache=CacheSettings(tmp_path / "cache", 1 << 30)).label.tolist() == [
+        k % 3 for k in range(12)
+    ]
+    assert (shards / INDEX_NAME).stat().st_ino == before
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+
+
+def test_without_locks_the_first_one_stays(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a process that does not see it yet, as on a network disk."""
+    expected = load_manifest(shards).label.tolist()
+    before = (shards / INDEX_NAME).stat().st_ino
+    monkeypatch.setattr(index_module.Path, "exists", lambda _: False)
+    read, blind = index_module._read, iter([None] * 4)
+    monkeypatch.setattr(index_module, "_read", lambda *a: next(blind, 1) and read(*a))
+    with (shards / MANIFEST_NAME).open("rb") as file:
+        fields = index_module.open_index(index_module.Parquet(file, "it"), shards / INDEX_NAME, None)
+    assert fields["label"].tolist() == expected
+    assert (shards / INDEX_NAME).stat().st_ino == before
+
+
+def test_one_of_a_manifest_that_is_replaced_meanwhile_is_not_put_in_place(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = index_module._make
+
+    def slow(*arguments: Any) -> None:
+        make(*arguments)
+        copy = shards / "copy"
+        shutil.copyfile(shards / MANIFEST_NAME, copy)
+        copy.replace(shards / MANIFEST_NAME)
+
+    monkeypatch.setattr(index_module, "_make", slow)
+    with pytest.raises(OSError, match="replaced meanwhile"), (shards / MANIFEST_NAME).open("rb") as file:
+        index_module._make_there(shards / INDEX_NAME, index_module.Parquet(file, "it"))
+    assert not (shards / INDEX_NAME).exists()
+
+
+def test_rows_count_from_the_end_too(images: Path) -> None:
+    dataset = ShardDataset(images)
+    assert dataset[-1].row == len(dataset) - 1
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_that_of_a_conversion_is_known_to_other_users_at_once(shards: Path) -> None:
+    index_module.write_index(shards / MANIFEST_NAME)
+    assert (shards / INDEX_NAME).stat().st_mtime_ns == parquet_mark(shards)

@@ -106,6 +106,14 @@ def test_a_damaged_encoder_is_refused(encoder: Path, part: str, damage: str, cap
     assert main(arguments) == 2
 
 
+def test_metadata_that_is_null(encoder: Path) -> None:
+    content = encoder.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]) | {"__metadata__": None}).encode()
+    encoder.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    refusal(lambda: load_encoder(encoder), encoder)
+
+
 VALUES: dict[str, tuple[Any, ...]] = {
     "encoder": ("resnet11", "resnet18 ", ""),
     "width": (0, 3, 10**9, 1.0),

@@ -202,6 +202,23 @@ def test_a_watch_goes_on_without_a_page(make_encoder: Make, sets: tuple[Path, Pa
     assert len(top1s(run / "eval")) == 4
 
 
+def test_a_page_that_cannot_be_moved_leaves_the_older_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, move = tmp_path / "step-7.json", Path.replace
+    write_result(path, result(1.0, knn=10))
+    path.with_suffix(".html").touch()
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.suffix == ".html":
+            raise PermissionError(1, "Operation not permitted")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(UnwrittenError, match="Operation not permitted"):
+        write_result(path, result(2.0, knn=20))
+    assert top1s(tmp_path) == [1.0]
+    assert path.exists()
+
+
 def test_an_error_has_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(UnwrittenError, match="cannot write the result") as caught:
         write_result(tmp_path / "nowhere" / "step-7.json", result(1.0, knn=10))

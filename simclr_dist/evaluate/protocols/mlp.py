@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr_dist.evaluate.protocols.scores import Predict, top1
+from simclr_dist.evaluate.rows import copied
 from simclr_dist.evaluate.settings import Settings
 
 HIDDEN = 128
@@ -49,7 +50,8 @@ def mlp_probe(
         raise ValueError(f"epochs, batch_size and the number of seeds must be at least 1, got {epochs}, {batch_size}, {seeds}")
     if len(train_h) == 0:
         raise ValueError("there are no training rows to fit")
-    device, x, y = train_h.device, train_h.float(), train_y.to(train_h.device)
+    device, y = train_h.device, train_y.to(train_h.device)
+    x = train_h if train_h.dtype == torch.float32 else copied(train_h, dtype=torch.float32)
     predict: list[Predict] = []
     losses = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -59,9 +59,9 @@ def write_result(path: Path, result: Result) -> str:
             name, what = f"{path.stem}.kept-{digits}.json", "a result of other images, weights or settings"
         else:
             return
-        path.replace(path.with_name(name))
         if (page := path.with_suffix(".html")).exists():
-            page.replace(path.with_name(f"{name.removesuffix('.json')}.html"))
+            page.replace(path.with_name(f"{name.removesuffix('.json')}.html"))  # first: where it may not, all stays as it was
+        path.replace(path.with_name(name))
         line = f"{path}: there was {what}: kept as {name}"
 
     try:
