@@ -3,7 +3,7 @@
     python benchmarks/step.py
 
 The run is `simclr-dist train` with the network, batch and optimizer of configs/cifar10_cpu.yaml, on JPEG images of 32 pixels:
-reading, views, encoder, projector, all-gather, NT-Xent, gradient exchange, clipping, optimizer, log.every 1. Bare is the same
+reading, views, encoder, projector, all-gather, NT-Xent, gradient exchange, clipping, optimizer, log.every 3. Bare is the same
 encoder, in training mode, over as many pixels (two views of each image): forward, the sum of its output, backward, without
 gradient exchange, on tensors that are already there. With two ranks each has half of the batch and one thread. All live all
 the time and stand still but for their turn (see threads.py), so that a round sees them within a minute. At the end: where a
@@ -34,40 +34,43 @@ from simclr_dist.system.machine import cores, threads_a_rank, wait_without_spinn
 HERE = Path(__file__).resolve()
 RECIPE = HERE.parents[1] / "configs" / "cifar10_cpu.yaml"
 RANKS = (1, 2)
+EVERY = 3  # steps a line
 
 
-def recipe(batch: int) -> dict[str, Any]:
-    """Return the recipe with steps that do not end, and a line after each."""
+def recipe(batch: int, encoder: str) -> dict[str, Any]:
+    """Return the recipe with steps that do not end, and another encoder."""
     config: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
-    more = {"global_batch_size": batch, "steps": 100_000, "checkpoint": {"every": 100_000}}
-    return {**config, **more, "data": {"workers": 1}, "log": {"every": 1, "tensorboard": False}}
+    name, _, stem = encoder.partition(":")
+    more: dict[str, Any] = {"global_batch_size": batch, "steps": 100_000, "checkpoint": {"every": 100_000}}
+    more |= {"model": {**config["model"], "encoder": name, "stem": stem}, "data": {"workers": 1}}
+    return {**config, **more, "log": {"every": EVERY, "tensorboard": False}}
 
 
-def bare(folder: Path, ranks: int, batch: int) -> None:
+def bare(folder: Path, ranks: int, batch: int, model: dict[str, Any]) -> None:
     """Take bare steps for ever; rank 0 writes lines as a run does."""
     folder.mkdir()
     together = multiprocessing.Barrier(ranks)
     for rank in range(1, ranks):
-        multiprocessing.Process(target=_bare_rank, args=(rank, ranks, batch, folder, together), daemon=True).start()
-    _bare_rank(0, ranks, batch, folder, together)
+        multiprocessing.Process(target=_bare_rank, args=(rank, ranks, batch, model, folder, together), daemon=True).start()
+    _bare_rank(0, ranks, batch, model, folder, together)
 
 
-def _bare_rank(rank: int, ranks: int, batch: int, folder: Path, together: Any) -> None:
+def _bare_rank(rank: int, ranks: int, batch: int, model: dict[str, Any], folder: Path, together: Any) -> None:
     torch.set_num_threads(threads_a_rank(ranks))
     torch.manual_seed(0)
-    m = recipe(batch)["model"]
-    encoder = build_simclr(m["encoder"], stem=m["stem"]).encoder.train()
+    encoder = build_simclr(model["encoder"], stem=model["stem"]).encoder.train()
     encoder.to(memory_format=torch.channels_last)
     images = torch.randn(2 * batch // ranks, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with (folder / "metrics.jsonl").open("a", buffering=1) as file:
         while True:
-            together.wait()
             begin = time.perf_counter()
-            encoder.zero_grad()
-            encoder(images).sum().backward()
+            for _ in range(EVERY):
+                together.wait()
+                encoder.zero_grad()
+                encoder(images).sum().backward()
             together.wait()
             if rank == 0:
-                speed = batch / (time.perf_counter() - begin)
+                speed = EVERY * batch / (time.perf_counter() - begin)
                 file.write(json.dumps({"timing": {"speed/images_per_second": speed}}) + "\n")
 
 
@@ -77,21 +80,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="that count, a turn")
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--encoder", default="resnet10:small_stride2", metavar="ENCODER:STEM", help="(%(default)s)")
     parser.add_argument("--bare", nargs=2, help=argparse.SUPPRESS)
     told = parser.parse_args()
     wait_without_spinning()
     if told.bare:
-        bare(Path(told.bare[0]), int(told.bare[1]), told.batch)
+        bare(Path(told.bare[0]), int(told.bare[1]), told.batch, recipe(told.batch, told.encoder)["model"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no run stays behind
-    print(
-        f"{platform.machine()}, {cores()} cores, torch {torch.__version__}; {told.rounds} rounds of {told.steps} steps a turn"
-    )
+    about = f"{told.encoder}, batch {told.batch}; {told.rounds} rounds of {told.steps} steps a turn"
+    print(f"{platform.machine()}, {cores()} cores, torch {torch.__version__}; {about}")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        shards, config = random_images(folder, 32), recipe(told.batch)
+        shards, config = random_images(folder, 32), recipe(told.batch, told.encoder)
         runs: dict[tuple[int, str], Run] = {}
         for ranks in RANKS:
-            options = ["--batch", str(told.batch), "--bare", str(folder / f"bare-{ranks}"), str(ranks)]
+            options = [
+                "--batch",
+                str(told.batch),
+                "--encoder",
+                told.encoder,
+                "--bare",
+                str(folder / f"bare-{ranks}"),
+                str(ranks),
+            ]
             runs[ranks, "bare"] = Run([sys.executable, str(HERE), *options], folder / f"bare-{ranks}", {})
             stack.callback(runs[ranks, "bare"].end)
             runs[ranks, "step"] = training(folder / f"run-{ranks}", shards, ranks, config, {})
@@ -99,7 +110,7 @@ def main() -> None:
         speeds: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
         for turn in range(told.rounds):
             for key in list(runs)[:: 1 if turn % 2 else -1]:
-                speeds[key].append(runs[key].speed(told.steps))
+                speeds[key].append(runs[key].speed(-(-told.steps // EVERY)))
         for ranks in RANKS:
             ratios = [x / y for x, y in zip(speeds[ranks, "step"], speeds[ranks, "bare"], strict=True)]
             row = [statistics.median(speeds[ranks, kind]) for kind in ("bare", "step")]

@@ -7,6 +7,8 @@ element-wise ones, sums over one sample, and on the CPU matrix products of one s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -52,12 +54,24 @@ def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Ten
     assert len(draws.jitter) == count, "one draw for each crop"
     views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
     terms = _terms(draws, size)
-    step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (3 * size * size)
-    step = max(step, 1)
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        _colour(crops[part], terms.part(part), settings, views[part])
+    with _one_thread_fewer():
+        step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (3 * size * size)
+        step = max(step, 1)
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            _colour(crops[part], terms.part(part), settings, views[part])
     return views
+
+
+@contextmanager
+def _one_thread_fewer() -> Iterator[None]:
+    """Leave a core to the reading process. In passes that are so short a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _terms(draws: ViewDraws, size: int) -> _Terms:
