@@ -14,9 +14,10 @@ from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.system import signals
-from simclr_dist.system.errors import PREEMPTED, ConfigError, say
+from simclr_dist.system.errors import PREEMPTED, ConfigError, PassingError, say
 from simclr_dist.system.machine import wait_without_spinning
 from simclr_dist.system.ranks import read_place
+from simclr_dist.system.slurm_job import gpus_given
 from simclr_dist.train.profiling import parse_profile, take_profile
 
 HELP = "pre-train an encoder (resumes by itself)"
@@ -62,7 +63,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     done = newest_step(Path(config.run_folder))
     check_fits(config, samples, machines[0] * (arguments.processes or 1), done)  # before torch is imported to count GPUs
     gpus = count_gpus(config)
-    processes = arguments.processes or max(1, gpus)
+    given = gpus_given() if config.device != "cpu" else 0
+    processes = arguments.processes or max(1, gpus, given)
+    if gpus < processes <= given:
+        what = f"{processes} ranks need a GPU each; of the {given} that SLURM gave, {gpus} are here"
+        raise PassingError(f"device: {config.device!r}: {what}")
     if processes > gpus and (gpus or config.device == "cuda"):
         raise ConfigError(f"--processes: {processes} ranks need a GPU each, and this machine has {gpus}; or set device: cpu")
     for number in machines:

@@ -121,8 +121,8 @@ def embed_within(
     """Do `embed` within a world, of a source from `sources.find_images`."""
     network = together(lambda: load_encoder(encoder, world.device, settings.layer))
     check_alike(network, encoder)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]
-    digests: dict[str, str] = network.digests  # type: ignore[assignment]
+    card: dict[str, Any] = network.card  # type: ignore[assignment]  # as with_card puts it there
+    digests: dict[str, str] = network.digests  # type: ignore[assignment]  # as with_card puts it there
     images = together(lambda: ShardDataset(source, checked=True) if isinstance(source, str | Path) else ImageFiles(source))
     on_rank_0(lambda: _check_room(out, 4 * len(images) * card["feature_size"]))
     read = Readable(images) if settings.skip_bad else images

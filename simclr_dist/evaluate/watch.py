@@ -221,13 +221,18 @@ def _alone(run: Path, pause: _Pause, say: Say) -> Iterator[None]:
         file = path.open("a")
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from None
-    with file:
+
+    def is_ours() -> bool:
         try:
-            while not lock(file.fileno()):
-                who = path.read_text(errors="replace").strip() or "another process"
-                pause(f"{run}: is watched by {who}; waiting for it to end")
+            return lock(file.fileno())
         except OSError as error:  # the file system has no locks
             say(f"{path}: cannot be locked ({error.strerror}): see that no other process watches this run")
+            return True
+
+    with file:
+        while not is_ours():
+            who = path.read_text(errors="replace").strip() or "another process"
+            pause(f"{run}: is watched by {who}; waiting for it to end")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from simclr_dist.system import signals
-from simclr_dist.system.errors import ConfigError, PassingError, StoppedError, reason_of
+from simclr_dist.system.errors import ConfigError, PassingError, StoppedError, reason_of, say
 from simclr_dist.system.slurm_job import job_id
+
+_SAY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def torchrun_options(nodes: Nodes) -> list[str]:
     as long as the others may wait; a stop signal meanwhile raises StoppedError.
     """
     host, _, port = nodes.endpoint.rpartition(":")
-    until = time.monotonic() + 60 * nodes.wait_minutes
+    began, spoken = time.monotonic(), False
     while True:
         try:
             local, is_host = _way(host, int(port))
@@ -42,11 +44,16 @@ def torchrun_options(nodes: Nodes) -> list[str]:
             raise ConfigError(line) from None
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
-            if in_use or job_id() is None or time.monotonic() > until:
+            waited = time.monotonic() - began
+            if in_use or job_id() is None or waited > 60 * nodes.wait_minutes:
                 what = f"{reason_of(error)}; name the machine as all of them know it"
                 if in_use:
                     what = "the port is in use on this machine; take another, on all of them, or end what has it"
                 raise PassingError(f"--rdzv-endpoint: {nodes.endpoint!r}: {what}") from None
+            if waited > _SAY_SECONDS and not spoken:
+                spoken = True
+                again = f"looked for again, {nodes.wait_minutes:g} minutes at most"
+                say(f"--rdzv-endpoint: {nodes.endpoint!r}: {reason_of(error)}; {again}")
         if number := signals.requested():
             raise StoppedError(f"{signals.name(number)} before the machines had met")
         time.sleep(1.0)

@@ -26,6 +26,7 @@ from simclr_dist.run.status import End, name_cause, note_death, read_notes, read
 from simclr_dist.system import signals
 from simclr_dist.system.errors import LAST_WORD, PREEMPTED, say
 from simclr_dist.system.machine import threads_a_rank
+from simclr_dist.system.slurm_job import job_id
 
 _REFUSED_SECONDS = 10.0  # the others mostly end with it, and rank 0 has a line to say and a status to write
 _HANGS_SECONDS = 60.0  # the last rank to end may have a status to write on a slow disk
@@ -65,7 +66,9 @@ def torchrun(
             decision = decide(crashes, max_restarts, before=before)
             if run.is_dir():  # else they have ended before they made it
                 event = "restart" if decision.again else "gave_up"
-                record_event(run, event, why=why, host=socket.gethostname(), fruitless=decision.fruitless)
+                record_event(
+                    run, event, why=why, host=socket.gethostname(), fruitless=decision.fruitless, launcher_job=job_id()
+                )
             if not decision.again:
                 if not disk:  # the rank has said what is to be mended
                     say(f"{why}; given up (--max-restarts {max_restarts})")

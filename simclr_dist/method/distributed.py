@@ -23,6 +23,7 @@ from simclr_dist.method.meeting import meet
 from simclr_dist.system.errors import LostRankError, PassingError, RankError, SaveError, StoppedError, UserError
 from simclr_dist.system.machine import cores
 from simclr_dist.system.ranks import read_place
+from simclr_dist.system.slurm_job import gpus_given
 
 T = TypeVar("T")
 
@@ -53,12 +54,11 @@ def process_group(device: str = "auto", timeout_minutes: float = 10.0) -> Iterat
     """
     place = read_place()
     rank, size, gpu = place.rank, place.size, place.local_rank
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    on_cuda = device == "cuda" or (device == "auto" and (torch.cuda.is_available() or gpus_given() > 0))
     if on_cuda:
         gpus = torch.cuda.device_count()
         if gpu >= gpus:
-            given = os.environ.get("CUDA_VISIBLE_DEVICES")  # by SLURM; one that is broken is missing here
-            error = PassingError if given and gpu <= given.count(",") else RankError
+            error = PassingError if gpu < gpus_given() else RankError  # a broken one is missing here
             raise error(f"device: {device!r}: rank {rank} needs GPU {gpu}, of {gpus} here")
         if size > 1 and gpus > 1 and not os.environ.get("LOCAL_RANK"):
             raise RankError(f"LOCAL_RANK: is not set, and says which of the {gpus} GPUs here is that of rank {rank}")

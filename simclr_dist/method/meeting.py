@@ -13,6 +13,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 from simclr_dist.system import signals
 from simclr_dist.system.errors import LostRankError, PassingError, RankError, StoppedError, reason_of, say
 from simclr_dist.system.ranks import TO_RUN_ALONE, Place
+from simclr_dist.system.slurm_job import job_id
 
 _SAY_SECONDS = 10.0
 _STOP_SECONDS = 5.0  # after a stop signal: the others may come, and then all stop together
@@ -55,7 +56,10 @@ def _connect(place: Place, wait: "_Wait") -> TCPStore:
         if (error := attempt.error) is not None:
             reason = reason_of(error)
             if "EADDRINUSE" in reason:
-                raise PassingError(f"MASTER_PORT: {attempt.port}: is in use on this machine; take another, or end what has it")
+                line = f"MASTER_PORT: {attempt.port}: is in use on this machine; take another, or end what has it"
+                if place.restarted and job_id() is None:  # torchrun has chosen it, and chooses another
+                    wait.end(line)
+                raise PassingError(line)
             if isinstance(error, socket.gaierror | UnicodeError) and not place.restarted:  # UnicodeError: it can be no name
                 wait.end(f"MASTER_ADDR: {attempt.host!r}: {reason}; name the machine of rank 0")
             attempt = _Attempt(place)

@@ -12,12 +12,12 @@ from typing import Any
 
 from simclr_dist.run.claim import Claim, check_newest, heartbeat, is_dead, newest_start
 from simclr_dist.system import errors, files, signals
-from simclr_dist.system.slurm_job import job_id
+from simclr_dist.system.slurm_job import job_id, restart_count
 
 _STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | float, "reason?": str, "disk?": bool}
 _EVENT = {
     "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "steps_lost?": int, "lost?": bool,
-    "disk?": bool, "job?": str | None,
+    "disk?": bool, "job?": str | None, "launcher_job?": str | None, "cluster?": str | None, "restart?": str,
 }  # fmt: skip
 _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "stop": {"state": str, "exit_code": int, "why": str | None},
@@ -87,10 +87,14 @@ def read_notes(path: Path) -> dict[int, End]:
     return notes
 
 
-def record_event(run: Path, event: str, **fields: Any) -> None:
-    """Append a line to ledger.jsonl. A disk that does not take it costs the line, with a warning, not the run."""
+def record_event(run: Path, event: str, *, only_if: Callable[[], bool] = lambda: True, **fields: Any) -> None:
+    """Append a line to ledger.jsonl. A disk that does not take it costs the line, with a warning, not the run.
+
+    `only_if` is asked while nobody else writes.
+    """
     with _ledger_locked(run):
-        _append(run, event, **fields)
+        if only_if():
+            _append(run, event, **fields)
 
 
 def _append(run: Path, event: str, **fields: Any) -> dict[str, Any]:
@@ -140,13 +144,13 @@ def outlook(run: Path) -> Outlook:
             case {"event": "gave_up", "job": _}:
                 return Outlook(state, f"given up: {entry['why']}", over=True)
             case {"event": "gave_up"}:  # by a launcher, whose batch script, if there is one, may start it again
-                launcher = f"given up: {entry['why']}"
+                launcher, job = f"given up: {entry['why']}", entry.get("launcher_job")
             case {"event": "stop", "state": end, "why": why, "generation": number} if end in _FINAL and start <= number:
                 return Outlook(end, why, over=True)
             case {"event": "submitted" | "requeued" as event}:
                 return Outlook(event, job=entry.get("job"))
             case {"event": "start", "generation": number}:
-                job = entry.get("job")
+                job = job or entry.get("job")
                 if start < number:
                     return Outlook("running", job=job)
                 break
@@ -206,7 +210,8 @@ def record_start(claim: Claim, step: int, world_size: int) -> None:
     before = heartbeat(claim.run)
     record_event(
         claim.run, "start", generation=claim.generation, host=socket.gethostname(), pid=os.getpid(),
-        job=job_id(), world_size=world_size, step=step,
+        job=job_id(), cluster=os.environ.get("SLURM_CLUSTER_NAME"), restart=str(restart_count()),
+        world_size=world_size, step=step,
         steps_lost=max(0, before.get("step", 0) - step), seconds_down=time.time() - before["time"] if before else 0.0,
     )  # fmt: skip
     claim.beat(step)

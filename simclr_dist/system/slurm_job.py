@@ -17,3 +17,11 @@ def job_id() -> str | None:
 def restart_count() -> int:
     """Return how often SLURM has started this job again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def gpus_given() -> int:
+    """Count the GPUs that SLURM has given to this process. 0 outside a job, and where none is named."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if job_id() is None or given in ("", "-1", "NoDevFiles"):
+        return 0
+    return 1 if given.startswith("MIG-") else given.count(",") + 1  # of parts of a GPU CUDA takes the first alone

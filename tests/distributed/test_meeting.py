@@ -125,6 +125,10 @@ def test_a_port_in_use(port: int) -> None:
             assert ends(rank) == (2, [f"simclr-dist: {line}"])
         with started(port, 0, minutes=1, SLURM_JOB_ID="7") as (rank,):  # another start has another port
             assert ends(rank) == (1, [f"simclr-dist: {line}"])
+        torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        with started(port, 0, minutes=1, **torchrun) as (rank,):  # which has chosen it, and chooses another
+            code, lines = ends(rank)
+            assert (code, lines[-1]) == (1, f"simclr_dist.system.errors.LostRankError: {line}")
 
 
 @pytest.mark.parametrize("name", ["no-such-machine.invalid", "a" * 70, "-"])

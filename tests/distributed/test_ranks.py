@@ -102,6 +102,25 @@ def test_a_gpu_that_was_given_and_is_not_there_may_be_there_in_the_next_start(
     assert end_of(refused.value).code == (1 if kind is PassingError else 2)
 
 
+@pytest.mark.parametrize(("given", "job"), [("0", "7"), ("0", None), ("", "7"), ("-1", "7"), ("NoDevFiles", "7")])
+def test_a_job_with_gpus_does_not_train_on_the_cpu_where_cuda_is_gone(
+    monkeypatch: pytest.MonkeyPatch, given: str, job: str | None
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    if given == "0" and job:
+        with pytest.raises(PassingError, match=r"^device: 'auto': rank 0 needs GPU 0, of 0 here$"), distributed.process_group():
+            pass
+    else:
+        with distributed.process_group() as world:
+            assert world.device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     "error",
     [

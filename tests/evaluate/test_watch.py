@@ -1,5 +1,6 @@
 """The watch over a run: each encoder once, whatever is there at the start, and what TensorBoard shows of it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -177,9 +178,24 @@ def test_a_second_watcher_waits(run: Path, make_encoder: Make, sets: tuple[Path,
     assert lines[1].endswith("evaluated before")
 
 
+def test_an_error_while_it_waits_is_not_one_of_the_lock(run: Path, make_encoder: Make, sets: tuple[Path, Path]) -> None:
+    make_encoder(seed=1, step=100)
+    (run / "eval").mkdir()
+    other = os.open(run / "eval" / ".watch", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def say(line: str) -> None:
+        assert "cannot be locked" not in line
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        watch(run, *sets, SETTINGS, poll=0.01, device="cpu", say=say)
+    os.close(other)
+
+
 def told(run: Path, *events: dict[str, object]) -> None:
     for event in events:
-        record_event(run, **event)  # type: ignore[arg-type]
+        record_event(run, **event)  # type: ignore[arg-type]  # values of many types
 
 
 SUBMITTED, RESUBMITTED = ({"event": "submitted", "kind": "train", "job": job} for job in ("7", "9"))

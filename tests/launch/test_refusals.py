@@ -95,3 +95,36 @@ def test_under_a_torchrun_that_was_typed_its_report_is_short_and_names_the_reaso
     assert "<NO_OTHER_FAILURES>" in report
     assert lines[-2] == "  traceback : a.tar: torn"
     assert len(lines) < 45, "with a part for each rank it would be longer"
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "code"),
+    [
+        ("0,1,2,3,4,5,6,7", [], 1),
+        ("0,1,2,3,4,5,6,7", ["--processes", "8"], 1),
+        ("0,1,2,3,4,5,6,7", ["--processes", "16"], 2),  # never given
+        ("MIG-1,MIG-2", ["--processes", "8"], 2),  # of which CUDA takes one
+        ("", ["--processes", "8"], 2),
+        (None, ["--processes", "8"], 2),
+    ],
+)
+def test_a_gpu_that_slurm_gave_and_is_not_there_is_a_crash(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: str | None,
+    more: list[str],
+    code: int,
+) -> None:
+    """Seven ranks in the place of eight would not divide the batch, and that would be refused for good."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "supervise", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    path = runs.write_config(Path(), runs.make_shards(tmp_path, images=30))
+    assert main(["train", str(path), "--device", "auto", "--global_batch_size", "16", *more]) == code
+    line = "simclr-dist: device: 'auto': 8 ranks need a GPU each; of the 8 that SLURM gave, 7 are here\n"
+    assert (capsys.readouterr().err == line) == (code == 1)

@@ -96,6 +96,21 @@ def test_in_a_slurm_job_it_may_be_known_in_a_moment(
         torchrun_options(Nodes(2, 2, "n1:21000", wait_minutes=0))
 
 
+def test_who_looks_again_says_so_once(
+    outside: None, answers: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: next(clock))
+    answers(*[UNKNOWN] * 2)
+    torchrun_options(Nodes(2, 2, "n1:21000"))
+    assert capsys.readouterr().err == "", "it is soon over"
+    answers(*[UNKNOWN] * 9)
+    torchrun_options(Nodes(2, 2, "n1:21000"))
+    line = "simclr-dist: --rdzv-endpoint: 'n1:21000': Name or service not known; looked for again, 30 minutes at most\n"
+    assert capsys.readouterr().err == line
+
+
 def test_a_stop_signal_meanwhile_is_no_crash(
     outside: None, answers: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

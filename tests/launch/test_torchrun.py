@@ -110,12 +110,15 @@ def test_the_code_is_the_runs_and_these_ends_are_final(launched: Launched, state
     assert read_ledger(Path("run")) == []
 
 
-def test_crashes_without_a_new_checkpoint_count(launched: Launched, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_crashes_without_a_new_checkpoint_count(
+    launched: Launched, clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     crash = ends("crashed", 1, reason="RuntimeError: x")
     found, agent = launched(crash, crash, crash, max_restarts=2)
     assert (found, len(agent.commands)) == (1, 3)
-    entries = [(entry["event"], entry.get("fruitless")) for entry in read_ledger(Path("run"))]
-    assert entries == [("restart", 1), ("restart", 2), ("gave_up", 3)]
+    entries = [(entry["event"], entry.get("fruitless"), entry.get("launcher_job")) for entry in read_ledger(Path("run"))]
+    assert entries == [("restart", 1, "7"), ("restart", 2, "7"), ("gave_up", 3, "7")]
     assert clock.now == pytest.approx(2 + 4, abs=0.5), "a pause that grows"
     again = "simclr-dist: RuntimeError: x; starting again from step 0\n"
     assert capsys.readouterr().err == again * 2 + "simclr-dist: RuntimeError: x; given up (--max-restarts 2)\n"

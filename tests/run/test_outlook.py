@@ -1,5 +1,6 @@
 """Does anything start a run again? What its ledger and status say, in whatever order things have happened."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,11 @@ def happened(run: Path, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
             record_event(run, "gave_up", kind="train", job=job, restart="0", why="4 crashes")
         elif word == "eval-gave-up":
             record_event(run, "gave_up", kind="eval", job="8", restart="0", why="4 crashes")
+        elif word == "batch":  # a script of one's own, as job 9
+            monkeypatch.setenv("SLURM_JOB_ID", "9")
         else:
             assert word == "launcher-gave-up"
-            record_event(run, "gave_up", why="a rank was killed")
+            record_event(run, "gave_up", why="a rank was killed", launcher_job=os.environ.get("SLURM_JOB_ID"))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,8 @@ def happened(run: Path, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # A launcher's word is the last where no batch script may start it again.
         ("typed crashed launcher-gave-up", "crashed", "given up: a rank was killed", True, None),
         ("7 start crashed launcher-gave-up", "crashed", "given up: a rank was killed", False, "7"),
+        ("batch claimed crashed launcher-gave-up", "crashed", "given up: a rank was killed", False, "9"),
+        ("7 start crashed batch launcher-gave-up", "crashed", "given up: a rank was killed", False, "9"),
         ("7 start crashed launcher-gave-up requeued", "requeued", None, False, "7"),
         ("7 start crashed launcher-gave-up gave-up", "crashed", "given up: 4 crashes", True, None),
     ],

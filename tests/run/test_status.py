@@ -329,3 +329,13 @@ def test_the_cause_is_shown_of_a_start_that_lost_a_rank(tmp_path: Path, end: End
     name_cause(tmp_path, earlier, "rank 1 was killed")
     assert read_status(tmp_path)["state"] == "running", "the next one is not spoken of"
     later.release()
+
+
+def test_a_condition_is_looked_at_while_nobody_else_writes(tmp_path: Path) -> None:
+    def alone() -> bool:
+        with (tmp_path / "ledger.jsonl").open("ab") as another:
+            return not files.lock(another.fileno())
+
+    record_event(tmp_path, "gave_up", only_if=alone, why="x")
+    record_event(tmp_path, "gave_up", only_if=lambda: not alone(), why="x")
+    assert len(read_ledger(tmp_path)) == 1

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,8 +65,11 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
     return Verdict(False, why, crash)
 
 
-def go_on(run: Path, kind: Kind, job: str, verdict: Verdict, *, one_of_many: bool) -> bool:
-    """Have the job requeued; return whether it is. Of `one_of_many` tasks one asks for all; the others return True at once."""
+def go_on(run: Path, kind: Kind, job: str, verdict: Verdict, *, one_of_many: bool) -> str | None:
+    """Have the job requeued. Return None when it is, otherwise why not.
+
+    Of `one_of_many` tasks one asks for all; the others return at once.
+    """
     restart = str(restart_count())
     mark = run / "slurm" / f"{job}-{restart}.requeued"
     mark.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +77,16 @@ def go_on(run: Path, kind: Kind, job: str, verdict: Verdict, *, one_of_many: boo
         mark.touch(exist_ok=False)
     except FileExistsError:
         if one_of_many:
-            return True  # but the batch script asks again: the task that made the mark may have died before SLURM heard it
+            return None  # but the batch script asks again: the task that made the mark may have died before SLURM heard it
     else:
-        more = {"why": verdict.why, "crash": verdict.crash, "saved": _progress(run, kind)}
+        starts = (entry for entry in read_ledger(run) if (entry["event"], entry.get("job")) == ("start", job))
+        if any(_restart(entry) > restart_count() for entry in starts):
+            return None  # we were left behind: what we add now would stand behind the new start
+        more: dict[str, Any] = {"why": verdict.why, "crash": verdict.crash, "saved": _progress(run, kind)}
         record_event(run, "requeued", kind=kind, job=job, restart=restart, **more)
     if refused := scheduler.requeue(job):
         record_event(run, "requeue_refused", kind=kind, job=job, why=refused)
-        return False
-    return True
+    return refused
 
 
 def _progress(run: Path, kind: Kind) -> int:
@@ -95,9 +101,10 @@ def _earlier(run: Path, kind: Kind, job: str) -> tuple[list[Ended], str | None, 
     no more.
     """
     ends: list[Ended] = []
-    waited = False
+    waited, newest = False, 0
     for entry in read_ledger(run):
-        if (entry.get("job"), entry.get("kind")) == (job, kind):
+        if (entry.get("job"), entry.get("kind")) == (job, kind) and _restart(entry, newest) >= newest:
+            newest = _restart(entry, newest)
             now = entry.get("restart") == str(restart_count())
             if entry["event"] == "gave_up":
                 if now:
@@ -108,6 +115,11 @@ def _earlier(run: Path, kind: Kind, job: str) -> tuple[list[Ended], str | None, 
                 waited = False
             waited = waited or entry["event"] == "waiting"
     return ends, None, waited
+
+
+def _restart(entry: Mapping[str, Any], unknown: int = 0) -> int:
+    """Return the number of the job's start that a line is of."""
+    return int(text) if (text := str(entry.get("restart"))).isdecimal() else unknown
 
 
 def _began() -> float:

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simclr_dist.launch.slurm.requeue import go_on, settle
+from simclr_dist.run.status import record_event
+from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED, say
-from simclr_dist.system.slurm_job import job_id
+from simclr_dist.system.slurm_job import job_id, restart_count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the job's exit code. Nobody reads it when the job is requeued."""
+    signals.listen()  # the script's trap ended where its `exec` began
     parser = argparse.ArgumentParser(prog="simclr-dist rescue")
     parser.add_argument("run", type=Path)
     parser.add_argument("code", type=int)
@@ -26,10 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (job := job_id()) is None:
         parser.error("SLURM_JOB_ID is not set: this is for a batch script")
     verdict = settle(arguments.run, arguments.kind, job, arguments.code, arguments.max_restarts)
-    say(f"job {job}: {'ends' if verdict.final else 'starts again'}: {verdict.why}")
     if verdict.final:
+        say(f"job {job}: ends: {verdict.why}")
         return verdict.code
-    go_on(arguments.run, arguments.kind, job, verdict, one_of_many=False)
+    if refused := go_on(arguments.run, arguments.kind, job, verdict, one_of_many=False):
+        why = f"{verdict.why}, and not requeued: {refused}"
+        record_event(arguments.run, "gave_up", kind=arguments.kind, job=job, restart=str(restart_count()), why=why)
+        say(f"job {job}: ends: {why}")
+        return int(arguments.code)
+    say(f"job {job}: starts again: {verdict.why}")
     return PREEMPTED
 
 

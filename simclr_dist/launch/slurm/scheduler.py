@@ -9,9 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from simclr_dist.system import signals
 from simclr_dist.system.errors import ConfigError, reason_of
@@ -29,18 +29,22 @@ _REFUSALS = ("invalid job id", "disabled", "denied", "already completing or comp
 
 @dataclass(frozen=True)
 class JobState:
-    """The state of a job in SLURM's words. GONE: no part of SLURM knows the job any more. UNKNOWN: no part answers."""
+    """The state of a job in SLURM's words. GONE: no part of SLURM knows the job any more. UNKNOWN: no part answers.
+
+    `stale`: accounting alone has answered. Of a job that was just requeued it may tell the end before.
+    """
 
     name: str
     reason: str = ""
     nodes: str = ""
     elapsed: str = ""
     source: str = ""
+    stale: bool = False
 
     @property
     def over(self) -> bool:
         """Tell whether the job has ended for good. Return False also where that is unknown."""
-        return self.name in _OVER
+        return self.name in _OVER and not self.stale
 
     def __str__(self) -> str:
         parts = [self.name, f"({self.reason})" if self.reason else "", f"on {self.nodes}" if self.nodes else "", self.elapsed]
@@ -75,7 +79,7 @@ def state(job_id: str, *, seconds: float = 3.5) -> JobState:
         command = [program, *(part.replace("JOB", job_id) for part in arguments)]
         answer = ask(command, min(share, deadline - time.monotonic()))
         if answer.code == 0 and (job := _read(program, answer.out)):
-            return job
+            return replace(job, stale=program == "sacct" and not forgotten)
         # The controller forgets jobs that ended some minutes ago; accounting, if there is any, remembers.
         forgotten = forgotten or "Invalid job id" in answer.complaint
         reasons.append(f"{program}: {answer.complaint or 'does not know it'}")
@@ -86,6 +90,14 @@ def states(job_ids: Sequence[str]) -> list[JobState]:
     """Ask for the states of several jobs at once. Takes the time of one."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(state, job_ids))
+
+
+def cluster() -> str | None:
+    """Return the name of the cluster that answers here. Two may share a disk, and have jobs of one number."""
+    if name := os.environ.get("SLURM_CLUSTER_NAME"):  # inside a job
+        return name
+    named = re.search(r"^ClusterName\s*= (\S+)", ask(["scontrol", "show", "config"], 3.0).out, re.MULTILINE)
+    return named[1] if named else None
 
 
 def overtaken(job_id: str, *, seconds: float = 10.0) -> Literal["cancelled", "requeued", "no"] | None:
@@ -190,7 +202,8 @@ def _read(program: str, out: str) -> JobState | None:
     if (match := re.search(_QUESTIONS[program][1], out.strip())) is None:
         return None
     nothing = ("None", "(null)", "None assigned", "N/A")
-    return JobState(**{key: "" if text in nothing else text for key, text in match.groupdict("").items()}, source=program)
+    said: dict[str, Any] = {key: "" if text in nothing else text for key, text in match.groupdict("").items()}
+    return JobState(**said, source=program)
 
 
 # Arguments of each program, its answer, and most seconds: together those of `state`, less 0.2 to start the programs.

@@ -26,8 +26,8 @@ def describe(run: Path, record: Mapping[str, Any]) -> str:
     """Return the answer to `submit status`; `record` is the run's submission.json."""
     jobs = [job for job in (record["job_id"], record["eval_job_id"]) if job is not None]
     states = scheduler.states(jobs)
-    note_end(run, dict(zip(jobs, states, strict=True)))
-    origin = original_of(run, record)
+    if (origin := original_of(run, record)) is None:
+        note_end(run, dict(zip(jobs, states, strict=True)))
     copied = f"; it was submitted for {origin[0]}, which is another folder" if origin else ""
     damaged: list[str] = []
     history = read_ledger(run, report=damaged.append)
@@ -60,9 +60,17 @@ def note_end(run: Path, states: Mapping[str, scheduler.JobState] | None = None) 
         if not is_dead(run):
             return
         state = (states or {}).get(job) or scheduler.state(job)
-        if state.over and outlook(run).job == job:  # nobody has submitted the run again in the meantime
-            note_death(run)
-            record_event(run, "gave_up", kind="train", job=job, why=f"job {job}: {state}")
+        if not (state.over and scheduler.cluster() in _clusters(run, job)):
+            return
+        note_death(run)
+        record_event(  # unless somebody has submitted the run again in the meantime
+            run, "gave_up", only_if=lambda: outlook(run).job == job, kind="train", job=job, why=f"job {job}: {state}"
+        )
+
+
+def _clusters(run: Path, job: str) -> set[str]:
+    """Return the clusters that the ledger names for a job."""
+    return {name for entry in read_ledger(run) if entry.get("job") == job and (name := entry.get("cluster"))}
 
 
 def _progress(run: Path, record: Mapping[str, Any]) -> str:

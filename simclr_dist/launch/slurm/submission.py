@@ -186,7 +186,7 @@ def _submit_job(submission: Submission, kind: Kind, *, after: str | None = None)
     paths = submitit.SlurmJob(submission.folder, number, [0]).paths
     paths.move_temporary_file(pickle, "submitted_pickle")  # a task that has begun already waits for it
     paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)  # `scontrol show job` names the first path
-    record_event(submission.run, "submitted", kind=kind, job=number)
+    record_event(submission.run, "submitted", kind=kind, job=number, cluster=scheduler.cluster())
     return number
 
 

@@ -40,6 +40,7 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     monkeypatch.setenv("PATH", str(stand_ins.bin))
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "main")
     return stand_ins
 
 

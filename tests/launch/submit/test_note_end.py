@@ -1,6 +1,7 @@
 """An end that SLURM alone knows: whoever looks at the run writes it down, once, and never that of a run that goes on."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,4 +160,41 @@ def test_another_user_s_run_is_only_looked_at(
     monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path).name != "ledger.jsonl")
     code, _, err = command("status", "run")
     assert (code, err) == (0, "")
+    assert not gave_up(here / "run")
+
+
+@pytest.mark.parametrize(("noted", "here_is"), [("main", "other"), ("main", None), (None, "main"), (None, None)])
+@pytest.mark.parametrize("said", ["COMPLETED|None|n1|0:09", ""])
+def test_another_cluster_s_word_does_not_count(
+    here: Path, slurm: StandIns, command: Command, monkeypatch: pytest.MonkeyPatch,
+    said: str, noted: str | None, here_is: str | None,
+) -> None:  # fmt: skip
+    """With the same disk, another job of that number, or none; where neither is known the job may be in another's queue."""
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", noted or "")
+    submitted(command)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", here_is or "")
+    slurm.state(100, said) if said else slurm.forget(100)
+    note_end(here / "run")
+    assert not gave_up(here / "run")
+
+
+def test_a_copy_of_a_run_is_told_nothing(here: Path, slurm: StandIns, command: Command) -> None:
+    submitted(command)
+    shutil.copytree(here / "run", here / "copy", symlinks=True)
+    slurm.state(100, "CANCELLED|None||0:00")
+    assert command("status", "copy")[0] == 0
+    assert not gave_up(here / "copy")
+
+
+def test_a_run_that_is_submitted_between_look_and_word(
+    here: Path, slurm: StandIns, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(command)
+    slurm.state(100, "CANCELLED|None||0:00")
+    monkeypatch.setattr(
+        "simclr_dist.launch.slurm.status.note_death",
+        lambda run: record_event(run, "submitted", kind="train", job="102", cluster="main"),
+    )
+    note_end(here / "run")
+    assert outlook(here / "run").job == "102"
     assert not gave_up(here / "run")

@@ -1,17 +1,23 @@
 """Which jobs start again, which end, and that a request which was not heard is made again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simclr_dist.launch.slurm import requeue, scheduler
+from simclr_dist.launch.slurm import requeue, rescue, scheduler
 from simclr_dist.launch.slurm.requeue import go_on, settle
+from simclr_dist.run.claim import claim_run
 from simclr_dist.run.restarts import MAX_IDLE_STOPS
-from simclr_dist.run.status import read_ledger, record_event, write_status
+from simclr_dist.run.status import outlook, read_ledger, record_event, record_start, write_status
 from simclr_dist.system.errors import PREEMPTED
+from stand_ins import StandIns
 
 
 class Slurm:
@@ -93,7 +99,7 @@ def test_what_brings_nothing_new_is_given_up(
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         verdict = settle(tmp_path, "train", "7", code, 3)
         assert not verdict.final, start
-        assert go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+        assert go_on(tmp_path, "train", "7", verdict, one_of_many=True) is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(limit))
     assert settle(tmp_path, "train", "7", code, 3).final
     assert events(tmp_path)[-1] == "gave_up"
@@ -109,7 +115,7 @@ def ended(run: Path, monkeypatch: pytest.MonkeyPatch, start: int, code: int, *, 
     if waited:
         record_event(run, "waiting", kind="eval", job=submitted)
     verdict = settle(run, "eval", submitted, code, 3)
-    return verdict.final or not go_on(run, "eval", submitted, verdict, one_of_many=True)
+    return verdict.final or go_on(run, "eval", submitted, verdict, one_of_many=True) is not None
 
 
 @pytest.mark.parametrize("fate", [None, "requeued"])
@@ -164,10 +170,10 @@ def test_a_launcher_that_gives_up_at_every_start_does_not_start_the_count_anew(
 def test_of_many_tasks_one_asks_and_the_batch_script_asks_again(tmp_path: Path, slurm: Slurm) -> None:
     verdict = settle(tmp_path, "train", "7", 75, 3)
     slurm.refusals = ["the controller is away"]
-    assert not go_on(tmp_path, "train", "7", verdict, one_of_many=True)
-    assert go_on(tmp_path, "train", "7", verdict, one_of_many=True), "the mark stands"
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=True) == "the controller is away"
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=True) is None, "the mark stands"
     assert slurm.asked == 1
-    assert go_on(tmp_path, "train", "7", verdict, one_of_many=False), "who made the mark may have been killed"
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=False) is None, "who made the mark may have been killed"
     assert slurm.asked == 2
     assert events(tmp_path).count("requeued") == 1
 
@@ -175,9 +181,70 @@ def test_of_many_tasks_one_asks_and_the_batch_script_asks_again(tmp_path: Path, 
 def test_a_start_counts_once_though_task_and_batch_script_ask(tmp_path: Path, slurm: Slurm) -> None:
     verdict = settle(tmp_path, "train", "7", 1, 1)
     slurm.refusals = ["the controller is away"]
-    assert not go_on(tmp_path, "train", "7", verdict, one_of_many=True)
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=True) == "the controller is away"
     assert not settle(tmp_path, "train", "7", 1, 1).final
 
 
 def test_processes_know_when_they_began() -> None:
     assert 0 < time.time() - requeue._began() < 24 * 3600
+
+
+@pytest.mark.parametrize(("refusals", "said"), [([], "starts again: stopped"), (["x"], "ends: stopped, and not requeued: x")])
+def test_a_batch_script_s_last_word_is_what_came_of_it(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    refusals: list[str], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    slurm.refusals = list(refusals)
+    assert rescue.main([str(tmp_path), "75"]) == PREEMPTED
+    assert capsys.readouterr().err == f"simclr-dist: job 7: {said}\n"
+    assert outlook(tmp_path).over == bool(refusals)
+    given_up = [
+        (entry["job"], entry["kind"], entry["restart"]) for entry in read_ledger(tmp_path) if entry["event"] == "gave_up"
+    ]
+    assert given_up == [("7", "train", "0")] * bool(refusals)
+
+
+def test_a_start_that_was_left_behind_says_nothing_behind_the_new_one(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that was lost, and comes back."""
+    slurm.fate = "requeued"
+    verdict = settle(tmp_path, "train", "7", 1, 3)
+    with monkeypatch.context() as new:
+        new.setenv("SLURM_JOB_ID", "7")
+        new.setenv("SLURM_RESTART_COUNT", "1")
+        claim = claim_run(tmp_path)
+        write_status(tmp_path, "running", None)
+        record_start(claim, 0, 1)
+    assert go_on(tmp_path, "train", "7", verdict, one_of_many=False) is None
+    assert outlook(tmp_path).state == "running"
+    assert events(tmp_path) == ["start"]
+    claim.release()
+
+
+def test_the_end_of_a_start_that_was_left_behind_is_not_the_last(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation's starts leave no line that it could see. Between those of later starts its own would break their row."""
+    for restart, saved in ((0, 5), (2, 5), (1, 9), (3, 5)):
+        record_event(tmp_path, "requeued", kind="eval", job="7", restart=str(restart), why="x", crash=True, saved=saved)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    assert [end.saved for end in requeue._earlier(tmp_path, "eval", "7")[0]] == [5, 5, 5]
+
+
+def test_a_rescue_outlives_the_signals_of_its_job(no_slurm: StandIns, tmp_path: Path) -> None:
+    """bash's trap ends where its `exec` begins."""
+    asked, answer = no_slurm.folder / "asked", no_slurm.folder / "answer"
+    no_slurm.write("scontrol", "#!/bin/sh\n: > {folder}/asked\nuntil /bin/cat {folder}/answer 2>&-; do /bin/sleep 0.05; done\n")
+    command = [sys.executable, "-m", "simclr_dist.launch.slurm.rescue", str(tmp_path / "run"), "75"]
+    with subprocess.Popen(command, env={**os.environ, "SLURM_JOB_ID": "7"}, stderr=subprocess.PIPE, text=True) as rescuer:
+        assert rescuer.stderr is not None
+        while not asked.exists() and rescuer.poll() is None:
+            time.sleep(0.02)
+        rescuer.send_signal(signal.SIGTERM)
+        answer.write_text(
+            "JobId=7\n   JobState=PENDING Reason=None x\n   Requeue=1 Restarts=1 BatchFlag=1\n   RunTime=00:00:00 x\n"
+        )
+        assert rescuer.wait(30) == PREEMPTED
+        assert "starts again: SLURM has requeued it" in rescuer.stderr.read()

@@ -277,3 +277,21 @@ def test_ctrl_c_ends_what_was_asked(no_slurm: StandIns) -> None:
     with pytest.raises(KeyboardInterrupt):
         scheduler.cancel(["7"])
     assert not Path(f"/proc/{(no_slurm.folder / 'pid').read_text().strip()}").exists()
+
+
+def test_accounting_alone_does_not_end_a_job(no_slurm: StandIns) -> None:
+    """Its last line of a job that was requeued a moment ago may say how the start before has ended."""
+    for name in ("squeue", "scontrol"):
+        no_slurm.write(name, AWAY)
+    no_slurm.write("sacct", says("PREEMPTED|n1|00:10:00"))
+    found = scheduler.state("7")
+    assert str(found) == "PREEMPTED on n1 00:10:00, says sacct"
+    assert not found.over
+
+
+def test_which_cluster_is_asked(no_slurm: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scheduler.cluster() == "main", "a job knows"
+    monkeypatch.delenv("SLURM_CLUSTER_NAME")
+    assert scheduler.cluster() is None
+    no_slurm.write("scontrol", says("SlurmctldHost[0]        = main1\nClusterName             = main\nSLURM_CONF = /a"))
+    assert scheduler.cluster() == "main"

@@ -22,7 +22,7 @@ exit 75
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
 "show hostnames") echo n1;;
-show*) echo "JobId=7 JobName=a JobState=RUNNING Reason=None Restarts=0 RunTime=00:00:07 NodeList=n1 ";;
+show*) printf "JobId=7\n   JobState=RUNNING Reason=None x\n   Requeue=1 Restarts=0 x\n   RunTime=00:00:07 x\n";;
 *) echo "$@" >> {folder}/asked;;
 esac
 """

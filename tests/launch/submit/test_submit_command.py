@@ -279,7 +279,7 @@ def test_status(here: Path, slurm: StandIns, command: Command) -> None:
         "  starts      0, 0 steps lost between them",
         "  evaluation  101: PENDING (Dependency) 0:00, says squeue",
     ]
-    assert lines[5].endswith(" submitted kind=train job=100")
+    assert lines[5].endswith(" submitted kind=train job=100 cluster=main")
 
     run = here / "run"
     claim = claim_run(run)
