@@ -236,7 +236,9 @@ def test_the_end_of_a_start_that_was_left_behind_is_not_the_last(
 def test_a_rescue_outlives_the_signals_of_its_job(no_slurm: StandIns, tmp_path: Path) -> None:
     """bash's trap ends where its `exec` begins."""
     asked, answer = no_slurm.folder / "asked", no_slurm.folder / "answer"
-    no_slurm.write("scontrol", "#!/bin/sh\n: > {folder}/asked\nuntil /bin/cat {folder}/answer 2>&-; do /bin/sleep 0.05; done\n")
+    # It would outlive a rescue that is killed, so it does not wait for ever.
+    waits = "until /bin/cat {folder}/answer 2>&- || [ $((turns += 1)) -gt 600 ]; do /bin/sleep 0.05; done"
+    no_slurm.write("scontrol", "#!/bin/sh\nturns=0\n: > {folder}/asked\n" + waits + "\n")
     command = [sys.executable, "-m", "simclr_dist.launch.slurm.rescue", str(tmp_path / "run"), "75"]
     with subprocess.Popen(command, env={**os.environ, "SLURM_JOB_ID": "7"}, stderr=subprocess.PIPE, text=True) as rescuer:
         assert rescuer.stderr is not None
