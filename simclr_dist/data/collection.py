@@ -16,7 +16,8 @@ import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
-from simclr_dist.data.index import Parquet, Sides, content_digest, open_index
+from simclr_dist.data.columns import Sides, content_digest
+from simclr_dist.data.index import Parquet, open_index
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, check_shards, read_manifest
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import check_url, fetch, is_url, join
@@ -137,17 +138,24 @@ def _only(manifest: Manifest, names: Sequence[str]) -> Manifest:
 
 def _counted(m: Manifest) -> dict[str, Any]:
     """Compute the values of a manifest that are of all its images."""
-    sides, parts = Sides(), [slice(first, first + _ROWS) for first in range(0, len(m), _ROWS)]
-    for part in parts:
+    sides = Sides()
+    for part in _parts(m):
         sides.add(m.width[part], m.height[part])
-    keys, hashes = (m.key.only(part).tolist() for part in parts), (m.sha256[part] for part in parts)
-    digest = content_digest(keys, m.classes, hashes, (m.label[part] for part in parts))
-    return {"short_side": sides.median(), "pixels": sides.pixels, "digest": digest}
+    return {"short_side": sides.median(), "pixels": sides.pixels, "digest": _digest(m)}
+
+
+def _digest(m: Manifest) -> str:
+    keys, hashes = (m.key.only(part).tolist() for part in _parts(m)), (m.sha256[part] for part in _parts(m))
+    return content_digest(keys, m.classes, hashes, (m.label[part] for part in _parts(m)))
+
+
+def _parts(m: Manifest) -> list[slice]:
+    return [slice(first, first + _ROWS) for first in range(0, len(m), _ROWS)]
 
 
 def check_content(manifest: Manifest) -> None:
     """Raise DataError where keys and labels are not those of the digest."""
-    if _counted(manifest)["digest"] != manifest.digest:
+    if _digest(manifest) != manifest.digest:
         cure = f"`simclr-dist shard --verify {manifest.folder}` finds and removes it, and the next start makes it anew"
         raise DataError(f"{manifest.folder}: labels or keys are not those of {MANIFEST_NAME}, so its index is damaged; {cure}")
 

@@ -14,8 +14,7 @@ import os
 import stat
 import struct
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from simclr_dist.data.columns import Keys, Sides, content_digest
 from simclr_dist.system.errors import DataError, reason_of, say
 from simclr_dist.system.files import lock, replacing
 
@@ -46,55 +46,6 @@ _MAGIC = b"simclr-1"
 _MOST_HEADER = 1 << 30  # of some ten million shards
 _ROWS = 1 << 16  # at a time
 _SECOND = 10**9
-
-
-class Keys:
-    """Names of images as text, each decoded when it is asked for. A slice or an array of rows gives an array of text."""
-
-    def __init__(self, begins: NDArray[np.int64], ends: NDArray[np.int64], text: NDArray[np.uint8]) -> None:
-        self.parts = begins, ends, text
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, rows: Any) -> Any:
-        if isinstance(rows, list | np.ndarray):
-            rows = np.arange(len(self))[rows]  # of a mask, too
-            return np.array([self[row] for row in rows], dtype=np.str_)
-        if isinstance(rows, slice):
-            return np.array(self.only(rows).tolist(), dtype=np.str_)
-        begins, ends, text = self.parts
-        return text[begins[rows] : ends[rows]].tobytes().decode(errors="replace")
-
-    def only(self, rows: slice | list[int] | NDArray[Any]) -> "Keys":
-        begins, ends, text = self.parts
-        return Keys(begins[rows], ends[rows], text)
-
-    def tolist(self) -> list[str]:
-        begins, ends, text = self.parts
-        first = int(begins.min(initial=len(text)))
-        whole = text[first : int(ends.max(initial=first))].tobytes()
-        places = zip((begins - first).tolist(), (ends - first).tolist(), strict=True)
-        return [whole[begin:end].decode(errors="replace") for begin, end in places]
-
-
-class Sides:
-    """The median of images' shorter sides, and the sum of their pixels."""
-
-    def __init__(self) -> None:
-        self._short: Counter[int] = Counter()
-        self.pixels = 0
-
-    def add(self, width: NDArray[np.int32], height: NDArray[np.int32]) -> None:
-        values, counts = np.unique(np.minimum(width, height), return_counts=True)
-        self._short.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        self.pixels += int((width.astype(np.int64) * height).sum())
-
-    def median(self) -> float:
-        values = sorted(self._short)
-        ends = np.cumsum([self._short[value] for value in values])
-        low, high = ends.searchsorted([(ends[-1] - 1) // 2, ends[-1] // 2], side="right").tolist()
-        return float(values[low] + values[high]) / 2
 
 
 class Parquet:
@@ -361,22 +312,3 @@ def _read_about(shown: str, table: pq.ParquetFile) -> dict[str, Any]:
     if table.metadata.num_rows != sum(samples):
         raise _misfit(shown)
     return {"names": names, "bytes": sizes, "samples": samples, "classes": classes}
-
-
-def content_digest(
-    keys: Iterable[list[str]], classes: Sequence[str], hashes: Iterable[NDArray[np.uint8]], labels: Iterable[NDArray[np.int64]]
-) -> str:
-    """Compute `Manifest.digest` of images whose columns come in parts.
-
-    It is the sha256 of json.dumps([keys, classes]), hashes and labels.
-    """
-    digest, between = hashlib.sha256(b"[["), b""
-    for part in filter(None, keys):
-        digest.update(between + json.dumps(part)[1:-1].encode())
-        between = b", "
-    digest.update(b"], " + json.dumps(list(classes)).encode() + b"]")
-    for hashed in hashes:
-        digest.update(np.ascontiguousarray(hashed).data)
-    for label in labels:
-        digest.update(label.astype("<i8").data)
-    return digest.hexdigest()

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simclr_dist.data.index import FORMAT_VERSION, INDEX_NAME, METADATA_KEY, SCHEMA, Keys, Parquet, open_index
+from simclr_dist.data.columns import Keys
+from simclr_dist.data.index import FORMAT_VERSION, INDEX_NAME, METADATA_KEY, SCHEMA, Parquet, open_index
 from simclr_dist.system.errors import DataError
 from simclr_dist.system.files import replacing
 

@@ -20,7 +20,8 @@ import pytest
 from simclr_dist.convert.verify import verify_shards
 from simclr_dist.data import index as index_module
 from simclr_dist.data.collection import load_collection
-from simclr_dist.data.index import INDEX_NAME, Sides
+from simclr_dist.data.columns import Sides
+from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, ManifestRow, load_manifest, read_manifest, write_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import CacheSettings

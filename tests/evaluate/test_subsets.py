@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr_dist.data.index import Keys
+from simclr_dist.data.columns import Keys
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.evaluate.protocols.subsets import balanced_subset, describe_subsets, keys_digest
 from simclr_dist.system.errors import DataError
