@@ -41,7 +41,8 @@ from simclr_dist.data.pixels.decode import decode
 from simclr_dist.data.pixels.resize import crop_views
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, coloured, load_steps
-from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.colour import Colour, colour_views
+from simclr_dist.data.views.compiled import compile_colour
 from simclr_dist.data.views.crops import crop_view
 from simclr_dist.data.views.draws import PRESETS, ViewDraws, ViewSettings, draw_views
 
@@ -106,16 +107,20 @@ def contestants(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, 
             for draws in drawn(settings, list(in_memory), next(epoch))
         ]
 
-    def colour(made: list[tuple[Tensor, ViewDraws]]) -> list[Tensor]:
-        return [colour_views(view, draws, settings) for view, draws in made]
+    def colour(made: list[tuple[Tensor, ViewDraws]], with_: Colour = colour_views) -> list[Tensor]:
+        return [with_(view, draws, settings) for view, draws in made]
+
+    compiled = compile_colour()
 
     one, two = torchvision_views(v1, settings, tensors=False), torchvision_views(v2, settings, tensors=True)
     found: dict[str, Contestant] = {
         "ours, crops to uint8": crops,
         "ours, all on the CPU": lambda: colour(crops()),
+        "ours, all on the CPU, compile: true": lambda: colour(crops(), compiled),
     }
     if small:
         found |= {"ours, in memory, crops": crops_in_memory, "ours, in memory, all": lambda: colour(crops_in_memory())}
+        found |= {"ours, in memory, all, compile: true": lambda: colour(crops_in_memory(), compiled)}
     if lightly := optional("lightly.transforms"):
         strength = settings.brightness / 0.8
         blur = settings.blur
@@ -139,6 +144,8 @@ def stages(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, Conte
         changed = [change(d) for d in draws]
         return lambda: [colour_views(view, d, settings) for view, d in zip(views, changed, strict=True)]
 
+    compiled = compile_colour()
+
     def no_hue(d: ViewDraws) -> ViewDraws:
         return d._replace(factors=d.factors * np.float32([1, 1, 1, 0]))
 
@@ -151,6 +158,7 @@ def stages(contents: Sequence[bytes], settings: ViewSettings) -> dict[str, Conte
         "draws": lambda: drawn(settings, images, 1),
         "crops": lambda: [cropped(images, d, settings) for d in draws],
         "colour, all": colour(lambda d: d),
+        "colour, compiled": lambda: [compiled(view, d, settings) for view, d in zip(views, draws, strict=True)],
         "colour without hue": colour(no_hue),
         "colour without blur": colour(no_blur),
         "colour without either": colour(lambda d: no_hue(no_blur(d))),

@@ -34,12 +34,13 @@ def ours(foreach: bool | None) -> Callable[[list[Group]], Optimizer]:
     return partial(LARS, lr=RATE, momentum=MOMENTUM, trust_coefficient=TRUST, foreach=foreach)
 
 
-def peer(module: str, name: str, trust: str) -> Callable[[list[Group]], Optimizer]:
+def peer(module: str, name: str, trust: str, **more: Any) -> Callable[[list[Group]], Optimizer]:
     """Another LARS, which names its trust coefficient so."""
 
     def make(groups: list[Group]) -> Optimizer:
         plain = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
-        made: Optimizer = getattr(importlib.import_module(module), name)(plain, lr=RATE, momentum=MOMENTUM, **{trust: TRUST})
+        how = {"lr": RATE, "momentum": MOMENTUM, trust: TRUST, **more}
+        made: Optimizer = getattr(importlib.import_module(module), name)(plain, **how)
         return made
 
     return make
@@ -58,7 +59,8 @@ CONTESTANTS = {
     "ours, all at once": Contestant(ours(True)),
     "torch_optimizer": Contestant(peer("torch_optimizer", "LARS", "trust_coefficient"), "torch-optimizer", "torch_optimizer"),
     "lightly": Contestant(peer("lightly.utils.lars", "LARS", "trust_coefficient"), "lightly", "lightly"),
-    "timm": Contestant(peer("timm.optim.lars", "Lars", "trust_coeff"), "timm", "timm"),
+    "timm": Contestant(peer("timm.optim.lars", "Lars", "trust_coeff", foreach=False), "timm", "timm"),
+    "timm, all at once": Contestant(peer("timm.optim.lars", "Lars", "trust_coeff", foreach=True), "timm", "timm"),
 }
 
 

@@ -6,6 +6,7 @@ If accuracy rose here too, it would come from something else than what SimCLR te
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,9 +18,11 @@ from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.train import loop
 
 
-def views_of_different_images(views: Views, settings: ViewSettings, device: torch.device) -> Sequence[tuple[Tensor, Tensor]]:
+def views_of_different_images(
+    views: Views, settings: ViewSettings, device: torch.device, **how: Any
+) -> Sequence[tuple[Tensor, Tensor]]:
     """View b moves on by one image of its micro-batch."""
-    return [(view_a, view_b.roll(1, 0)) for view_a, view_b in coloured(views, settings, device)]
+    return [(view_a, view_b.roll(1, 0)) for view_a, view_b in coloured(views, settings, device, **how)]
 
 
 if __name__ == "__main__":

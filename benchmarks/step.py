@@ -28,7 +28,7 @@ import torch
 import yaml
 from threads import Run, random_images, training
 
-from simclr_dist.method.model import build_simclr
+from simclr_dist.method.encoders import build_simclr
 from simclr_dist.system.machine import cores, threads_a_rank, wait_without_spinning
 
 HERE = Path(__file__).resolve()

@@ -1,4 +1,4 @@
-"""Distributed large-batch SimCLR: `from simclr_dist import NTXentLoss, LARS, ShardDataset, load_encoder`."""
+"""Distributed large-batch SimCLR: `from simclr_dist import NTXentLoss, LARS, ShardDataset, load_encoder, train`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,18 @@ if TYPE_CHECKING:
     from simclr_dist.encoder.file import load_encoder
     from simclr_dist.method.loss import NTXentLoss
     from simclr_dist.method.optim import LARS
+    from simclr_dist.train.session import train
 
 __version__ = "0.1.0"
-__all__ = ["LARS", "NTXentLoss", "ShardDataset", "load_encoder"]
+__all__ = ["LARS", "NTXentLoss", "ShardDataset", "load_encoder", "train"]
 
-_HOMES = {"NTXentLoss": "method.loss", "LARS": "method.optim", "ShardDataset": "data.reader", "load_encoder": "encoder.file"}
+_HOMES = {
+    "NTXentLoss": "method.loss",
+    "LARS": "method.optim",
+    "ShardDataset": "data.reader",
+    "load_encoder": "encoder.file",
+    "train": "train.session",  # while simclr_dist.train is not imported: that is a module which does the same when it is called
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     typed = commands(tutorial)
     assert [command.split()[0] for command in typed] == [
-        "--help", "train", "shard", "plan", "train", "eval", "eval", "finetune", "embed", "export", "check", "submit",
+        "--help", "train", "shard", "plan", "train", "eval", "eval", "finetune", "embed", "export", "export", "check", "submit",
     ]  # fmt: skip
     for command in typed:
         words = shlex.split(command.replace("step-00001000", "step-00000002"))

@@ -27,12 +27,12 @@ ROOMS = (
 
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
-    "system", "config", "run.folder", "run.claim", "run.status", "run.restarts", "run.steps",
+    "system", "config", "run.folder", "run.claim", "run.loggers", "run.status", "run.restarts", "run.steps", "run.summary",
     "launch", "cli", "encoder.names",
-    "train.__main__", "train.profiling",
+    "train.__main__", "train.profiling", "train.session",
     "preflight.demo.images", "preflight.plan.hardware", "preflight.plan.settings", "preflight.check.findings",
     "evaluate.__main__", "evaluate.settings", "evaluate.sources", "evaluate.space",
-    "evaluate.features.file", "evaluate.features.store",
+    "evaluate.features.file", "evaluate.features.store", "evaluate.compare", "evaluate.result.picture",
     "data.manifest", "data.collection", "data.remote", "data.views.draws", "data.order", "data.portions",
     "data.pixels.images", "preflight.shared_memory",
     "convert.sources.find", "convert.settings", "convert.shards", "convert.index", "convert.verify",
@@ -135,7 +135,7 @@ def test_what_one_is_tempted_to_break() -> None:
         if room(name) != "cli":
             # What a batch script types is no verb; and others' checkpoints hold the arguments of their training.
             asks = any(imported.split(".")[0] == "argparse" for imported, _ in imports(name))
-            assert not asks or name in ("launch.slurm.rescue", "encoder.published"), f"{name}: what is typed is cli's"
+            assert not asks or name in ("launch.slurm.rescue", "encoder.weights"), f"{name}: what is typed is cli's"
         if room(name) == "config":
             others = {imported.split(".")[0] for imported, _ in imports(name)} - {"simclr_dist", "yaml"}
             assert others <= sys.stdlib_module_names, f"{name}: a typo answers at once"
@@ -151,7 +151,7 @@ def test_what_must_be_quick_imports_no_torch() -> None:
 
 
 def test_public_names_are_there() -> None:
-    assert sorted(simclr_dist.__all__) == ["LARS", "NTXentLoss", "ShardDataset", "load_encoder"]
+    assert sorted(simclr_dist.__all__) == ["LARS", "NTXentLoss", "ShardDataset", "load_encoder", "train"]
     for name in simclr_dist.__all__:
         assert callable(getattr(simclr_dist, name))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train", required=True, metavar="SHARDS", help=train)
     add("--test", required=True, metavar="SHARDS", help="shards that the accuracy is measured on")
     add_settings(parser, Settings, features="FOLDER", layer="LAYER", protocols="NAMES")
-    add_settings(parser, Foreign, all_optional=True, weights="FILE", prefix="PREFIX")
+    add_settings(parser, Foreign, all_optional=True, arch="NAME", weights="FILE", prefix="PREFIX")
     add_device(parser)
     out = f"the result's file (default: {RESULT_PATTERN}); an older one of other settings is kept"
     add("--out", metavar="JSON", help=out)
@@ -55,7 +55,8 @@ def _evaluate(arguments: argparse.Namespace, foreign: Foreign | None, settings: 
     """Evaluate one encoder. The table is printed also when the disk does not take the result."""
     with signals.importing(PREEMPTED, _STOPPED):
         from simclr_dist.evaluate.job import evaluate
-        from simclr_dist.evaluate.result.report import UnwrittenError, table
+        from simclr_dist.evaluate.result.file import UnwrittenError
+        from simclr_dist.evaluate.result.report import table
     try:
         result = evaluate(
             foreign or arguments.encoder, arguments.train, arguments.test, out=arguments.out, device=arguments.device,

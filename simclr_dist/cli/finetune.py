@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Finetune an encoder; return the exit code. Raises UserError, and SystemExit(75) at a stop signal: nothing is saved."""
-    check_alone()
+    check_alone("finetune")
     settings = settings_from(FinetuneSettings, arguments)
     with signals.importing(PREEMPTED, _STOPPED):
         from simclr_dist.evaluate.finetune import finetune, finetune_path, table
-        from simclr_dist.evaluate.result.report import UnwrittenError
+        from simclr_dist.evaluate.result.file import UnwrittenError
     try:
         result = finetune(
             arguments.encoder, arguments.train, arguments.test, settings, out=arguments.out, device=arguments.device,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from simclr_dist.cli import check, demo, embed, eval, export, finetune, manual, plan, shard, submit, train
+from simclr_dist.cli import check, demo, embed, eval, export, finetune, manual, neighbours, plan, runs, shard, submit, train
 from simclr_dist.cli.completion import SHELLS, complete, script
 from simclr_dist.cli.exits import exit_code, refused, under_torchrun
 from simclr_dist.launch.slurm import rescue
@@ -26,7 +26,8 @@ _RUN_AS_RANKS = ("eval", "finetune", "embed", "check")
 # Each module has `HELP`, `add_arguments(parser)`, and `run(arguments, rest)`, which returns the exit code. `rest` is what the
 # options leave: settings of a config.
 VERBS = {
-    verb.__name__.rpartition(".")[2]: verb for verb in (demo, shard, train, eval, finetune, embed, export, submit, plan, check)
+    verb.__name__.rpartition(".")[2]: verb
+    for verb in (demo, shard, train, eval, finetune, embed, neighbours, export, submit, runs, plan, check)
 }
 
 
@@ -60,6 +61,7 @@ def _run(arguments: list[str]) -> int:
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not hasattr(parsed, "config"):
+        parser.prog += f" {parsed.verb}" if parsed.verb else ""  # whose help is meant
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.version or parsed.print_completion:
         print(describe() if parsed.version else script(parsed.print_completion))

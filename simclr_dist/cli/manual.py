@@ -25,8 +25,13 @@ ABOUT = {
 its reason and left out. The same input, settings and seed give the same bytes, for any number of processes and parts.
 A run that was killed goes on when the same command is typed again.
 
-SRC is a folder of images, or of class folders; a .tar or .zip of one; a .parquet or .arrow file (Hugging Face's layout);
-a folder of such files, or a pattern in quotes; a .csv of path,label.""",
+SRC is a folder of images, or of class folders, or a file of one of these kinds; a folder of such files, or a pattern in quotes:
+  archive of a folder: .tar, .zip            ImageNet's ILSVRC2012_img_train.tar, and
+  Parquet, Arrow (Hugging Face's layout)     ImageNet's ILSVRC2012_img_val.tar with its classes beside it
+  list in CSV: path,label                    CIFAR's binary files (CIFAR's Python version is pickled: refused)
+  LMDB                                       STL-10's binary files
+  TFRecord (simclr_dist[tfrecord])           MedMNIST's .npz: x.npz/train
+  MosaicML's MDS, or LitData                 Lance: named with its converter""",
     "demo": """The first run, without any data: 6,000 images are drawn, sharded, trained on and evaluated, in some minutes on
 two CPU cores. Ends with a table of what was learned, a picture, and the commands that come next.""",
     "eval": """How good are an encoder's features? Every labelled image is read once, the encoder stays as it is, and kNN and
@@ -34,15 +39,19 @@ a linear probe are measured beside raw pixels and an untrained encoder. Writes a
     "finetune": """Train an encoder further with labels, all or a small part of them, and measure it on test images. The
 encoder's file stays as it is.""",
     "embed": """The features of your own images, a row an image, in a Parquet file for pandas, polars or DuckDB.""",
+    "neighbours": """Look for your pictures' like among shards: a page with the nearest images of each, and a Parquet table.
+Features of the shards are kept (RUN/eval/features), so that the next question is quick.""",
     "export": """The encoder as ONNX, for programs without PyTorch; its output is compared with torch's. Needs
-`pip install onnx onnxruntime onnxscript`.""",
+`pip install onnx onnxruntime onnxscript`. Or a new folder for a model hub: weights, a card with results.""",
     "plan": """What a config will need, before it runs: negatives, learning rate, memory, and the images that are left over.""",
     "check": """Try on these machines what training needs: versions, network, clocks, the gradient of all ranks against that of
 one process (in float64), shards, shared memory, run folder, SLURM's settings. Leaves nothing behind.""",
+    "runs": """Runs side by side: the settings that differ, state, steps, accuracy (of the newest evaluated encoder, and of the
+best where that is another), loss, speed and cost. Reads run folders only: it starts nothing, and the runs may be at work.""",
     "submit": """Train on a SLURM cluster, with an evaluation behind it if you like. Preempted, requeued and timed-out jobs go
-on by themselves. The later forms ask a run folder for its job.""",
+on by themselves. With --sweep many runs, as one job array. The later forms ask a run folder for its job.""",
     "train": """Pre-train an encoder on all GPUs of this machine, or with one process on its CPUs. A run that was stopped or
-killed goes on when the same command is given again.""",
+killed goes on when the same command is given again. With --sweep several runs, one after another, and their table.""",
 }
 
 _COMMANDS = """\
@@ -53,16 +62,23 @@ shard PHOTOS data/mine --split 0.8/0.2 --short-side 256
 shard images.parquet data/mine --strict
 train configs/cifar10_cpu.yaml
 train my.yaml --processes 2 --global_batch_size 512 --optim.name adamw
+train my.yaml --sweep optim.base_lr=0.1,0.3 --sweep seed=0,1
 train my.yaml --nnodes 2 --rdzv-endpoint 10.0.0.1:29500
 eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test
 eval --watch runs/mine --train data/mine/train --test data/mine/test
 eval --arch resnet50 --weights published.pth --train data/mine/train --test data/mine/test
+eval --arch timm/vit_small_patch16_224 --weights dino.pth --train data/mine/train --test data/mine/test
 finetune runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test --labels 0.01
 embed runs/mine/encoders/step-00001000.safetensors PHOTOS features.parquet
+neighbours runs/mine/encoders/step-00001000.safetensors cat.jpg dog.jpg --among data/mine/train
 export runs/mine/encoders/step-00001000.safetensors encoder.onnx
+export runs/mine/encoders/step-00001000.safetensors my-encoder --license apache-2.0
 submit my.yaml --profile launch/profiles/gpu8.yaml --dry-run
 submit my.yaml --profile launch/profiles/gpu8.yaml --eval --train data/mine/train --test data/mine/test
+submit my.yaml --profile launch/profiles/gpu8.yaml --sweep optim.base_lr=0.1,0.3 --dry-run
 submit status runs/mine
+runs runs/mine runs/other
+runs runs/sweep --csv sweep.csv --picture sweep.png --over images
 plan configs/imagenet_resnet50.yaml --processes 8 --samples 1281167
 check
 check my.yaml --processes 4"""

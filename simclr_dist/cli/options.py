@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+from simclr_dist.config.networks import encoder_names
 from simclr_dist.config.ranges import Range, descriptions, setting_types
 from simclr_dist.config.settings import Config
 from simclr_dist.config.strict_yaml import leaves
@@ -57,6 +58,8 @@ def add_keys(parser: argparse.ArgumentParser, config: Config, *, spelled: Callab
 
 def key_values(key: str) -> Sequence[str]:
     """List the values of a config's key as they are typed. Return () where they cannot be listed."""
+    if key == "model.encoder":
+        return encoder_names()
     return optimizer_names() if key == "optim.name" else values(setting_types(Config)[key])
 
 
@@ -141,7 +144,7 @@ def _typed(value: Any) -> str:
 def _metavar(hint: Any) -> str | None:
     plain = plain_type(hint)
     if typing.get_origin(plain) is tuple:
-        return f"[{', '.join(filter(None, map(_metavar, typing.get_args(plain))))}]"
+        return f"[{', '.join('...' if part is ... else _metavar(part) or '' for part in typing.get_args(plain))}]"
     if words := values(plain):
         return f"{{{','.join(words)}}}"
     return {int: "N", float: "X"}.get(plain)

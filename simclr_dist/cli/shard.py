@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from simclr_dist.convert.finished import ShardSummary
     from simclr_dist.convert.sources.originals import Problem
 
-HELP = "turn images into shards; --index tars of others, --verify shards"
+HELP = "turn images into shards; --index tars of others, --verify shards, their --statistics"
 _SHOWN = 10
 _ALWAYS = ("source", "destination", "verb", "processes")
 _WITH = {  # the options that each mode takes beside those
-    "index": ("index", "strict"),
+    "index": ("index", "strict", "channels", "bit_depth"),
     "verify": ("verify", "decode"),
+    "statistics": ("statistics",),
     "part": ("part", "strict", *(field.name for field in dataclasses.fields(ShardSettings))),
 }
 
@@ -37,17 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finish", action="store_true", help="write the shards of a conversion whose parts are all done")
     add("--index", metavar="DIR", help="write a manifest beside WebDataset tars of others")
     add("--verify", metavar="DST", help="read all shards of DST again and compare them with the manifest")
+    add("--statistics", metavar="DST", help="measure mean and standard deviation of each channel, for views.mean and views.std")
     add("--decode", action="store_true", help="with --verify: decode every image, too")
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Do what the options say; return the exit code. Raises UserError."""
-    for mode, work in (("index", _index), ("verify", _verify)):
+    for mode, work in (("index", _index), ("verify", _verify), ("statistics", _statistics)):
         if getattr(arguments, mode) is not None:
             _refuse_others(arguments, mode)
             return work(arguments)
     if arguments.source is None or arguments.destination is None:
-        raise ConfigError("usage: simclr-dist shard SRC DST, or --index DIR, or --verify DST; --help has examples")
+        raise ConfigError(
+            "usage: simclr-dist shard SRC DST, or --index DIR, or --verify DST, or --statistics DST; --help has examples"
+        )
     if arguments.decode:
         raise ConfigError("--decode: has an effect with --verify only")
     settings = settings_from(ShardSettings, arguments)
@@ -79,7 +83,7 @@ def _report(summary: "ShardSummary", destination: Path) -> None:
     if summary.already:
         print(f"{destination}: was done already, with the same settings from the same files; nothing is written")
     classes = ", ".join(summary.classes[:_SHOWN]) + (", ..." if len(summary.classes) > _SHOWN else "")
-    classes = f"{len(summary.classes)} classes" + (f": {classes}" if classes else "")
+    classes = f"{len(summary.classes)} classes: {classes}" if classes else "no names of classes"  # labels may be without
     print(f"{summary.written} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB, {classes}")
     links = f", {summary.links} links followed" * bool(summary.links)
     print(f"{summary.converted} re-encoded, {summary.duplicates} duplicates kept{links}")
@@ -121,7 +125,8 @@ def _part(arguments: argparse.Namespace, settings: ShardSettings) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     from simclr_dist.convert.index import index_shards
 
-    summary = index_shards(arguments.index, processes=arguments.processes, strict=arguments.strict, progress=True)
+    how: dict[str, Any] = {"processes": arguments.processes, "strict": arguments.strict, "progress": True}
+    summary = index_shards(arguments.index, kind=settings_from(ShardSettings, arguments).kind, **how)
     print(f"{summary.images} images in {summary.shards} shards, {summary.labelled} with a label")
     _report_left_out(summary.rejected, summary.skipped, Path(arguments.index))
     print(f"written to {summary.manifest}")
@@ -138,4 +143,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     if summary.lines:
         raise DataError(f"{arguments.verify}: {summary.bad} of {summary.images} images differ from the manifest")
     print(f"{summary.images} images in {summary.shards} shards, {summary.bytes / 2**20:.1f} MiB: all as the manifest says")
+    return 0
+
+
+def _statistics(arguments: argparse.Namespace) -> int:
+    from simclr_dist.convert.statistics import measure
+
+    measured = measure(arguments.statistics, processes=arguments.processes, progress=True)
+    print(f"# {measured.images} images, {measured.kind}; on the scale 0-1, each image counts alike")
+    print("views:")
+    for name in ("mean", "std"):
+        print(f"  {name}: [{', '.join(f'{value:.6g}' for value in getattr(measured, name))}]")
     return 0

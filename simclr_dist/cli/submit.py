@@ -7,15 +7,19 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr_dist.config.strict_yaml import pairs
+from simclr_dist.config.sweep import read_sweep
+from simclr_dist.encoder.names import newest_encoder, result_path
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict, refuse_programs
 from simclr_dist.run.status import record_event
+from simclr_dist.run.sweep import check_sweep_folder, why_left
 from simclr_dist.system.errors import ConfigError, say
 from simclr_dist.system.files import write_atomically
 from simclr_dist.train.profiling import parse_profile
@@ -28,11 +32,17 @@ HELP = "train on a SLURM cluster; submit status | logs | cancel | resume RUN"
 ACTIONS = ("status", "logs", "cancel", "resume")
 _OF_JOBS = {"profile", "dry_run", "allow_setup", "eval", "train", "test", "eval_profile", "profile_steps", "profile_rank"}
 # What each form takes.
-_OPTIONS = {"submit": {"local", *_OF_JOBS}, "resume": _OF_JOBS, "logs": {"follow", "eval"}, "status": set(), "cancel": set()}
+_OPTIONS = {
+    "submit": {"local", "sweep", *_OF_JOBS},
+    "resume": _OF_JOBS,
+    "logs": {"follow", "eval"},
+    "status": set(),
+    "cancel": set(),
+}
 _FOLLOW_SECONDS = 5.0  # between two questions whether a job has ended
 
 USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eval --train SHARDS --test SHARDS]
-                          [--profile-steps STEPS] [--key value ...]
+                          [--profile-steps STEPS] [--sweep KEY=V,V] [--key value ...]
        simclr-dist submit status | logs [-f] | cancel | resume RUN"""
 
 
@@ -55,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--profile-steps", metavar="STEPS", help="train's --profile: trace 3 steps of each start (or 10:13) into RUN/profile")
     add("--profile-rank", metavar="R", help="with --profile-steps: the rank, or all (default: 0)")
+    add("--sweep", action="append", metavar="KEY=V,V", help="a run for each value, as one job array; more give all pairs")
     add("-f", "--follow", action="store_true", help="with logs: go on until the job has ended")
 
 
@@ -92,6 +103,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from simclr_dist.launch.slurm.submission import prepare
 
+    if arguments.sweep and arguments.local:
+        raise ConfigError("--sweep: contradicts --local; `simclr-dist train --sweep` trains the runs here, one after another")
     if arguments.dry_run and arguments.local:
         raise ConfigError("--dry-run: contradicts --local; take one of the two")
     if arguments.profile is not None:
@@ -112,12 +125,54 @@ def _submit(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             refuse_programs(profile, str(arguments.profile))
     evaluation = _evaluation(arguments, profile, None)
     profiled = parse_profile(arguments.profile_steps, arguments.profile_rank, option="--profile-steps")
+    if arguments.sweep:
+        return _submit_sweep(arguments, overrides, partial(prepare, profile=profile, evaluation=evaluation, profiled=profiled))
     submission = prepare(arguments.config, overrides, profile, evaluation=evaluation, profiled=profiled)
     if arguments.local:
         from simclr_dist.launch.slurm.local import run_here
 
         return run_here(submission)
     return _send(submission, dry_run=arguments.dry_run)
+
+
+def _submit_sweep(arguments: argparse.Namespace, overrides: Sequence[str], prepare: "Callable[..., Submission]") -> int:
+    """Submit what is left of a sweep as one array.
+
+    Raises ConfigError for any of its runs before a job is queued. Where nothing is left, it prints the table of its runs.
+    """
+    from simclr_dist.launch.slurm.batch import dry_run_array
+    from simclr_dist.launch.slurm.submission import check_device, refuse_if_alive, submit_array
+
+    members = read_sweep(arguments.config, overrides, arguments.sweep)
+    folder, submissions = Path(members[0].config.run_folder).absolute().parent, []
+    check_sweep_folder(folder)
+    for member in members:
+        encoder = newest_encoder(folder / member.name) if arguments.eval else None
+        why = why_left(member.config, evaluated=encoder is None or result_path(encoder).exists())
+        if why is None and not arguments.dry_run:
+            try:
+                refuse_if_alive(folder / member.name)
+            except ConfigError as error:
+                why = f"left alone: {error}"
+        if why:
+            print(f"{member.name}: {why}")
+            continue
+        with member.named():
+            submissions.append(prepare(arguments.config, member.overrides))
+            check_device(submissions[-1])
+    if submissions and arguments.dry_run:
+        print(dry_run_array(folder, submissions), end="")
+    elif submissions:
+        jobs = submit_array(folder, submissions)
+        ranks = f"{submissions[0].profile.nodes} x {submissions[0].profile.tasks} ranks"
+        for number, one in enumerate(submissions):
+            print(f"job {jobs[0]}_{number}: {one.run}, {ranks}" + (f"; then job {jobs[1]}_{number}" if len(jobs) > 1 else ""))
+        print(f"next: simclr-dist runs {shlex.quote(str(folder))}; `scancel {' '.join(jobs)}` would end all of them")
+    else:
+        from simclr_dist.evaluate.compare import compare, table
+
+        print(table(compare([folder])))
+    return 0
 
 
 def _resume(arguments: argparse.Namespace, folder: Path, overrides: Sequence[str]) -> int:

@@ -2,23 +2,28 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simclr_dist.cli.exits import exit_code, under_torchrun
 from simclr_dist.cli.options import add_keys, at_least
 from simclr_dist.config.load import load_config
 from simclr_dist.config.settings import Config
+from simclr_dist.config.sweep import read_sweep
 from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
+from simclr_dist.run.summary import is_run
+from simclr_dist.run.sweep import check_sweep_folder, why_left
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED, ConfigError, PassingError, say
 from simclr_dist.system.machine import wait_without_spinning
 from simclr_dist.system.ranks import read_place
 from simclr_dist.system.slurm_job import gpus_given
 from simclr_dist.train.profiling import parse_profile, take_profile
+from simclr_dist.train.session import PARENT
 
 HELP = "pre-train an encoder (resumes by itself)"
 _STOPPED = "simclr-dist: stopped by {signal} before the first step; the same command goes on"
@@ -33,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nnodes", type=_nodes, help="machines, N or MIN:MAX; the same command runs on each of them")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="with --nnodes: of the machine where they meet")
     add("--max-restarts", type=at_least(0), default=3, help="starts in a row without a new checkpoint before giving up (3)")
+    add("--sweep", action="append", metavar="KEY=V,V", help="a run for each value, one after another; more give all pairs")
+    add("--dry-run", action="store_true", help="with --sweep: check and list its runs, and start none")
     add("--profile", metavar="STEPS", help="trace 3 steps (or 10:13: 10 to 12) into RUN/profile, with a table")
     add("--profile-rank", default=None, metavar="R", help="with --profile: the rank, or all (default: 0)")
     parser.set_defaults(parser=parser)
@@ -45,11 +52,54 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _help(arguments.config, parser)
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
-    profile = parse_profile(arguments.profile, arguments.profile_rank)
     read_place()  # one rank takes its place from the environment
     signals.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
-    options = [name.removeprefix("--").replace("-", "_") for name in parser._option_string_actions if len(name) > 2]
-    config = load_config(arguments.config, overrides, options=options)
+    if parent := os.environ.pop(PARENT, ""):
+        signals.die_with(int(parent), signal.SIGTERM)
+    if arguments.sweep:
+        return _sweep(arguments, overrides)
+    if arguments.dry_run:
+        raise ConfigError("--dry-run: goes with --sweep, whose runs it lists; `simclr-dist plan CONFIG` says what one needs")
+    return _checked(arguments, overrides)()
+
+
+def _sweep(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Train a sweep's runs one after another; return the highest exit code. What is done is passed over."""
+    if arguments.nnodes is not None:
+        raise ConfigError("--sweep: goes with one machine; for several, `simclr-dist submit --sweep` makes a job of each run")
+    members = read_sweep(arguments.config, overrides, arguments.sweep, options=_options(arguments.parser))
+    folder = Path(members[0].config.run_folder).parent
+    check_sweep_folder(folder)
+    starts = {}
+    for member in members:
+        if why := why_left(member.config):
+            print(f"{member.name}: {why}")
+        else:
+            with member.named():
+                starts[member.name] = _checked(arguments, member.overrides)
+    if arguments.dry_run:
+        for name in starts:
+            print(folder / name)
+        return 0
+    worst = 0
+    for number, (name, start) in enumerate(starts.items(), 1):
+        print(f"run {number} of {len(starts)}: {name}", flush=True)
+        if (code := start()) == PREEMPTED:
+            return code
+        worst = max(worst, code)
+    from simclr_dist.evaluate.compare import compare, table
+
+    if runs := [
+        run for member in members if is_run(run := Path(member.config.run_folder))
+    ]:  # one may end before it has a folder
+        print(table(compare(runs)))
+    return worst
+
+
+def _checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Callable[[], int]:
+    """Check all that can be refused; return what starts the ranks. Raises UserError."""
+    profile = parse_profile(arguments.profile, arguments.profile_rank)
+    config = load_config(arguments.config, overrides, options=_options(arguments.parser))
     nodes = _meeting(arguments, config)
     from simclr_dist.data.collection import count_images, find_tars
     from simclr_dist.data.views.draws import view_side
@@ -58,7 +108,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     check_run_folder(config, held=nodes is not None)  # the machines that this one joins may have begun
     if config.data.samples is not None:
         find_tars(config.data.shards, allow_pipe=config.data.allow_pipe)
-    samples = count_images(config.data.shards, config.data.samples)
+    samples = count_images(config.data.shards, config.data.samples, kind=config.data.kind)
     machines = range(nodes.least, nodes.most + 1) if nodes else range(1, 2)
     done = newest_step(Path(config.run_folder))
     check_fits(config, samples, machines[0] * (arguments.processes or 1), done)  # before torch is imported to count GPUs
@@ -74,9 +124,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_fits(config, samples, number * processes)
         check_machine(config, view_side(config.views.preset, config.views.image_size), processes, number * processes)
     _check_shared_memory(config, machines[-1] * processes, processes, pinned=config.device != "cpu")
-    tell_start(processes)
     command = ["-m", "simclr_dist.train", arguments.config, *(profile.options if profile else []), *overrides]
-    return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
+
+    def start() -> int:
+        tell_start(processes)
+        return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
+
+    return start
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [name.removeprefix("--").replace("-", "_") for name in parser._option_string_actions if len(name) > 2]
 
 
 def main(argv: Sequence[str]) -> int:

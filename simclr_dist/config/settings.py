@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from simclr_dist.config.ranges import (
     MAY_CHANGE,
     Bounds,
+    Channels,
     Count,
     Minutes,
     Natural,
@@ -25,6 +26,7 @@ from simclr_dist.config.ranges import (
 Encoder = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Stem = Literal["imagenet", "small", "small_stride2"]
 Width = Annotated[int, Range(least=1, largest=2**20)]
+Beta = Annotated[float, Range(least=0, below=1)]
 Centre = Annotated[float, Range(least=-1000, most=1000)]
 ENCODERS: tuple[str, ...] = get_args(Encoder)
 STEMS: tuple[str, ...] = get_args(Stem)
@@ -38,6 +40,10 @@ class DataConfig:
     """Training shards: a folder with its manifest, the URL of one, or tars like shards/train-{000000..000099}.tar."""
     reader: Literal["manifest", "stream"] = "manifest"
     """`stream` reads tars without a manifest: no exact epochs, and no resume in the middle of one."""
+    channels: Channels = 3
+    """Channels of every image: 1 is gray, 3 RGB; as the shards were made."""
+    bit_depth: Literal[8, 16] = 8
+    """Bits of a channel; as the shards were made."""
     workers: Annotated[Workers, MAY_CHANGE] = 2
     """Reading processes beside each rank; 0 reads in the rank itself."""
     window: Count = 16
@@ -61,6 +67,11 @@ class DataConfig:
     allow_pipe: Annotated[bool, MAY_CHANGE] = False
     """With `reader: stream`: let shards be `pipe:` commands, which a shell runs; on the command line alone."""
 
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Return the arguments of `data.pixels.kinds.Kind`."""
+        return self.channels, self.bit_depth
+
 
 @dataclass(frozen=True)
 class ViewsConfig:
@@ -78,6 +89,10 @@ class ViewsConfig:
     """How a crop is resized (always antialiased)."""
     flip: Probability | None = None
     """Probability of a horizontal flip."""
+    vertical_flip: Probability | None = None
+    """Probability of a vertical flip (no preset has one)."""
+    rotate: Probability | None = None
+    """Probability of one to three quarter turns (no preset has them)."""
     jitter: Probability | None = None
     """Probability of colour jitter."""
     brightness: NonNegative | None = None
@@ -94,26 +109,34 @@ class ViewsConfig:
     """Probability of Gaussian blur."""
     blur_sigma: Annotated[tuple[float, float] | None, Bounds()] = None
     """Smallest and largest standard deviation of the blur, in pixels."""
-    mean: tuple[Centre, Centre, Centre] | None = None
-    """Mean of red, green and blue on the scale 0-1."""
-    std: tuple[Positive, Positive, Positive] | None = None
-    """Standard deviation of red, green and blue on the scale 0-1."""
+    solarize: Probability | None = None
+    """Probability that all above the middle of the scale is inverted (no preset does)."""
+    mean: tuple[Centre, ...] | None = None
+    """Mean of each channel on the scale 0-1; `simclr-dist shard --statistics SHARDS` measures it."""
+    std: tuple[Positive, ...] | None = None
+    """Standard deviation of each channel on the scale 0-1; measured with the mean."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Encoder and projector."""
 
-    encoder: Encoder = "resnet50"
-    """Architecture; resnet10 is a small one for CPUs (base width 16), the others are torchvision's."""
+    encoder: str = "resnet50"
+    """`resnet18` to `resnet152`, `resnet10` (small, for CPUs), `timm/NAME` or `torchvision/NAME`."""
     width: Literal[1, 2, 4] = 1
     """Multiplies every width of the encoder, as in the paper's 2x and 4x."""
     stem: Stem = "imagenet"
     """First layers: 7x7 stride 2 with max-pool; 3x3 for 32-pixel images; 3x3 with stride 2, four times cheaper."""
+    drop_path: Annotated[float | None, Range(least=0, below=1)] = None
+    """Rate of drop path (stochastic depth) in the last block of a timm or torchvision network; default: its own."""
     init: Literal["random", "imagenet", "imagenet_or_random", "file"] = "random"
     """Start weights; `imagenet` are torchvision's supervised ones (downloaded)."""
     init_file: str = ""
-    """With `init: file`: an encoder of ours (.safetensors)."""
+    """With `init: file`: weights of ours or of another program (.safetensors, or a file of torch.save)."""
+    init_prefix: str = ""
+    """With `init: file`: what the encoder's names begin with, where the file holds several."""
+    init_except: str = ""
+    """With `init: file`: parts of the encoder that stay random, with commas between (conv1,bn1)."""
     projector_depth: Annotated[int, Range(least=0, largest=1000)] = 2
     """Linear layers of the projector; 0 is none."""
     projector_hidden: Width = 2048
@@ -152,9 +175,11 @@ class OptimConfig:
     lr_rule: Literal["linear", "sqrt", "constant"] = "linear"
     """Peak rate: base_lr * global_batch_size/256, base_lr * sqrt(global_batch_size), or base_lr."""
     weight_decay: NonNegative = 1e-6
-    """L2 weight decay of weights (never of BatchNorm parameters and biases)."""
+    """Weight decay of the weights of linear layers and convolutions (never of norms, biases, positions and tokens)."""
     momentum: Annotated[float, Range(least=0, below=1)] = 0.9
     """Momentum of lars and sgd."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Averaging of adamw's gradient and of its square; large batches want 0.95 for the latter."""
     trust_coefficient: NonNegative = 0.001
     """LARS's eta."""
     warmup_epochs: NonNegative = 10.0
@@ -187,6 +212,12 @@ class LogConfig:
     """Steps between lines of the log, of metrics.jsonl and of TensorBoard."""
     tensorboard: Annotated[bool, MAY_CHANGE] = True
     """Write TensorBoard events into the run folder."""
+    wandb: Annotated[bool, MAY_CHANGE] = False
+    """Send metrics to Weights & Biases, too: into RUN/wandb, or with WANDB_MODE=online to its server."""
+    mlflow: Annotated[bool, MAY_CHANGE] = False
+    """Send metrics to MLflow, too: into RUN/mlflow.db, or to $MLFLOW_TRACKING_URI."""
+    trackio: Annotated[bool, MAY_CHANGE] = False
+    """Send metrics to Trackio, too: into RUN/trackio, or to $TRACKIO_SPACE_ID or $TRACKIO_SERVER_URL."""
     views_every_epochs: Annotated[Natural, MAY_CHANGE] = 10
     """Epochs between pictures of views in TensorBoard, beside those of the first step; 0 shows those alone."""
 
@@ -228,7 +259,7 @@ class Config:
     channels_last: bool = True
     """Memory order of images and weights; pays on GPUs and CPUs."""
     compile: bool = False
-    """torch.compile the encoder."""
+    """torch.compile the encoder, and colour views by C++ where they are coloured on CPUs; there it needs g++, or CXX."""
     deterministic: bool = False
     """CUDA: only deterministic kernels, and gradients summed in rank order; slower."""
     max_skipped_steps: Annotated[Count, MAY_CHANGE] = 10

@@ -150,11 +150,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):  # the latter of `Literal[...] | None`
         return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), where)
     if origin is tuple:
+        if args[1:] == (...,) and isinstance(value, list | tuple) and value:
+            args = args[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ConfigError(f"{where}: {shown(value)} is not a list of {len(args)} numbers")
+            raise ConfigError(f"{where}: {shown(value)} is not a list of {'' if ... in args else f'{len(args)} '}numbers")
         return tuple(_convert(v, a, where) for v, a in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf
+    if hint is str and isinstance(value, Path):
+        return str(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
         raise ConfigError(f"{where}: {shown(value)} is not {kind}")

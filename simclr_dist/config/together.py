@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from simclr_dist.config.networks import unknown_encoder
 from simclr_dist.config.ranges import LARGEST, out_of_range
-from simclr_dist.config.settings import Config, DataConfig, OptimConfig, ProbeConfig
+from simclr_dist.config.settings import ENCODERS, Config, DataConfig, ModelConfig, OptimConfig, ProbeConfig
 from simclr_dist.config.strict_yaml import suggest
 from simclr_dist.system.errors import ConfigError, redact, shown
-from simclr_dist.system.machine import memory_bytes, most_processes
+from simclr_dist.system.machine import cpp_compiler, memory_bytes, most_processes
 
+RGB = ("red", "green", "blue")
 BLURRING_PRESETS = ("imagenet",)
 TORCH_OPTIMIZERS = ("sgd", "adamw")
 CONTIGUOUS_OPTIMIZERS = ("adamp", "sgdp", "swats")  # these fail on weights in channels_last order
@@ -24,6 +26,12 @@ REFUSED_OPTIMIZERS = {
         ("ranger", "rangerqh", "rangerva"),
         "pytorch-ranger calls forms of add_, addcmul_ and addcdiv_ that torch has deprecated; take torch_optimizer.radam",
     ),
+}
+# What a run with `log.NAME` needs, as pip takes it; setup.cfg has them as extras.
+LOGGERS = {
+    "wandb": ("wandb>=0.31,<0.32",),
+    "mlflow": ("mlflow-skinny>=3.17,<4", "sqlalchemy>=2.0.36,<3", "alembic<2"),
+    "trackio": ("trackio>=0.43,<0.44",),
 }
 
 _Refuse = Callable[[str, str], NoReturn]  # of a key, with the reason
@@ -48,12 +56,24 @@ def check(config: Config, source: str) -> None:
     if config.global_batch_size % config.micro_batches:
         refuse("micro_batches", f"does not divide global_batch_size {config.global_batch_size}")
     model = config.model
+    if reason := unknown_encoder(model.encoder):
+        refuse("model.encoder", reason)
+    for key in ("width", "stem") if model.encoder not in ENCODERS else ():
+        if getattr(model, key) != getattr(ModelConfig, key):
+            refuse(f"model.{key}", f"has no effect on {model.encoder}; leave it out")
+    if model.encoder in ENCODERS and model.drop_path is not None:
+        refuse("model.drop_path", f"has no effect on {model.encoder}, which has none; leave it out")
     if (model.init == "file") != bool(model.init_file):
         refuse("model.init_file", f"contradicts model.init: {model.init!r}; set both, or neither")
-    is_torchvisions = (model.width, model.stem) == (1, "imagenet") and model.encoder != "resnet10"
+    for key in ("init_prefix", "init_except"):
+        if model.init != "file" and getattr(model, key):
+            refuse(f"model.{key}", f"has no effect with model.init: {model.init}; leave it out")
+    has_weights = model.encoder in ENCODERS[1:] or model.encoder.startswith("torchvision/")
+    is_torchvisions = has_weights and (model.width, model.stem) == (1, "imagenet")
     if model.init.startswith("imagenet") and not is_torchvisions:
-        refuse("model.init", "needs torchvision's shape: width 1, stem imagenet, and an encoder other than resnet10")
+        refuse("model.init", "needs torchvision's shape: width 1, stem imagenet, and an encoder other than resnet10 or timm's")
     _check_data(config, source, refuse)
+    _check_channels(config, refuse)
     _check_probe(config, refuse)
     _check_optimizer(config, refuse)
     if not Path(config.run_folder, "config.yaml").is_file():  # a run that has begun goes on with what it was begun with
@@ -114,6 +134,19 @@ def _check_data(config: Config, source: str, refuse: _Refuse) -> None:
         refuse("data.retry_minutes", f"must be less than timeout_minutes, {config.timeout_minutes}: other ranks wait no longer")
 
 
+def _check_channels(config: Config, refuse: _Refuse) -> None:
+    """Refuse views of other channels than images have. Refuse colour without RGB."""
+    views, channels = config.views, config.data.channels
+    measure = f"`simclr-dist shard --statistics {redact(config.data.shards)}` measures it"
+    for name, values in (("mean", views.mean), ("std", views.std)):
+        if len(values or RGB) != channels:
+            wanted = f"one number for each of data.channels: {channels}"
+            refuse(f"views.{name}", f"must have {wanted}; {measure}" if values else f"must be set, {wanted}; {measure}")
+    for name in ("saturation", "hue", "gray"):
+        if channels != len(RGB) and getattr(views, name):
+            refuse(f"views.{name}", f"has no effect with data.channels: {channels}, as there is no colour; leave it out")
+
+
 def _check_probe(config: Config, refuse: _Refuse) -> None:
     probe = config.probe
     if probe.shards and not probe.every_epochs:
@@ -150,6 +183,8 @@ def _check_optimizer(config: Config, refuse: _Refuse) -> None:
         refuse("optim.name", "cannot update weights in channels_last order; set channels_last to false, or take another")
     if config.optim.momentum != OptimConfig.momentum and name not in ("lars", "sgd", "torch_optimizer.lars"):
         refuse("optim.momentum", f"has no effect on {name}; leave it out")
+    if config.optim.betas != OptimConfig.betas and name != "adamw":
+        refuse("optim.betas", f"has no effect on {name}; leave it out")
     if config.optim.trust_coefficient != OptimConfig.trust_coefficient and name not in ("lars", "torch_optimizer.lars"):
         refuse("optim.trust_coefficient", f"has no effect on {name}; leave it out")
     if third_party == "lars" and config.optim.weight_decay == 0:
@@ -210,15 +245,23 @@ def check_machine(config: Config, side: int, ranks: int, world_size: int) -> Non
 
     Each sum is a part of what they need, so a run that fits is never refused; `plan` has the whole.
     """
+    for name in (name for name in LOGGERS if getattr(config.log, name)):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of this name, as its own runs make one, is no package
+            cure = f"pip install {' '.join(map(repr, LOGGERS[name]))}, or leave it out"
+            raise ConfigError(f"log.{name}: True: the package {name} is not installed; {cure}")
     workers, model, memory = config.data.workers, config.model, memory_bytes()
     has = f"this machine has {memory / 2**30:.1f} GiB"
     if (processes := ranks * (workers + 1)) > most_processes():
         of_each = f"{workers} for each of {ranks} ranks are {processes} processes"
         raise ConfigError(f"data.workers: {of_each}; this machine allows {most_processes()}; lower it")
     on_cpu = config.device == "cpu"
-    images, number = 2 * ranks * config.global_batch_size // world_size, 4 if on_cpu else 1  # before a GPU they are bytes
-    if (views := images * 3 * side**2 * number) > memory:
-        product = f"{images} views of 3 x {side} x {side} x {number} bytes a step are {views / 2**30:.1f} GiB"
+    if config.compile and on_cpu:
+        cpp_compiler()
+    images, channels = 2 * ranks * config.global_batch_size // world_size, config.data.channels
+    number = 4 if on_cpu else config.data.bit_depth // 8  # before a GPU they are no floats yet
+    if (views := images * channels * side**2 * number) > memory:
+        product = f"{images} views of {channels} x {side} x {side} x {number} bytes a step are {views / 2**30:.1f} GiB"
         raise ConfigError(f"views.image_size: {side}: {product}; {has}; lower it, or global_batch_size")
     hidden, dim, depth = model.projector_hidden, model.projector_dim, model.projector_depth
     weights = (hidden**2 * (depth - 2) + hidden * dim) * config.number_bytes if depth > 1 else 0

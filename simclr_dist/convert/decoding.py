@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from simclr_dist.convert.partial import Partial, StaleError, put
 from simclr_dist.convert.sources.originals import Chunk, Original, Problem
 from simclr_dist.data.manifest import row_table
-from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.data.pixels.channels import prepare
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.system.errors import DataError, printable, reason_of
 
 _ABOUT = b"simclr_dist"
@@ -38,6 +39,7 @@ class Decoder:
     parts: int
     short_side: int | None
     quality: int
+    kind: Kind
 
     def __call__(self, task: tuple[int, Chunk]) -> tuple[int, int, str]:
         """Make a chunk's unit unless it is there. Returns the numbers of good and bad images, and the first bad.
@@ -96,7 +98,7 @@ class Decoder:
         """Make the record. Returns bytes to keep in the unit (which has `kept`), it, and what was changed. Raises DataError."""
         if original.problem is not None:
             raise DataError(original.problem)
-        image = prepare_image(original.content, short_side=self.short_side, quality=self.quality)
+        image = prepare(original.content, self.kind, short_side=self.short_side, quality=self.quality)
         converted = image.content is not original.content
         readable = original.path is not None and not converted  # the source gives the same bytes again
         path, offset = (original.path, original.offset) if readable else ("", kept)

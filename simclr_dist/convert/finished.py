@@ -1,7 +1,7 @@
-"""Record a finished conversion in conversion.json. By it the same command finds the work done."""
+"""Record a finished conversion in conversion.json. By it the same command finds the work done. And tell other readers of it."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from simclr_dist.system.files import fitting, json_lines, read_object
 
 RECORD_NAME = "conversion.json"
 REJECTED_NAME = "rejected.jsonl"
+INFO_NAME = "_info.json"
 DUPLICATES_NAME = "duplicates.jsonl"
 _CURE = "name a new folder for the shards, or remove this one"
 
@@ -53,6 +54,31 @@ def write_record(
     counts = {"converted": converted, "changes": changes, "rejected": len(rejected), "skipped": count_reasons(skipped)}
     record.write_text(json.dumps(about | counts, indent=1) + "\n", encoding="ascii")
     return [record, *write_list(folder / REJECTED_NAME, rejected), *write_list(folder / DUPLICATES_NAME, copies)]
+
+
+def write_info(folder: Path, sides: Mapping[str, Mapping[str, int]]) -> list[Path]:
+    """Write _info.json: how many images each tar has, for readers of others. Returns the paths.
+
+    `sides` has that for each side ('', train or test) by the tar's name. timm's `wds/` takes the splits, wids the list. The
+    file lies beside each manifest; the split of a side '' is train. With two sides a file above them has both.
+    """
+    splits: dict[Path, dict[str, dict[str, int]]] = {}
+    for side, counts in sides.items():
+        splits[folder / side] = {side or "train": dict(counts)}
+        if side:
+            splits.setdefault(folder, {})[side] = {f"{side}/{name}": count for name, count in counts.items()}
+    for place, of_place in splits.items():
+        about: dict[str, object] = {
+            "splits": {
+                side: {"name": side, "num_samples": sum(n.values()), "filenames": [*n], "shard_lengths": [*n.values()]}
+                for side, n in of_place.items()
+            }
+        }
+        if len(of_place) == 1:
+            (counts,) = of_place.values()
+            about |= {"wids_version": 1, "shardlist": [{"url": name, "nsamples": n} for name, n in counts.items()]}
+        (place / INFO_NAME).write_text(json.dumps(about, indent=1) + "\n", encoding="ascii")
+    return [place / INFO_NAME for place in splits]
 
 
 def write_list(path: Path, problems: Iterable[Problem]) -> list[Path]:

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial as bind
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,8 @@ from simclr_dist.convert.sources.tar import TarMember, tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.index import INDEX_NAME, write_index
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
-from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.data.pixels.channels import prepare
+from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.system.errors import DataError, printable
 from simclr_dist.system.machine import cores
 
@@ -43,9 +45,10 @@ class IndexSummary:
 
 
 def index_shards(
-    folder: str | Path, *, processes: int | None = None, strict: bool = False, progress: bool = False
-) -> IndexSummary:
-    """Write `folder`/manifest.parquet for the tars in `folder`. They are read once and not changed.
+    folder: str | Path,
+    *, kind: Kind = RGB8, processes: int | None = None, strict: bool = False, progress: bool = False,
+) -> IndexSummary:  # fmt: skip
+    """Write `folder`/manifest.parquet for the tars in `folder`. They are read once and not changed. All images are of `kind`.
 
     A sample is what has one key, WebDataset's: the name up to the first dot of its last part. Its image is the member with an
     image's extension (`KEY.jpg` before `KEY.mask.png`), its label the integer in `KEY.cls`, -1 without one. Where
@@ -62,7 +65,7 @@ def index_shards(
             pass
         tables: list[pa.Table] = []
         with bar, workers(min(processes or cores(), len(tars)), (__name__,), folder) as run:
-            for table, problems, hidden in run(_read_tar, tars):
+            for table, problems, hidden in run(bind(_read_tar, kind=kind), tars):
                 tables.append(table)
                 rejected += problems
                 skipped += hidden
@@ -78,7 +81,7 @@ def index_shards(
             rows = rows.set_column(0, rows.schema.field("key"), keys)
         write_list(folder / REJECTED_NAME, rejected)
         names = [path.name for path, table in zip(tars, tables, strict=True) if len(table)]
-        manifest = write_manifest(folder, names, rows, ())
+        manifest = write_manifest(folder, names, rows, (), kind)
         write_index(manifest)
     labelled = pc.sum(pc.greater_equal(rows.column("label"), 0)).as_py()
     return IndexSummary(manifest, len(rows), labelled, len(names), tuple(rejected), tuple(skipped))
@@ -121,7 +124,7 @@ class _Sample:
     label: TarMember | None = None
 
 
-def _row(tar: str, descriptor: int, sample: _Sample) -> ManifestRow:
+def _row(tar: str, descriptor: int, sample: _Sample, kind: Kind) -> ManifestRow:
     """Make the sample's row. Raises DataError with the reason why there is none."""
     plain = [image for image in sample.images if image.name.removeprefix(sample.key).count(".") == 1]
     images = plain or sample.images
@@ -133,7 +136,7 @@ def _row(tar: str, descriptor: int, sample: _Sample) -> ManifestRow:
         raise DataError(reason)
     label = -1 if sample.label is None else parse_label(read_label(descriptor, sample.label), "cls")
     content = os.pread(descriptor, image.size, image.offset)
-    prepared = prepare_image(content)
+    prepared = prepare(content, kind)
     if prepared.reason:
         raise DataError(f"{prepared.reason}; `simclr-dist shard {tar} DST` converts it")
     digest, size = hashlib.sha256(content).digest(), (prepared.width, prepared.height)
@@ -155,7 +158,7 @@ def _joined(samples: list[_Sample]) -> list[_Sample]:
     return whole
 
 
-def _read_tar(path: Path) -> tuple[pa.Table, list[Problem], list[Problem]]:
+def _read_tar(path: Path, kind: Kind) -> tuple[pa.Table, list[Problem], list[Problem]]:
     """Read the rows, problems and hidden files of one tar. Each image is decoded."""
     rows: dict[str, ManifestRow | None] = {}
     rejected: list[Problem] = []
@@ -183,7 +186,7 @@ def _read_tar(path: Path) -> tuple[pa.Table, list[Problem], list[Problem]]:
                 if sample.key in rows:
                     raise DataError("its key comes twice in the tar")
                 rows[sample.key] = None
-                rows[sample.key] = _row(path.name, file.fileno(), sample)
+                rows[sample.key] = _row(path.name, file.fileno(), sample, kind)
             except DataError as error:
                 rejected.append(Problem(printable(f"{path.name}/{sample.key}"), str(error)))
     return row_table(list(filter(None, rows.values()))), rejected, skipped

@@ -1,9 +1,10 @@
 """Define the settings of a conversion, with their ranges. Quick to import."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
-from simclr_dist.config.ranges import Count, Range, check_ranges
+from simclr_dist.config.ranges import Channels, Count, Range, check_ranges
+from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.system.errors import ConfigError
 
 
@@ -19,6 +20,10 @@ class ShardSettings:
     """Shrink images to this short side, in pixels."""
     quality: Annotated[int, Range(least=1, most=100)] = 95
     """JPEG quality of re-encoded images."""
+    channels: Channels = 3
+    """Channels of every image: 1 is gray, 3 RGB (gray fits), 4 RGB with alpha, others as TIFFs have them."""
+    bit_depth: Literal[8, 16] = 8
+    """Bits of a channel; with 8, images of 16 bits lose half of them."""
     split: tuple[float, float] | None = None
     """Two shares like 0.8/0.2: write DST/train and DST/test, stratified by label."""
     image_column: str | None = None
@@ -33,3 +38,11 @@ class ShardSettings:
                 shares = "/".join(f"{share:.9g}" for share in self.split)
                 raise ConfigError(f"split: {shares} must be two shares above 0, train and test, that add up to 1, like 0.8/0.2")
         check_ranges(self)
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.channels, self.bit_depth)
+
+    def described(self) -> dict[str, Any]:
+        """Return the values that name a conversion. That of 8-bit RGB has the name that it had before there were others."""
+        return {name: value for name, value in asdict(self).items() if name not in Kind._fields or self.kind != RGB8}

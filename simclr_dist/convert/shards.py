@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from simclr_dist.config.ranges import Range
 from simclr_dist.convert.dealing import SPLIT_NAMES, deal, find_copies
 from simclr_dist.convert.decoding import Decoder, Records, gather, names_of
-from simclr_dist.convert.finished import RECORD_NAME, ShardSummary, read_record, write_record
+from simclr_dist.convert.finished import RECORD_NAME, ShardSummary, read_record, write_info, write_record
 from simclr_dist.convert.partial import Partial, StaleError, check, disk_errors, hold
 from simclr_dist.convert.settings import ShardSettings
 from simclr_dist.convert.sources.find import find_source
@@ -148,7 +148,7 @@ class _Conversion:
         for chunk in self.source.chunks:
             listing.update(chunk.identity())
         self.about: dict[str, object] = {
-            "source": str(Path(source).resolve()), **asdict(settings), "parts": parts, "listing": listing.hexdigest(),
+            "source": str(Path(source).resolve()), **settings.described(), "parts": parts, "listing": listing.hexdigest(),
             "format": _FORMAT, "Pillow": PIL.__version__, **tiff.reader(),
         }  # fmt: skip
 
@@ -173,7 +173,7 @@ class _Conversion:
 
     def _lasting(self, stamps: Iterable[str]) -> dict[str, object]:
         """Return the settings that identify the finished conversion. Paths, parts and versions change no image: left out."""
-        kept = {name: self.about[name] for name in (*asdict(self.settings), "listing", "format")}
+        kept = {name: self.about[name] for name in (*self.settings.described(), "listing", "format")}
         return kept | {"stamp": hashlib.sha256("".join(stamps).encode()).hexdigest()}
 
     def workers(self, units: range) -> Any:
@@ -188,7 +188,7 @@ class _Conversion:
     def decode(self, partial: Partial, units: range, run: Map) -> tuple[int, int, str]:
         """Do the first pass over these units. Returns the numbers of good and bad images, and the first bad one."""
         digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()
-        decoder = Decoder(partial, digest, self.parts, self.settings.short_side, self.settings.quality)
+        decoder = Decoder(partial, digest, self.parts, self.settings.short_side, self.settings.quality, self.settings.kind)
         good, bad, first_bad = 0, 0, ""
         total = sum(len(self.source.chunks[unit]) for unit in units)
         with self.bar(desc="decoding", total=total) as shown:
@@ -208,15 +208,18 @@ class _Conversion:
             settings, total = self.settings, len(self.source)
             sides = deal(records.index, records.label, records.sha256, total=total, seed=settings.seed, split=settings.split)
             shards = cut(sides, settings.shard_size)
+            sizes = {side: {shard.name: len(shard.rows) for shard in shards if shard.side == side} for side in sides}
             for side in sides:
                 (partial.out / side).mkdir(exist_ok=True)
             with self.bar(desc="writing", total=len(records.index)) as shown:
                 for written in run(Writer(partial, self.source.classes), shards):
                     shown.update(written)
-        total_bytes = write_manifests(partial, shards, self.source.classes)
+        total_bytes = write_manifests(partial, shards, self.source.classes, self.settings.kind)
         copies = self._copies(partial, records)
         about = self._lasting(records.stamps)
         for path in write_record(partial.out, about, records.converted, records.changes, rejected, self.source.skipped, copies):
+            sync(path)
+        for path in write_info(partial.out, sizes):
             sync(path)
         sync(partial.out)
         partial.out.rename(self.destination)

@@ -18,7 +18,8 @@ from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.index import indices
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.data.pixels.channels import prepare
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.system.errors import DataError, printable, reason_of
 from simclr_dist.system.machine import cores
@@ -66,7 +67,7 @@ def verify_shards(
     bar = tqdm(total=sum(map(len, manifests)), unit="image", disable=not (progress and sys.stderr.isatty()))
     with bar, workers(min(processes or cores(), shards), (__name__,), folder) as run:
         for manifest in manifests:
-            results = run(bind(_check_shard, decode=decode), _tasks(manifest))
+            results = run(bind(_check_shard, kind=manifest.kind if decode else None), _tasks(manifest))
             for images, (lines, *counted) in zip(manifest.shard_sizes.tolist(), results, strict=True):
                 for line in lines:
                     report(line)
@@ -96,7 +97,7 @@ def _tasks(manifest: Manifest) -> Iterator[tuple[Path, int, dict[str, Any]]]:
         yield Path(manifest.folder, shard), size, {name: getattr(manifest, name)[first:end] for name in _COLUMNS}
 
 
-def _check_shard(task: tuple[Path, int, dict[str, Any]], decode: bool) -> tuple[list[str], int, int, int]:
+def _check_shard(task: tuple[Path, int, dict[str, Any]], kind: Kind | None) -> tuple[list[str], int, int, int]:
     """Check a tar. Returns lines on what is wrong, and the numbers of bad and unlisted images and of bytes read."""
     path, size, rows = task
     count = len(rows["key"])
@@ -123,7 +124,7 @@ def _check_shard(task: tuple[Path, int, dict[str, Any]], decode: bool) -> tuple[
                 values = {name: column[row] for name, column in rows.items()}
                 content = os.pread(file.fileno(), int(values["size"]), int(values["offset"]))
                 total += len(content)
-                if reason := _why_bad(path, values, content, members if whole else None, labels, decode):
+                if reason := _why_bad(path, values, content, members if whole else None, labels, kind):
                     lines.append(f"{path}: image {printable(str(values['key']))}: {reason}")
                     bad += 1
     except OSError as error:
@@ -134,7 +135,7 @@ def _check_shard(task: tuple[Path, int, dict[str, Any]], decode: bool) -> tuple[
 
 
 def _why_bad(
-    path: Path, row: dict[str, Any], content: bytes, members: _Members | None, labels: dict[str, bytes], decode: bool
+    path: Path, row: dict[str, Any], content: bytes, members: _Members | None, labels: dict[str, bytes], kind: Kind | None
 ) -> str | None:
     if hashlib.sha256(content).digest() != row["sha256"].tobytes():
         return "its bytes are not those of the manifest (sha256)"
@@ -149,9 +150,9 @@ def _why_bad(
             return str(error)
         if label != row["label"]:
             return f"its label is {label} in the tar, {row['label']} in the manifest"
-    if decode:
+    if kind is not None:
         try:
-            image = prepare_image(content)
+            image = prepare(content, kind)
         except DataError as error:
             return f"cannot be decoded: {error}"
         if image.reason or (image.width, image.height) != (row["width"], row["height"]):

@@ -17,6 +17,7 @@ from simclr_dist.convert.partial import Partial, put
 from simclr_dist.convert.sources.tar import tar_members
 from simclr_dist.data.index import write_index
 from simclr_dist.data.manifest import ROW_SCHEMA, ManifestRow, row_table, write_manifest
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.system.errors import DataError, printable
 
 _BYTES = b"bytes"
@@ -101,14 +102,14 @@ class Writer:
         return content
 
 
-def write_manifests(partial: Partial, shards: list[Shard], classes: tuple[str, ...]) -> int:
+def write_manifests(partial: Partial, shards: list[Shard], classes: tuple[str, ...], kind: Kind) -> int:
     """Write the manifest of each side. All tars must be there. Returns the bytes of all tars together."""
     total = 0
     for side, tars in itertools.groupby(shards, lambda shard: shard.side):
         tables = {shard.name: _read_rows(partial, shard) for shard in tars}
         total += sum(int(table.schema.metadata[_BYTES]) for table in tables.values())
         rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables.values()])
-        write_index(write_manifest(partial.out / side, list(tables), rows, classes))
+        write_index(write_manifest(partial.out / side, list(tables), rows, classes, kind))
     return total
 
 

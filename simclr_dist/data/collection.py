@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from simclr_dist.data.columns import Sides, content_digest
 from simclr_dist.data.index import Parquet, open_index
 from simclr_dist.data.manifest import MANIFEST_NAME, Manifest, check_shards, read_manifest
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import check_url, fetch, is_url, join
 from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, redact
@@ -64,9 +65,27 @@ def load_collection(where: str | Path, *, beside: str | Path = ".", cache: Cache
     return manifest
 
 
-def count_images(where: str | Path, samples: int | None = None, *, beside: str | Path = ".") -> int:
-    """Count the images of what `where` names. `samples` is the count if the user states it, else the manifest's is used."""
-    return len(load_collection(where, beside=beside)) if samples is None else samples
+def count_images(
+    where: str | Path, samples: int | None = None, *, beside: str | Path = ".", kind: tuple[int, int] | None = None
+) -> int:
+    """Count the images of what `where` names. `samples` is the count if the user states it, else the manifest's is used.
+
+    Raises ConfigError where that manifest's images are not of the `kind` that a run asks for.
+    """
+    if samples is not None:
+        return samples
+    manifest = load_collection(where, beside=beside)
+    if kind is not None:
+        check_kind(manifest, Kind(*kind))
+    return len(manifest)
+
+
+def check_kind(manifest: Manifest, kind: Kind) -> None:
+    """Raise ConfigError where a run asks for images of another kind."""
+    if manifest.kind != kind:
+        asks = f"data.channels and data.bit_depth ask for {kind}"
+        cure = f"change that, or shard the images again with --channels {kind.channels} --bit-depth {kind.bit_depth}"
+        raise ConfigError(f"{manifest.folder}: its images have {manifest.kind}, and {asks}; {cure}")
 
 
 def names_tars(where: str | Path) -> bool:

@@ -26,11 +26,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simclr_dist.data.columns import Keys, Sides, content_digest
+from simclr_dist.data.pixels.kinds import MOST_CHANNELS, RGB8, Kind
 from simclr_dist.system.errors import DataError, reason_of, say
 from simclr_dist.system.files import lock, replacing
 
 INDEX_NAME = "manifest.index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a manifest whose images are 8-bit RGB
+KIND_VERSION = 2  # of one that says what else they are; programs that know 8-bit RGB alone refuse it
 METADATA_KEY = b"simclr_dist"
 _PARQUET = {
     "key": pa.string(), "shard": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.int64(),
@@ -43,6 +45,7 @@ _COLUMNS = {name: np.dtype(kind).newbyteorder("<") for name, kind in _NUMBERS.it
 _BOUND = np.dtype("<i8")  # where a key begins in all their text, and the last one ends
 _END = struct.Struct("<32sQ8s")  # sha256 of the header, its length, what file this is
 _MAGIC = b"simclr-1"
+_KIND_MAGIC = b"simclr-2"  # where images are not 8-bit RGB: programs that know those alone pass over it
 _MOST_HEADER = 1 << 30  # of some ten million shards
 _ROWS = 1 << 16  # at a time
 _SECOND = 10**9
@@ -158,7 +161,9 @@ def _mapped(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]]:
     length = os.fstat(descriptor).st_size
     place = max(0, length - _END.size)
     digest, size, magic = _END.unpack(os.pread(descriptor, _END.size, place).ljust(_END.size))
-    text = os.pread(descriptor, size, place - size) if magic == _MAGIC and size <= min(place, _MOST_HEADER) else b""
+    text = (
+        os.pread(descriptor, size, place - size) if magic in (_MAGIC, _KIND_MAGIC) and size <= min(place, _MOST_HEADER) else b""
+    )
     if hashlib.sha256(text).digest() != digest:
         raise ValueError("its end is damaged")
     header = json.loads(text)
@@ -174,8 +179,17 @@ def _mapped(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]]:
     return header, {
         "shards": names, "shard_sizes": counts[1], "shard_bytes": counts[0], "classes": tuple(map(str, header["classes"])),
         "digest": str(header["digest"]), "short_side": float(header["short_side"]), "pixels": int(header["pixels"]),
+        "kind": _kind(RGB8._asdict() | header),
         "key": Keys(bounds[:-1], bounds[1:], keys), **columns,
     }  # fmt: skip
+
+
+def _kind(about: dict[str, Any]) -> Kind:
+    """Read what the images are. Raises ValueError for what none can be, and what int and a dict raise."""
+    kind = Kind(int(about["channels"]), int(about["bit_depth"]))
+    if not (1 <= kind.channels <= MOST_CHANNELS and kind.bit_depth in (8, 16)):
+        raise ValueError("no kind of images")
+    return kind
 
 
 def _starts(images: int) -> dict[str, int]:
@@ -230,7 +244,7 @@ def _make(parquet: Parquet, file: BinaryIO) -> None:
         about["digest"] = content_digest(keys, about["classes"], hashes, labels)
     about |= {"short_side": sides.median(), "pixels": sides.pixels, "key_bytes": file.seek(0, 2) - _starts(images)["keys"]}
     text = json.dumps(about | {"parquet_sha256": parquet.sha256}).encode()
-    file.write(text + _END.pack(hashlib.sha256(text).digest(), len(text), _MAGIC))
+    file.write(text + _END.pack(hashlib.sha256(text).digest(), len(text), _KIND_MAGIC if "channels" in about else _MAGIC))
     file.flush()
     pa.default_memory_pool().release_unused()
 
@@ -296,6 +310,7 @@ def _read_about(shown: str, table: pq.ParquetFile) -> dict[str, Any]:
     try:
         about: Any = json.loads(schema.metadata[METADATA_KEY])
         version = about["version"]
+        kind = _kind(about)._asdict() if version == KIND_VERSION else {}
         entries = [(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in about["shards"]]
         np.array([sizes for _, *sizes in entries], dtype=np.int64)
         names, sizes, samples = map(list, zip(*entries, strict=True)) if entries else ([], [], [])
@@ -303,12 +318,13 @@ def _read_about(shown: str, table: pq.ParquetFile) -> dict[str, Any]:
         _checked_names(names, samples)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise foreign from None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{shown}: manifest version {version}, this simclr-dist reads {FORMAT_VERSION}; shard the images again")
+    if version not in (FORMAT_VERSION, KIND_VERSION):
+        newest = f"manifest version {version}, this simclr-dist reads {FORMAT_VERSION} and {KIND_VERSION}"
+        raise DataError(f"{shown}: {newest}; shard the images again")
     if not schema.remove_metadata().equals(SCHEMA):
         raise foreign
     if table.metadata.num_rows == 0:
         raise DataError(f"{shown}: lists no image; shard the images again")
     if table.metadata.num_rows != sum(samples):
         raise _misfit(shown)
-    return {"names": names, "bytes": sizes, "samples": samples, "classes": classes}
+    return {"names": names, "bytes": sizes, "samples": samples, "classes": classes, **kind}

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simclr_dist.data.columns import Keys
-from simclr_dist.data.index import FORMAT_VERSION, INDEX_NAME, METADATA_KEY, SCHEMA, Parquet, open_index
+from simclr_dist.data.index import FORMAT_VERSION, INDEX_NAME, KIND_VERSION, METADATA_KEY, SCHEMA, Parquet, open_index
+from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.system.errors import DataError
 from simclr_dist.system.files import replacing
 
@@ -29,7 +30,8 @@ class Manifest:
     sizes of the tars. `offset` and `size` int64 [n] locate the image's bytes inside the tar. `label` int64 [n] is -1 where
     there is none; `sha256` uint8 [n, 32] is of the image's bytes. `classes` are names by label, () when the source has none
     (labels may exist all the same). `digest` is the hex sha256 of the content (keys, hashes, labels, classes), whatever the
-    folder. `short_side` is the median of the images' shorter sides, `pixels` the sum over all images. `folder` is a text when
+    folder. `short_side` is the median of the images' shorter sides, `pixels` the sum over all images. `kind` is
+    what all are when they are read. `folder` is a text when
     it is a URL (`data.collection`).
     """
 
@@ -48,6 +50,7 @@ class Manifest:
     digest: str
     short_side: float
     pixels: int
+    kind: Kind = RGB8
 
     def __len__(self) -> int:
         return len(self.key)
@@ -88,7 +91,9 @@ def row_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema = ROW_SCHEMA) -
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
 
 
-def write_manifest(folder: Path, shards: Sequence[str], rows: Sequence[ManifestRow] | pa.Table, classes: Sequence[str]) -> Path:
+def write_manifest(
+    folder: Path, shards: Sequence[str], rows: Sequence[ManifestRow] | pa.Table, classes: Sequence[str], kind: Kind = RGB8
+) -> Path:
     """Write `folder`/manifest.parquet for the tars `shards`. The tars must be there already. Returns its path.
 
     `rows` come in shard order, as a sequence or as a table of `ROW_SCHEMA`. The same input gives the same bytes.
@@ -102,9 +107,10 @@ def write_manifest(folder: Path, shards: Sequence[str], rows: Sequence[ManifestR
     counts = {entry["values"]: entry["counts"] for entry in table.column("shard").value_counts().to_pylist()}
     about = {
         "format": "simclr_dist.manifest",
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSION if kind == RGB8 else KIND_VERSION,
         "shards": [{"name": name, "bytes": (folder / name).stat().st_size, "samples": counts.get(name, 0)} for name in shards],
         "classes": list(classes),
+        **(kind._asdict() if kind != RGB8 else {}),
     }
     arrays = [columns[field.name] for field in SCHEMA]
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(about, sort_keys=True).encode()})

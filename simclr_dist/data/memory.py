@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from simclr_dist.data.order import Rows
+from simclr_dist.data.pixels.decode import DTYPES
 from simclr_dist.data.pixels.resize import crop_views
 from simclr_dist.data.reader import Images, Sample, ShardDataset
 from simclr_dist.data.views.crops import Interpolation
@@ -30,7 +31,7 @@ def held_in_memory(images: Images, choice: str, pause: Callable[[], object] = la
     """
     if not isinstance(images, ShardDataset):
         return images
-    wanted = choice == "always" or (choice == "auto" and 3 * images.manifest.pixels <= AUTO_BYTES)
+    wanted = choice == "always" or (choice == "auto" and images.kind.pixel_bytes * images.manifest.pixels <= AUTO_BYTES)
     return DecodedImages(images, pause) if wanted else images
 
 
@@ -42,21 +43,21 @@ class DecodedImages(Dataset[Sample]):
     """
 
     def __init__(self, images: ShardDataset, pause: Callable[[], object] = lambda: None) -> None:
-        self.manifest = manifest = images.manifest
+        self.manifest, self.kind = (manifest := images.manifest), images.kind
         heights, widths = manifest.height.astype(np.int64), manifest.width.astype(np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(heights * widths * 3)])
+        self._starts = np.concatenate([[0], np.cumsum(heights * widths * self.kind.channels)])
         total = int(self._starts[-1])
         try:
-            self._pixels = torch.empty(total, dtype=torch.uint8)
+            self._pixels = torch.empty(total, dtype=DTYPES[self.kind.bit_depth])
         except RuntimeError:
             raise RankError(
-                f"data.in_memory: the pixels of {len(manifest)} images take {total / 2**30:.3g} GiB, which this machine does"
-                " not have; set it to never"
+                f"data.in_memory: the pixels of {len(manifest)} images take {total * self.kind.bit_depth / 2**33:.3g} GiB,"
+                " which this machine does not have; set it to never"
             ) from None
         self._bad: dict[int, str] = {}
         same = bool((heights == heights[0]).all() and (widths == widths[0]).all())
-        self.of_one_size = same and max(heights[0], widths[0]) <= _BATCH_SIDE
-        """Whether all have one size, a small one: then `crops` can be called."""
+        self.of_one_size = same and max(heights[0], widths[0]) <= _BATCH_SIDE and self.kind.bit_depth == 8
+        """Whether all have 8 bits and one size, a small one: then `crops` can be called."""
         pauses = np.diff(self._starts // _PAUSE_BYTES) > 0
         for row in range(len(manifest)):
             if pauses[row]:
@@ -88,12 +89,14 @@ class DecodedImages(Dataset[Sample]):
         """Do nothing: all images are in memory."""
 
     def crops(self, rows: Rows, box: Rows, flip: NDArray[np.bool_], size: int, how: Interpolation) -> Tensor:
-        """Make `crop_view` of each row, with the same bits. All rows take one call: uint8 [n, 3, size, size]."""
-        whole = self._pixels.view(len(self), 3, int(self.manifest.height[0]), int(self.manifest.width[0]))
+        """Make `crop_view` of each row, with the same bits. All rows take one call: uint8 [n, c, size, size]."""
+        whole = self._pixels.view(len(self), self.kind.channels, int(self.manifest.height[0]), int(self.manifest.width[0]))
         return crop_views(whole, rows, box, flip, size, how)
 
     def _stored(self, row: int) -> Tensor:
-        """View a row's pixels as [3, h, w]. They lie as `crops` takes them, or channels last, as `crop_view` likes it."""
+        """View a row's pixels as [c, h, w]. They lie as `crops` takes them, or channels last, as `crop_view` likes it."""
         height, width = int(self.manifest.height[row]), int(self.manifest.width[row])
         pixels = self._pixels[self._starts[row] : self._starts[row + 1]]
-        return pixels.view(3, height, width) if self.of_one_size else pixels.view(height, width, 3).permute(2, 0, 1)
+        if self.of_one_size:
+            return pixels.view(self.kind.channels, height, width)
+        return pixels.view(height, width, self.kind.channels).permute(2, 0, 1)

@@ -18,11 +18,12 @@ class Cut:
     micro_batches: int
     images: int
     image_size: int
+    pixel_bytes: int = 3
 
     @property
     def largest(self) -> int:
         """Return the images of the largest portion."""
-        most = max(1, _PORTION_BYTES // (2 * 3 * self.image_size**2))
+        most = max(1, _PORTION_BYTES // (2 * self.pixel_bytes * self.image_size**2))
         # No larger than it must be, so that a micro-batch's portions are alike.
         return -(-self.images // -(-self.images // most))
 
@@ -50,7 +51,7 @@ class Cut:
     @property
     def portion_bytes(self) -> int:
         """Return the bytes of the largest portion, in pages."""
-        sizes = (*[3 * self.image_size**2 * self.largest] * 2, 8 * self.largest)  # crops of both views, and rows
+        sizes = (*[self.pixel_bytes * self.image_size**2 * self.largest] * 2, 8 * self.largest)  # crops of both views, and rows
         return mmap.PAGESIZE * sum(-(-size // mmap.PAGESIZE) for size in sizes)
 
     def shared_bytes(self, workers: int, *, pinned: bool) -> tuple[int, int]:

@@ -13,10 +13,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simclr_dist.data.collection import check_content, load_collection
+from simclr_dist.data.collection import check_content, check_kind, load_collection
 from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.pixels.decode import decode
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.data.remote.ahead import Ahead
 from simclr_dist.data.remote.cache import CacheSettings, ShardCache, cache_settings
 from simclr_dist.system.errors import DataError, printable
@@ -27,7 +28,7 @@ _LONGEST_JSON = 1 << 15
 
 
 class Sample(NamedTuple):
-    """One image: uint8 [3, h, w], label (-1: none) and manifest row."""
+    """One image, uint8 or uint16 [c, h, w]. It has a label (-1: none) and manifest row."""
 
     image: Tensor
     label: int
@@ -50,19 +51,23 @@ class ShardDataset(Dataset[Sample]):
     disk. The next ones are fetched ahead where the order is known (`expect`) or is that of the manifest. No more than
     `open_shards` files are open at a time. Raises DataError, naming key and shard, when the bytes are not those that the
     manifest was written for. Raises UnreachableError when the server fails, ConfigError when the cache's limit is too small.
-    `checked`: all labels and keys are compared with the manifest's digest first, for those who use them.
+    `checked`: all labels and keys are compared with the manifest's digest first, for those who use them. `kind`: raises
+    ConfigError where the images are of another.
     """
 
     _cache: ShardCache | None = None
 
     def __init__(
-        self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None, checked: bool = False
-    ) -> None:
+        self, where: str | Path, *, open_shards: int = 32, cache: CacheSettings | None = None,
+        checked: bool = False, kind: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         if open_shards < 1:
             raise ValueError(f"ShardDataset: open_shards: {open_shards} must be at least 1")
         self.manifest: Manifest = load_collection(where, cache=cache)
         if checked:
             check_content(self.manifest)
+        if kind is not None:
+            check_kind(self.manifest, Kind(*kind))
         self._open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
         self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -75,6 +80,10 @@ class ShardDataset(Dataset[Sample]):
     def digest(self) -> str:
         return self.manifest.digest
 
+    @property
+    def kind(self) -> Kind:
+        return self.manifest.kind
+
     def __len__(self) -> int:
         return len(self.manifest)
 
@@ -82,7 +91,7 @@ class ShardDataset(Dataset[Sample]):
         row = range(len(self))[row]  # from the end, too
         content = self.read(row)
         try:
-            image = decode(content)
+            image = decode(content, self.kind)
         except DataError as error:
             raise DataError(f"{self._name(row)}: {error}") from None
         return Sample(image, int(self.manifest.label[row]), int(row))

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from simclr_dist.data.memory import DecodedImages
 from simclr_dist.data.order import Plan
+from simclr_dist.data.pixels.kinds import kind_of
 from simclr_dist.data.portions import Cut
 from simclr_dist.data.reader import Images, Sample
-from simclr_dist.data.views.colour import colour_views
-from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.colour import Colour, colour_views
+from simclr_dist.data.views.crops import crop_view, turn_views
 from simclr_dist.data.views.draws import ViewDraws, ViewSettings, draw_views
 from simclr_dist.data.workers import SILENT_MINUTES, Loader
 from simclr_dist.system import signals
@@ -29,8 +30,8 @@ _KEPT_BYTES = 2**28
 class Portion(NamedTuple):
     """Some images of one micro-batch, before colour.
 
-    `crops`: uint8 [n, 3, s, s] of view a and of view b; `draws`: what `colour_views` has still to apply to each; `rows`:
-    manifest rows, int64 [n], after replacements. `bad`: (manifest row, reason) of unreadable images met.
+    `crops`: uint8 or uint16 [n, c, s, s] of view a and of view b; `draws`: what `colour_views` has still to apply to each;
+    `rows`: manifest rows, int64 [n], after replacements. `bad`: (manifest row, reason) of unreadable images met.
     """
 
     step: int
@@ -56,6 +57,10 @@ class Views:
         return torch.cat([portion.rows for portion in self.portions])
 
     @property
+    def rows_of_each(self) -> list[Tensor]:
+        return [torch.cat([portion.rows for portion in micro_batch]) for micro_batch in self.micro_batches]
+
+    @property
     def bad(self) -> list[tuple[int, str]]:
         return [entry for portion in self.portions for entry in portion.bad]
 
@@ -66,7 +71,7 @@ class StepDataset(Dataset[Views]):
     def __init__(self, images: Images, plan: Plan, settings: ViewSettings, *, replace_bad: bool = False) -> None:
         self.images, self.plan, self.settings, self.replace_bad = images, plan, settings, replace_bad
         micro_batch = plan.global_batch_size // plan.micro_batches // plan.world_size
-        self.cut = Cut(plan.micro_batches, micro_batch, settings.image_size)
+        self.cut = Cut(plan.micro_batches, micro_batch, settings.image_size, kind_of(images).pixel_bytes)
         self._places = self.cut.places
 
     @property
@@ -106,6 +111,7 @@ class StepDataset(Dataset[Views]):
             else:
                 boxes = zip(images, drawn.box, drawn.flip, strict=True)
                 crops.append(torch.stack([crop_view(image, box, flip, size, how) for image, box, flip in boxes]))
+            turn_views(crops[view], drawn)
             draws.append(drawn)
         return Portion(step, (crops[0], crops[1]), (draws[0], draws[1]), torch.from_numpy(used), bad)
 
@@ -172,8 +178,10 @@ def _portions(dataset: StepDataset, loader: Loader[Portion], numbers: range) -> 
 class _MicroBatches(Sequence[tuple[Tensor, Tensor]]):
     """Micro-batches that are coloured each time they are indexed."""
 
-    def __init__(self, views: Views, settings: ViewSettings, device: torch.device, timed: AbstractContextManager[None]) -> None:
-        self._views, self._settings, self._device, self._timed = views, settings, device, timed
+    def __init__(
+        self, views: Views, settings: ViewSettings, device: torch.device, colour: Colour, timed: AbstractContextManager[None]
+    ) -> None:
+        self._views, self._settings, self._device, self._colour, self._timed = views, settings, device, colour, timed
 
     def __len__(self) -> int:
         return len(self._views.micro_batches)
@@ -185,31 +193,36 @@ class _MicroBatches(Sequence[tuple[Tensor, Tensor]]):
 
     def _coloured(self, micro_batch: list[Portion], view: int) -> Tensor:
         count, size = sum(len(portion.rows) for portion in micro_batch), self._settings.image_size
-        whole = torch.empty(count, 3, size, size, device=self._device)
+        whole = torch.empty(count, self._settings.channels, size, size, device=self._device)
         start = 0
         for portion in micro_batch:
             with record_function("host to device"):
                 crops = portion.crops[view].to(self._device, non_blocking=True)
             with record_function("views"):
-                whole[start : start + len(crops)] = colour_views(crops, portion.draws[view], self._settings)
+                self._colour(crops, portion.draws[view], self._settings, whole[start : start + len(crops)])
             start += len(crops)
         return whole
 
 
 def coloured(
-    views: Views, settings: ViewSettings, device: torch.device, *, timed: AbstractContextManager[None] | None = None
+    views: Views,
+    settings: ViewSettings,
+    device: torch.device,
+    *,
+    colour: Colour = colour_views,
+    timed: AbstractContextManager[None] | None = None,
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    """Colour, blur and normalise a step's micro-batches on `device`. Each is (view a, view b), float32 [n, 3, s, s].
+    """Colour, blur and normalise a step's micro-batches on `device`. Each is (view a, view b), float32 [n, c, s, s].
 
     Large views are not kept: each micro-batch is made whenever it is indexed, with the same bits every time.
-    All of this work is done within `timed`.
+    `colour` does it, all of it within `timed`.
     """
-    micro_batches = _MicroBatches(views, settings, device, timed or nullcontext())
+    micro_batches = _MicroBatches(views, settings, device, colour, timed or nullcontext())
     floats = 4 * sum(portion.crops[0].numel() + portion.crops[1].numel() for portion in views.portions)
     return list(micro_batches) if floats <= _KEPT_BYTES else micro_batches
 
 
 def two_views(views: Views, settings: ViewSettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Colour a whole step at once. Returns two float32 [n, 3, s, s]."""
+    """Colour a whole step at once. Returns two float32 [n, c, s, s]."""
     a, b = (torch.cat(view) for view in zip(*coloured(views, settings, device), strict=True))
     return a, b

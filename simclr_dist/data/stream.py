@@ -26,8 +26,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from simclr_dist.data.collection import PIPE, find_tars
 from simclr_dist.data.order import Plan, Rows
-from simclr_dist.data.pixels.decode import decode, turn_upright
-from simclr_dist.data.pixels.images import check_pixels, orientation_of, prepare_image
+from simclr_dist.data.pixels.decode import decode, decode_any, turn_upright
+from simclr_dist.data.pixels.images import check_pixels, orientation_of
+from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import fetch, is_url
@@ -35,6 +36,7 @@ from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
 from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, reason_of, redact
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+_DEEP_SUFFIXES = ("tif", "tiff")  # where another kind is asked for than 8-bit RGB, which decoders give at once
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _SPARES = 100
 _BROKEN = "broken"
@@ -67,16 +69,16 @@ class StreamImages(Dataset[Sample]):
     Must be read in the processes that a DataLoader with `workers` workers starts on rank `rank` of `world_size`. `samples`
     is the number of images in all tars, `shuffle` how many a worker mixes at a time. `start` is the step that the run (again)
     begins with; with `seed` it decides the order. A tar's image is the member ending in jpg, jpeg, png, webp or
-    gif. Raises ConfigError when there are fewer tars than workers, and for `pipe:` without `allow_pipe`; DataError when a
-    local tar is not there.
+    gif; for a `kind` that is not 8-bit RGB also tif or tiff. Raises ConfigError when there are fewer tars than workers, and for
+    `pipe:` without `allow_pipe`; DataError when a local tar is not there.
     """
 
     def __init__(
         self, where: str, samples: int,
         *, seed: int, rank: int = 0, world_size: int = 1, workers: int = 0,
-        shuffle: int = 1000, allow_pipe: bool = False, cache: CacheSettings | None = None,
+        shuffle: int = 1000, allow_pipe: bool = False, cache: CacheSettings | None = None, kind: Kind = RGB8,
     ) -> None:  # fmt: skip
-        self.samples, self.start = samples, 0
+        self.samples, self.kind, self.start = samples, kind, 0
         self._shards = find_tars(where, allow_pipe=allow_pipe)
         self._seed, self._rank, self._shuffle, self._cache = seed, rank, shuffle, cache
         self._parts = world_size * max(1, workers)
@@ -103,7 +105,7 @@ class StreamImages(Dataset[Sample]):
             self._running = self._pipeline()
         if self._doubled:
             raise DataError(self._doubled.popleft())
-        return _decoded(next(self._running), row)
+        return _decoded(next(self._running), row, self.kind)
 
     def expect(self, now: Iterable[int], ahead: Iterable[int]) -> None:
         """Do nothing: the order is not known ahead."""
@@ -196,15 +198,21 @@ def _broken(shard: str, reason: str) -> dict[str, Any]:
     return {"fname": f"{secrets.token_hex(8)}.{_BROKEN}", "data": reason, "__url__": shard}
 
 
-def _decoded(sample: dict[str, Any], row: int) -> Sample:
+def _decoded(sample: dict[str, Any], row: int, kind: Kind) -> Sample:
     if isinstance(reason := sample.get(_BROKEN), str):  # a member's content would be bytes
         raise DataError(reason)
     name = printable(f"{redact(str(sample['__url__']))}: image {sample['__key__']}")
-    images = [key for key in sample if key.rpartition(".")[2] in _SUFFIXES and not key.startswith("__")]
+    suffixes = _SUFFIXES if kind == RGB8 else _SUFFIXES + _DEEP_SUFFIXES
+    images = [key for key in sample if key.rpartition(".")[2] in suffixes and not key.startswith("__")]
     suffix = min(images, key=lambda ending: "." in ending, default=None)  # KEY.jpg before KEY.mask.png
     if suffix is None:
-        raise DataError(f"{name}: has no member that ends in {', '.join(_SUFFIXES)}")
+        raise DataError(f"{name}: has no member that ends in {', '.join(suffixes)}")
     content = sample[suffix]
+    if kind != RGB8:
+        try:
+            return Sample(decode_any(content, kind), _label(sample), row)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     try:
         width, height, orientation, plain = _header(content)
     except Exception as error:  # Pillow's readers fail on damaged bytes with nearly every exception there is
@@ -214,11 +222,15 @@ def _decoded(sample: dict[str, Any], row: int) -> Sample:
     try:
         check_pixels(width, height)
         # Nobody has checked these files. Decoders show damaged and 16-bit PNGs without a word, and others may have many frames.
-        image = turn_upright(decode(content), orientation) if plain else decode(prepare_image(content).content)
+        image = turn_upright(decode(content), orientation) if plain else decode_any(content)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
+    return Sample(image, _label(sample), row)
+
+
+def _label(sample: dict[str, Any]) -> int:
     label = bytes(sample.get("cls", b"")).strip()
-    return Sample(image, int(label) if label.isdigit() and len(label) < 18 else -1, row)
+    return int(label) if label.isdigit() and len(label) < 18 else -1
 
 
 def _header(content: bytes) -> tuple[int, int, int, bool]:

@@ -11,69 +11,43 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import safetensors
 import torch
-import torchvision
 from safetensors.torch import load, save
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
-from simclr_dist.config.ranges import Count, Natural, Positive, Range, check_ranges
-from simclr_dist.config.settings import Encoder, Stem
+from simclr_dist.config.networks import titled
+from simclr_dist.config.ranges import check_ranges
+from simclr_dist.config.settings import ENCODERS
 from simclr_dist.config.strict_yaml import merge
+from simclr_dist.encoder.card import Card, EncoderCard, ProjectorCard, check_card, shape_card
+from simclr_dist.encoder.features import features
 from simclr_dist.encoder.names import check_is_file
 from simclr_dist.encoder.preprocess import preprocess, preprocess_card
-from simclr_dist.method.model import ResNet, build_projector
+from simclr_dist.method.encoders import build_encoder
+from simclr_dist.method.model import Encoder, build_projector
 from simclr_dist.system.errors import ConfigError, DamagedError, DataError, SaveError, reason_of
 from simclr_dist.system.files import fitting, write_atomically
 
-Card = dict[str, Any]
 _MOST_BYTES = 2**35  # of a file that is read whole: a resnet152 of width 4 has 2**32
 
 
-@dataclasses.dataclass(frozen=True)
-class _EncoderCard:
-    """What every encoder's card has."""
-
-    encoder: Encoder = "resnet18"
-    width: Literal[1, 2, 4] = 1
-    stem: Stem = "imagenet"
-    feature_size: Count = 512
-    image_size: Annotated[int, Range(least=8, most=16_384)] = 224
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    std: tuple[Positive, Positive, Positive] = (1.0, 1.0, 1.0)
-    step: Natural = 0
-    init: str = ""
-    data_digest: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _ProjectorCard:
-    """What every projector's card has."""
-
-    depth: Annotated[int, Range(least=0, most=1000)] = 2
-    hidden: Annotated[int, Range(least=1, most=1_000_000)] = 2048
-    dim: Annotated[int, Range(least=1, most=1_000_000)] = 128
-    batch_norm: bool = True
-    encoder_sha256: str = ""
-
-
 def export_encoder(
-    path: Path, encoder: nn.Module, card: Card, projector: nn.Module | None = None, *, elsewhere: Sequence[str | Path] = ()
+    path: Path, encoder: Encoder, card: Card, projector: nn.Module | None = None, *, elsewhere: Sequence[str | Path] = ()
 ) -> None:
     """Write `path` (.safetensors), its card, and the projector, if any, to `projector_path(path)`.
 
-    The card must have what `_EncoderCard` has; `shape_card` and `preprocess` are added. The projector names its encoder by the
+    The card must have what `EncoderCard` has; `shape_card` and `preprocess` are added. The projector names its encoder by the
     digest of the encoder's file. The encoder is written last: where it is, the others are. Raises SaveError when the disk does
     not take one of them. Then they lie in a new folder in the first of `elsewhere` that takes them, as the error says.
     """
-    assert isinstance(encoder, ResNet)
     about = {"format": "simclr_dist encoder 1", **card, **shape_card(encoder, card), "preprocess": preprocess_card(card)}
     text = json.dumps(about, indent=2, sort_keys=True)
     content = save(_weights(encoder), metadata={"card": text})
@@ -114,8 +88,9 @@ def projector_path(encoder: str | Path) -> Path:
 def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: str = "h") -> nn.Module:
     """Load an exported encoder in eval mode. Its card (dict) is `.card`; `.digests` has its file's "sha256", in hex.
 
-    `.preprocess(image)` turns a PIL image, or uint8 [3, h, w], into its input, float [3, s, s]; card["preprocess"] says how.
-    Forward: float [n, 3, s, s] to [n, card["feature_size"]]. `layer` is what
+    `.embed(image)` gives the features of a path, bytes, a PIL image, or a list of these: float32 [d], or [n, d].
+    `.preprocess(image)` turns a PIL image, or uint8 or uint16 [c, h, w], into its input, float [c, s, s]; card["preprocess"]
+    says how, and c is card["channels"]. Forward: float [n, c, s, s] to [n, card["feature_size"]]. `layer` is what
     comes out: "h", the representation; "projector.N", the projector after its Nth linear layer with BatchNorm and ReLU
     (h is the 0th, as SimCLR v2, section 2, counts); "z", the projector's last layer. card["layer"] is h or projector.N. Behind
     h, `.digests` has "projector_sha256" too, else None. Each file is read once: what its name stands for may change.
@@ -128,11 +103,18 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: st
     path = Path(path)
     check_is_file(path)
     with _reading(path, "an encoder"):
-        card, weights, digest = _read(path, _EncoderCard())
+        card, weights, digest = _read(path, EncoderCard())
         card["preprocess"] = preprocess_card(card)  # which older cards lack
-        encoder = ResNet(card["encoder"], width=card["width"], stem=card["stem"])
-        _check_card(card, encoder)
-    _fill(encoder, weights, f"{path}: its weights do not fit its card ({card['encoder']}, width {card['width']})")
+        if card["encoder"] not in ENCODERS and not re.fullmatch(r"(timm|torchvision)/[\w.]+", card["encoder"]):
+            raise ValueError(f"encoder: {card['encoder'][:60]!r}")
+    try:
+        encoder = _build(card)
+    except ConfigError as error:
+        raise DataError(f"{path}: {str(error).removeprefix('model.encoder: ')}") from None
+    with _reading(path, "an encoder"):
+        check_card(card, encoder)
+    _check(encoder, weights, f"{path}: its weights do not fit its card ({titled(card['encoder'], card['width'])})")
+    fill(encoder, weights)
     if layer == "h":
         return with_card(encoder, {**card, "layer": "h"}, device, digest)
     projector, shape, of_projector = _load_projector(path, encoder.feature_size, layer, digest)
@@ -148,64 +130,16 @@ def untrained_encoder(card: Card, seed: int = 0, device: str | torch.device = "c
     layer, card = card.get("layer", "h"), {**card, "init": "random", "step": 0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = ResNet(card["encoder"], width=card["width"], stem=card["stem"])
+        encoder = _build(card)
         if layer == "h":
             return with_card(encoder, card, device)
         projector = build_projector(encoder.feature_size, **card["projector"])
     return with_card(*_cut(encoder, projector, card, int(layer.removeprefix("projector."))), device)
 
 
-def start_weights(encoder: ResNet, name: str, init: str, path: str = "") -> str:
-    """Load an encoder's start weights by `model.init`. Returns what was really loaded, for the card.
-
-    `imagenet` are torchvision's supervised weights, downloaded (or from torch.hub's cache). Where they cannot be had,
-    `imagenet_or_random` leaves random ones, and `imagenet` raises ConfigError. Raises DataError for a file that does not fit.
-    """
-    if init == "random":
-        return "random"
-    if init == "file":
-        misfit = f"model.init_file: {path}: its weights do not fit a {name} of these settings"
-        loaded = load_encoder(path)
-        _fill(encoder, loaded.state_dict(), misfit)
-        return f"file {loaded.digests['sha256']}"  # type: ignore[index]  # as with_card puts it there
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:  # URLError is one
-        if init == "imagenet_or_random":
-            return "random (ImageNet weights could not be downloaded)"
-        cure = "set imagenet_or_random, or random"
-        raise ConfigError(f"model.init: 'imagenet': cannot download {weights.url} ({error}); {cure}") from None
-    encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
-    return f"imagenet, supervised (torchvision {weights})"
-
-
-def shape_card(encoder: ResNet, card: Card) -> Card:
-    """Describe the network in torchvision's blocks, for those without this program.
-
-    Returns {"built": a sentence, "shape": {"torchvision": the function that builds it, or None; "block", "blocks" a stage,
-    "channels" of each stage before "expansion", "stem": {"kernel", "stride", "padding", "max_pool"}}}.
-    """
-    name, width, conv = card["encoder"], card["width"], encoder.conv1
-    stages = (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
-    block, max_pool = type(stages[0][0]), isinstance(encoder.maxpool, nn.MaxPool2d)
-    shape = {
-        "torchvision": None, "block": block.__name__, "blocks": [len(stage) for stage in stages],
-        "channels": [conv.out_channels * 2**i for i in range(4)], "expansion": 1 if block is BasicBlock else 4,
-        "stem": {"kernel": conv.kernel_size[0], "stride": conv.stride[0], "padding": conv.padding[0], "max_pool": max_pool},
-    }  # fmt: skip
-    changes = [f"{width} times as many channels in every layer ({conv.out_channels} after the stem)"] if width > 1 else []
-    if not max_pool:
-        size = f"{conv.kernel_size[0]}x{conv.kernel_size[0]}"
-        changes += [f"a stem for small images: conv1 {size} of stride {conv.stride[0]}", "no max pooling"]
-    if hasattr(torchvision.models, name):
-        kind = f"torchvision's {name}"
-        shape["torchvision"] = None if changes else name
-    else:
-        base = conv.out_channels // width
-        kind = f"a ResNet of torchvision's {block.__name__}, {shape['blocks']} in its stages, {base} channels after the stem"
-    built = f"{kind}, without fc{'; with ' if changes else ''}{', '.join(changes)}; h is the mean of layer4 over its pixels"
-    return {"built": built, "shape": shape}
+def _build(card: Card) -> Encoder:
+    size = {"channels": card.get("channels", 3), "image_size": card["image_size"]}
+    return build_encoder(card["encoder"], width=card["width"], stem=card["stem"], **size)
 
 
 def file_digest(path: str | Path) -> str:
@@ -226,10 +160,14 @@ def read_once(path: Path) -> tuple[bytes, str]:
 def with_card(
     encoder: nn.Module, card: Card, device: str | torch.device, sha256: str | None = None, projector_sha256: str | None = None
 ) -> nn.Module:
-    """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`. `.preprocess` makes its input."""
+    """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`.
+
+    `.preprocess` makes its input, and `.embed` features of images (`features.features`).
+    """
     encoder.card = card  # type: ignore[assignment]  # torch types attributes as tensors or modules
     encoder.digests = {"sha256": sha256, "projector_sha256": projector_sha256}  # type: ignore[assignment]  # the same
     encoder.preprocess = partial(preprocess, card)  # type: ignore[assignment]  # the same
+    encoder.embed = partial(features, encoder)  # type: ignore[assignment]  # the same
     return encoder.to(device).eval().requires_grad_(False)
 
 
@@ -245,33 +183,28 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise DamagedError(f"{path}: {why}; take a whole copy of it") from None
 
 
-def _read(path: Path, expected: _EncoderCard | _ProjectorCard) -> tuple[Card, dict[str, torch.Tensor], str]:
+def _read(path: Path, expected: EncoderCard | ProjectorCard) -> tuple[Card, dict[str, torch.Tensor], str]:
     """Read a file's card, its tensors, and its digest. The card has the keys of `expected`, in their ranges."""
     content, digest = read_once(path)
     weights = load(content)  # it checks the header, which is JSON behind its length
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     text = (header.get("__metadata__") or {}).get("card", "null")
     names = [field.name for field in dataclasses.fields(expected)]
-    card: Card = fitting(json.loads(text), dict.fromkeys(names, object))
+    card: Card = json.loads(text)
+    if isinstance(card, dict) and isinstance(expected, EncoderCard):
+        card.setdefault("channels", 3)  # older cards do not name them
+    fitting(card, dict.fromkeys(names, object))
     check_ranges(merge(expected, {name: card[name] for name in names}, "its card"))
     return card, weights, digest
 
 
-def _check_card(card: Card, encoder: ResNet) -> None:
-    """Raise ValueError where a card contradicts its encoder. Checks its optional parts, too."""
-    fitting(card, {"config?": dict | None, "weights?": dict | None})
-    fitting(card.get("config") or {}, {"global_batch_size?": int, "views?": dict})
-    fitting(card.get("weights") or {"prefix": ""}, {"prefix": str})
-    network = f"a {card['encoder']} of width {card['width']} and stem {card['stem']}"
-    if card["feature_size"] != encoder.feature_size:
-        raise ValueError(f"feature_size: {card['feature_size']}, and {network} has {encoder.feature_size}")
-    if card.get("shape") not in (None, shape_card(encoder, card)["shape"]):  # the weights fit two stems alike
-        raise ValueError(f"shape: is not that of {network}")
+def fill(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into a module. They have the names and shapes of its state dict.
 
-
-def _fill(module: nn.Module, weights: Mapping[str, torch.Tensor], misfit: str) -> None:
-    _check(module, weights, misfit)
-    module.load_state_dict(weights)
+    torchvision's MNASNet asks its load_state_dict for a version, which a file of tensors has not.
+    """
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(weights[name])
 
 
 def _check(module: nn.Module, weights: Mapping[str, torch.Tensor], misfit: str) -> None:
@@ -298,7 +231,7 @@ def _load_projector(encoder: Path, feature_size: int, layer: str, sha256: str) -
         missing = f"its projector, {path.name}, is not beside it (old exports have none)"
         raise DataError(f"{encoder}: layer {layer}: {missing}; ask for layer h")
     with _reading(path, "a projector"):
-        card, weights, digest = _read(path, _ProjectorCard())
+        card, weights, digest = _read(path, ProjectorCard())
         owner = card["encoder_sha256"]
         shape: dict[str, Any] = {key: card[key] for key in ("depth", "hidden", "dim", "batch_norm")}
         with torch.device("meta"):  # sizes out of a damaged file must not take memory
@@ -306,7 +239,7 @@ def _load_projector(encoder: Path, feature_size: int, layer: str, sha256: str) -
     if owner != sha256:
         raise DataError(f"{path}: belongs to another encoder than {encoder}; take both from one export")
     _check(projector, weights, f"{path}: its weights do not fit its own description ({shape['depth']} layers)")
-    projector.to_empty(device="cpu").load_state_dict(weights)
+    fill(projector.to_empty(device="cpu"), weights)
     return projector, shape, digest
 
 
@@ -317,7 +250,7 @@ def _projector_shape(projector: nn.Module, feature_size: int) -> Card:
     return {"depth": len(sizes), "hidden": hidden, "dim": dim, "batch_norm": batch_norm}
 
 
-def _cut(encoder: ResNet, projector: nn.Module, card: Card, layers: int) -> tuple[nn.Module, Card]:
+def _cut(encoder: Encoder, projector: nn.Module, card: Card, layers: int) -> tuple[nn.Module, Card]:
     """Join the encoder and the projector's first linear layers. Each of these keeps what follows it. Returns the card, too."""
     modules: list[nn.Module] = []
     for module in projector.children():
@@ -334,4 +267,6 @@ def _cut(encoder: ResNet, projector: nn.Module, card: Card, layers: int) -> tupl
 def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a module that are written. They are its state dict, floating-point tensors as float32."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    taken = Counter(tensor.data_ptr() for tensor in state.values())  # safetensors takes no tensor under two names
+    return {name: tensor.clone() if taken[tensor.data_ptr()] > 1 else tensor for name, tensor in state.items()}

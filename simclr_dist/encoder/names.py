@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from simclr_dist.config.networks import unknown_encoder
 from simclr_dist.config.ranges import Range, check_ranges
-from simclr_dist.config.settings import Encoder, Stem
+from simclr_dist.config.settings import ENCODERS, Stem
 from simclr_dist.run.steps import step_name
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import ConfigError, DataError, shown
 
 # For people.
 PATTERN = "RUN/encoders/step-XXXXXXXX.safetensors"
@@ -19,8 +20,8 @@ _ENCODERS = "encoders"
 class Foreign:
     """A checkpoint of another program. Raises ConfigError for a value out of its range."""
 
-    arch: Encoder
-    """With --weights, in place of ENCODER: the architecture."""
+    arch: str
+    """With --weights, in place of ENCODER: the architecture, as of model.encoder (resnet50, timm/NAME, torchvision/NAME)."""
     weights: str
     """With --arch: a published checkpoint with torchvision's or timm's names."""
     image_size: Annotated[int, Range(least=8, most=4096)] = 224
@@ -29,11 +30,18 @@ class Foreign:
     """With --weights: multiplies every width of the encoder."""
     stem: Stem = "imagenet"
     """With --weights: first layers of the encoder."""
+    channels: Annotated[int, Range(least=1, most=1024)] = 3
+    """With --weights: channels of the images."""
     prefix: str | None = None
     """With --weights: what the encoder's names begin with, where the file holds several."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if reason := unknown_encoder(self.arch):
+            raise ConfigError(f"arch: {shown(self.arch)} {reason}")
+        for name in ("width", "stem") if self.arch not in ENCODERS else ():
+            if (value := getattr(self, name)) != getattr(Foreign, name):
+                raise ConfigError(f"{name}: {value}: has no effect on {self.arch}; leave it out")
 
 
 def encoder_path(run: str | Path, step: int) -> Path:

@@ -21,9 +21,10 @@ _MOST = 2**31 - 2**20  # bytes of weights: protobuf ends at 2 GiB, and the graph
 def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h") -> float:
     """Write an exported encoder as ONNX. Returns its largest difference from torch, relative to the largest |h|.
 
-    Input "images": float32 [n, 3, s, s], any n, s = card["image_size"], as `encoder.preprocess` makes them. Output: float32
-    [n, card["feature_size"]], named "h" whatever the `layer` (as of `load_encoder`). The card is in the file's metadata under
-    "card", as JSON, without the run's config. The same encoder and versions give the same bytes in every folder.
+    Input "images": float32 [n, c, s, s], any n, as `encoder.preprocess` makes them; c and s are the card's "channels" and
+    "image_size". Output: float32 [n, card["feature_size"]], named "h" whatever the `layer` (as of `load_encoder`). The card is
+    in the file's metadata under "card", as JSON, without the run's config. The same encoder and versions give the same bytes
+    in every folder.
     ONNX Runtime and torch see the same noise images, in batches of 1 and 3, before the file is written.
 
     Raises ConfigError for a name that does not end in .onnx and where a package is not installed; DataError for what is not
@@ -39,9 +40,9 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     assert isinstance(card, dict)
     if (size := sum(tensor.nbytes for tensor in encoder.state_dict().values())) > _MOST:
         raise DataError(f"{encoder_path}: {size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB")
-    side = card["image_size"]
+    image = card["preprocess"]["input_size"]
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["h"]}
-    shapes, example = ({0: torch.export.Dim("n", min=1)},), (torch.zeros(2, 3, side, side),)
+    shapes, example = ({0: torch.export.Dim("n", min=1)},), (torch.zeros(2, *image),)
     program = torch.onnx.export(encoder, example, dynamo=True, verbose=False, dynamic_shapes=shapes, **names)
     assert program is not None
     model = program.model_proto
@@ -51,7 +52,7 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     public = {key: value for key, value in card.items() if key != "config"}
     model.metadata_props.add(key="card", value=json.dumps(public, sort_keys=True))
     content = model.SerializeToString(deterministic=True)
-    difference = _difference(encoder, content, side)
+    difference = _difference(encoder, content, image)
     if not difference <= TOLERANCE:
         raise DataError(f"{encoder_path}: ONNX Runtime's output differs from torch's by {difference:.1e}; nothing was written")
     try:
@@ -71,7 +72,7 @@ def _clear(message: Any) -> None:
                 _clear(part)
 
 
-def _difference(encoder: torch.nn.Module, content: bytes, side: int) -> float:
+def _difference(encoder: torch.nn.Module, content: bytes, image: list[int]) -> float:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -81,7 +82,7 @@ def _difference(encoder: torch.nn.Module, content: bytes, side: int) -> float:
     generator = torch.Generator().manual_seed(0)
     differences = []
     for count in (1, 3):
-        images = torch.randn(count, 3, side, side, generator=generator)
+        images = torch.randn(count, *image, generator=generator)
         with torch.inference_mode():
             h = encoder(images)
         (output,) = session.run(None, {"images": images.numpy()})

@@ -1,31 +1,23 @@
-"""Load others' published checkpoints. A ResNet's weights have torchvision's names, wherever in a file they are."""
+"""Load what another program wrote, or start a training from it."""
 
-import argparse
-import io
-import itertools
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load
-from torch import Tensor, nn
+import torchvision
+from torch import nn
 
-from simclr_dist.encoder.file import read_once, shape_card, with_card
+from simclr_dist.config.settings import ENCODERS
+from simclr_dist.encoder.card import shape_card
+from simclr_dist.encoder.file import fill, with_card
 from simclr_dist.encoder.names import Foreign
 from simclr_dist.encoder.preprocess import preprocess_card
-from simclr_dist.method.model import ResNet
-from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.encoder.weights import File, fit, read_weights
+from simclr_dist.method.encoders import build_encoder
+from simclr_dist.system.errors import ConfigError, DataError, both_ends, printable
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-_SLOW_COPIES = {"encoder_k", "momentum_encoder"}  # MoCo's running averages; its authors evaluate the other encoder
-_DEEPEST = 5  # dictionaries in dictionaries
-_PART_OF_A_NETWORK = re.compile(r"(conv|bn|layer|norm|stem|block|stage|downsample|attn)\w*")
 
 
 def load_foreign(
@@ -34,130 +26,90 @@ def load_foreign(
     *,
     width: int = 1,
     stem: str = "imagenet",
+    channels: int = 3,
     prefix: str | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     image_size: int = 224,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Load the encoder that another program wrote, in eval mode. Its `.card` and `.digests` are as of `load_encoder`.
 
-    `weights` is a file of torch.save or safetensors: a state dict with torchvision's names, which are timm's too, alone or in
-    dictionaries ("state_dict", "model", ...), and behind any prefix ("module.", "backbone.", "module.encoder_q.", ...).
-    `prefix` is needed only where the file holds several ResNets. Other tensors (classifier, projector, optimizer) are left out
-    and counted in card["weights"]["left_out"]. Forward is that of `load_encoder`, with h alone. A checkpoint does not
+    `weights` is a file of torch.save or safetensors: a state dict with torchvision's or timm's names, alone or in
+    dictionaries ("state_dict", "model", ...), as `weights.fit` finds it. Other tensors (classifier, projector, optimizer) are
+    left out and counted in card["weights"]["left_out"]. Forward is that of `load_encoder`, with h alone. A checkpoint does not
     say `mean`, `std` and `image_size`: they are what the evaluation will use.
 
     Raises ConfigError for a setting out of range. Raises DataError, which names the first key that does not fit, for a file
     without such an encoder. Nothing in the file is ever executed.
     """
-    Foreign(arch, str(weights), image_size, width, stem, prefix)  # type: ignore[arg-type]  # its checks
-    if len(mean) != 3 or not all(map(math.isfinite, mean)):
-        raise ConfigError(f"mean: {list(mean)}: must be three finite numbers")
-    if len(std) != 3 or not all(0 < value < math.inf for value in std):
-        raise ConfigError(f"std: {list(std)}: must be three numbers above 0, and finite")
-    path = Path(weights)
-    content, digest = _read(path)
-    tensors = dict(_flat(content))
-    prefix = _prefix(path, tensors, prefix)
-    with torch.device("meta"):
-        encoder = ResNet(arch, width=width, stem=stem)
-    encoder.load_state_dict(_fitting(path, encoder, tensors, prefix, f"a {arch} of width {width}, stem {stem},"), assign=True)
-    named = {"encoder": arch, "width": width, "stem": stem}
+    Foreign(arch, str(weights), image_size, width, stem, channels, prefix)  # type: ignore[arg-type]  # its checks
+    mean, std = (given or _for_channels(usual, channels) for given, usual in ((mean, IMAGENET_MEAN), (std, IMAGENET_STD)))
+    if len(mean) != channels or not all(map(math.isfinite, mean)):
+        raise ConfigError(f"mean: {list(mean)}: must be {channels} finite numbers")
+    if len(std) != channels or not all(0 < value < math.inf for value in std):
+        raise ConfigError(f"std: {list(std)}: must be {channels} numbers above 0, and finite")
+    file = read_weights(Path(weights))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_encoder(arch, width=width, stem=stem, channels=channels, image_size=image_size)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.encoder", "arch", 1).replace("views.image_size", "image_size")) from None
+    name = f"{arch} (width {width}, stem {stem})" if arch in ENCODERS else f"{arch} for images of {image_size}"
+    fitted = fit(file, encoder, name, prefix=prefix)
+    fill(encoder, fitted.state)
+    named = {"encoder": arch, "width": width, "stem": stem, "channels": channels}
     card = {
         **named, **shape_card(encoder, named), "layer": "h", "feature_size": encoder.feature_size,
         "image_size": image_size, "mean": list(mean), "std": list(std), "step": 0,
-        "init": f"published weights {path.name} (not known: how they were trained)", "data_digest": None,
-        "weights": {"file": str(path), "prefix": prefix, "left_out": _left_out(tensors, prefix, encoder)},
+        "init": f"published weights {file.path.name} (how they were trained is not known)", "data_digest": None,
+        "weights": {
+            "file": str(weights), "prefix": fitted.prefix, "left_out": fitted.left_out, "adapted": fitted.adapted,
+        },
     }  # fmt: skip
-    return with_card(encoder, {**card, "preprocess": preprocess_card(card)}, device, digest)
+    return with_card(encoder, {**card, "preprocess": preprocess_card(card)}, device, file.sha256)
 
 
-def _read(path: Path) -> tuple[Mapping[Any, Any], str]:
-    """Read a file's content and digest."""
+def _for_channels(usual: Sequence[float], channels: int) -> Sequence[float]:
+    """Return ImageNet's numbers for images of other channels: their average for each."""
+    return usual if channels == len(usual) else [round(sum(usual) / len(usual), 3)] * channels
+
+
+def start_weights(encoder: nn.Module, name: str, init: str, path: str = "", *, prefix: str = "", leave: str = "") -> str:
+    """Load an encoder's start weights by `model.init`. Returns what was really loaded, for the card; in short up to ": ".
+
+    `imagenet` are torchvision's supervised weights, downloaded (or from torch.hub's cache). Where they cannot be had,
+    `imagenet_or_random` leaves random ones, and `imagenet` raises ConfigError. With `file`, `path` is one of ours or of another
+    program; `leave` lists parts that stay random, with commas between. Raises DataError for a file that does not fit.
+    """
+    if init == "random":
+        return "random"
+    if init == "file":
+        return _from_file(encoder, Path(path), name, prefix or None, leave)
+    weights = torchvision.models.get_model_weights(name.removeprefix("torchvision/")).DEFAULT
     try:
-        data, digest = read_once(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot read the weights: {reason_of(error)}") from None
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:  # URLError is one
+        if init == "imagenet_or_random":
+            return "random (ImageNet weights could not be downloaded)"
+        cure = "set imagenet_or_random, or random"
+        raise ConfigError(f"model.init: 'imagenet': cannot download {weights.url} ({error}); {cure}") from None
+    fitted = fit(File(Path(weights.url), state, ""), encoder, f"{name} of these settings")
+    fill(encoder, fitted.state)
+    return f"imagenet, supervised (torchvision {weights}): {fitted.describe()}"
+
+
+def _from_file(encoder: nn.Module, path: Path, name: str, prefix: str | None, leave: str) -> str:
+    """Load a file's weights. Returns which, and what became of them."""
     try:
-        if path.suffix == ".safetensors":
-            return load(data), digest
-        # Many published checkpoints carry the arguments that they were trained with, in this plain class.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError:
-        raise DataError(f"{path}: is no whole safetensors file") from None
-    except Exception as error:  # a file that is not torch's fails in many ways
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            cure = "save its state dict alone in a new file"
-            raise DataError(f"{path}: holds {code[1]}, which is not loaded as it could run code; {cure}") from None
-        raise DataError(f"{path}: is no whole file of torch.save ({type(error).__name__})") from None
-    if not isinstance(content, Mapping):
-        raise DataError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content, digest
-
-
-def _flat(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of dictionaries in dictionaries. Their keys are joined by dots."""
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping) and depth < _DEEPEST:
-            yield from _flat(value, f"{prefix}{key}.", depth + 1)
-
-
-def _prefix(path: Path, tensors: Mapping[str, Tensor], wanted: str | None) -> str:
-    """Find the prefix of the file's one ResNet, or the wanted one's. It stands before "conv1.weight"."""
-    stages = {key[: at.start()] for key in tensors for at in re.finditer(r"(?<![^.])layer1\.", key)}
-    starts = sorted(stages & {key.removesuffix("conv1.weight") for key in tensors if key.endswith("conv1.weight")})
-    if not starts:
-        keys = ", ".join(repr(key) for key in list(tensors)[:3]) or "none"
-        lacking = "no ResNet with torchvision's names: no conv1.weight with layer1.* beside it"
-        raise DataError(f"{path}: holds {lacking}; it begins: {keys}")
-    listed = ", ".join(map(repr, starts))
-    if wanted is not None:
-        if matches := [start for start in starts if start in (wanted, f"{wanted}.")]:
-            return matches[0]
-        raise DataError(f"{path}: no ResNet has the prefix {wanted!r}; there is one behind {listed}")
-    if len(starts) > 1:
-        starts = [start for start in starts if not _SLOW_COPIES & set(start.split("."))] or starts
-    if len(starts) > 1:
-        raise DataError(f"{path}: holds several ResNets, behind {listed}; name one by its prefix")
-    return starts[0]
-
-
-def _fitting(path: Path, encoder: nn.Module, tensors: Mapping[str, Tensor], prefix: str, shape: str) -> dict[str, Tensor]:
-    """Return the encoder's state dict. DataError names the first key that does not fit."""
-    wanted, state = encoder.state_dict(), {}
-    for name, parameter in wanted.items():
-        key = prefix + name
-        if name.endswith("num_batches_tracked"):  # of no use in an evaluation, and absent from old files
-            state[name] = torch.zeros((), dtype=torch.int64)
-            continue
-        if key not in tensors:
-            raise DataError(f"{path}: has no {key!r}, which {shape} needs")
-        tensor = tensors[key]
-        if tensor.shape != parameter.shape:
-            raise DataError(f"{path}: {key!r} is {list(tensor.shape)}; {shape} has {list(parameter.shape)} there")
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise DataError(f"{path}: {key!r} is {tensor.dtype}, {tensor.layout}; weights are dense floating-point tensors")
-        if not tensor.isfinite().all():
-            raise DataError(f"{path}: {key!r} has numbers that are not finite; take another checkpoint")
-        # A copy: tensors that share storage in the file, and a large file's memory, are not the encoder's.
-        state[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    for key in tensors:
-        name = key.removeprefix(prefix)
-        if key.startswith(prefix) and name not in wanted and _PART_OF_A_NETWORK.fullmatch(name.split(".")[0]):
-            raise DataError(f"{path}: has {key!r}, which {shape} has not: it is another network's")
-    return state
-
-
-def _left_out(tensors: Mapping[str, Tensor], prefix: str, encoder: nn.Module) -> dict[str, int]:
-    """Count the tensors that were not used, by part of their key. It is the first part that is not the encoder's prefix."""
-    used = {prefix + name for name in encoder.state_dict()}
-    parts, counts = prefix.split(".")[:-1], Counter[str]()
-    for key in tensors.keys() - used:
-        words = key.split(".")
-        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(words[:-1], parts, strict=False))
-        counts[words[len(list(shared))]] += 1
-    return dict(sorted(counts.items()))
+        file = read_weights(path)
+        fitted = fit(file, encoder, f"{name} of these settings", prefix=prefix, leave=leave.split(",") if leave else ())
+    except ConfigError as error:
+        raise ConfigError(f"model.init_except: {error}") from None
+    except DataError as error:
+        raise DataError(f"model.init_file: {error}") from None
+    fill(encoder, fitted.state)
+    origin = "how they were trained is not known"
+    if file.card:  # an encoder of ours: what it was started from is part of this one's history
+        origin = f"ours, step {file.card.get('step')}, started from {file.card.get('init')}"
+    return f"file {file.path.name}: sha256 {file.sha256}; {fitted.describe()}; {both_ends(printable(origin), 500)}"

@@ -13,7 +13,8 @@ from simclr_dist.evaluate.protocols.knn import MOST_NEIGHBOURS, neighbours, weig
 from simclr_dist.evaluate.protocols.linear import folds, linear_probe
 from simclr_dist.evaluate.protocols.scores import Predict, Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.sgd import EpochFeatures, sgd_probe
-from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Say
+from simclr_dist.evaluate.result.file import NAMES, TRAINED, UNTRAINED
+from simclr_dist.evaluate.result.report import Say
 from simclr_dist.evaluate.settings import Settings
 
 

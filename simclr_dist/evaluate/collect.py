@@ -13,7 +13,7 @@ from simclr_dist.evaluate.features import views
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features, Images, extract, in_precision, pixel_side
 from simclr_dist.evaluate.features.file import About
 from simclr_dist.evaluate.features.store import FeatureStore
-from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED
+from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.method.distributed import World, all_gather_objects, await_rank_0, on_rank_0
@@ -85,7 +85,8 @@ class Collector:
         manifest = images.manifest
         wanted = {}
         if pixels:
-            wanted[RAW_PIXELS] = About("", {"pixels": side}, RAW_PIXELS, side, "uint8", manifest.digest, self._sets.names[name])
+            dtype = "uint8" if manifest.kind.bit_depth == 8 else "fp32"
+            wanted[RAW_PIXELS] = About("", {"pixels": side}, RAW_PIXELS, side, dtype, manifest.digest, self._sets.names[name])
         wanted |= self._encoders(name)
         return self._collect(name, wanted, images, manifest.key.tolist(), manifest.label, title=f"{name} features")
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from simclr_dist.convert.sources.folders import FileChunk
 from simclr_dist.convert.sources.originals import Source
-from simclr_dist.data.pixels.decode import decode
-from simclr_dist.data.pixels.images import prepare_image
+from simclr_dist.data.pixels.decode import DTYPES, decode_any
+from simclr_dist.data.pixels.kinds import RGB8, Kind, kind_of
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.encoder.file import load_encoder
+from simclr_dist.encoder.preprocess import encoder_kind
 from simclr_dist.evaluate.features.extraction import Images, check_alike, extract, in_precision
 from simclr_dist.evaluate.features.file import About, write_features
+from simclr_dist.evaluate.sets import check_channels
 from simclr_dist.evaluate.settings import EmbedSettings
 from simclr_dist.evaluate.sources import check_out, find_images
 from simclr_dist.method.distributed import World, all_sum, on_rank_0, process_group, together
@@ -43,7 +45,8 @@ class ImageFiles:
     `key` is each file's printable path in the source's folder; `sha256` uint8 [n, 32], shared with readers, fills as they read.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, kind: Kind = RGB8) -> None:
+        self.kind = kind
         chunks = [chunk for chunk in source.chunks if isinstance(chunk, FileChunk)]
         self._files = [(chunk.root, name, label) for chunk in chunks for name, label in chunk.files]
         self.key = tuple(printable(name) for _, name, _ in self._files)
@@ -63,7 +66,7 @@ class ImageFiles:
         try:
             if original.problem:
                 raise DataError(original.problem)
-            image = decode(prepare_image(original.content).content)
+            image = decode_any(original.content, self.kind)
         except DataError as error:
             path = printable(os.path.join(root, name))  # noqa: PTH118 (a name need not be valid text)
             raise DataError(f"{path}: {reason_of(error)}") from None
@@ -75,7 +78,7 @@ class Readable:
     """Images of which some cannot be read. Such a one becomes a black pixel, and 1 in `bad` uint8 [n], shared with readers."""
 
     def __init__(self, images: Images) -> None:
-        self._images = images
+        self._images, self.kind = images, kind_of(images)
         self.bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -88,7 +91,7 @@ class Readable:
             raise
         except DataError:
             self.bad[row] = 1
-            return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), -1, row)
+            return Sample(torch.zeros(self.kind.channels, 1, 1, dtype=DTYPES[self.kind.bit_depth]), -1, row)
 
 
 def embed(
@@ -123,7 +126,7 @@ def embed_within(
     check_alike(network, encoder)
     card: dict[str, Any] = network.card  # type: ignore[assignment]  # as with_card puts it there
     digests: dict[str, str] = network.digests  # type: ignore[assignment]  # as with_card puts it there
-    images = together(lambda: ShardDataset(source, checked=True) if isinstance(source, str | Path) else ImageFiles(source))
+    images = together(lambda: _open(source, encoder, card))
     on_rank_0(lambda: _check_room(out, 4 * len(images) * card["feature_size"]))
     read = Readable(images) if settings.skip_bad else images
     try:
@@ -145,6 +148,15 @@ def embed_within(
     sources = [images.source(row) for row in rows]
     on_rank_0(lambda: write_features(out, keys, label, h, about, sources), however_long=True)
     return Embedded(len(h), h.shape[1], len(left_out), tuple(_reason(images, row) for row in left_out[:_NAMED]))
+
+
+def _open(source: str | Path | Source, encoder: str | Path, card: Mapping[str, Any]) -> ShardDataset | ImageFiles:
+    """Open images that the encoder takes. Raises DataError for others."""
+    if isinstance(source, Source):
+        return ImageFiles(source, encoder_kind(card))
+    images = ShardDataset(source, checked=True)
+    check_channels(images.manifest, card, encoder)
+    return images
 
 
 def _check_room(out: Path, size: int) -> None:

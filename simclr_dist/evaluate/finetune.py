@@ -27,18 +27,20 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views.crops import normalise
 from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.data.workers import Loader
-from simclr_dist.encoder.file import Card, load_encoder, untrained_encoder
+from simclr_dist.encoder.card import Card
+from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.encoder.names import result_path
 from simclr_dist.evaluate.features.extraction import extract
 from simclr_dist.evaluate.features.views import crop, crop_and_flip
 from simclr_dist.evaluate.protocols.scores import Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset, describe_subsets
-from simclr_dist.evaluate.result.file import claim, write_result
-from simclr_dist.evaluate.result.report import Result, Say, UnwrittenError, hardware, leak, unlabelled, versions
+from simclr_dist.evaluate.result.file import Result, UnwrittenError, claim, write_result
+from simclr_dist.evaluate.result.report import Say, hardware, leak, unlabelled, versions
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import FinetuneSettings, check_alone
 from simclr_dist.method.distributed import process_group
 from simclr_dist.method.optim import learning_rate
+from simclr_dist.method.precision import computing
 from simclr_dist.system.errors import ConfigError, DataError, reason_of
 from simclr_dist.system.files import write_atomically
 
@@ -109,9 +111,9 @@ def finetune(
     there, sets that do not fit each other, a class with too few images, and an image that cannot be read; UnwrittenError, which
     has the numbers, for a result that cannot be written.
     """
-    check_alone()
+    check_alone("finetune")
     begin, path = time.perf_counter(), finetune_path(encoder, settings, out)
-    with process_group(device) as world:
+    with process_group(device) as world, computing("fp32", world.device):
         layer = "h" if settings.start in ("encoder", "random") else settings.start
         pretrained = load_encoder(encoder, world.device, layer)
         card: Card = pretrained.card  # type: ignore[assignment]  # as with_card puts it there
@@ -119,6 +121,7 @@ def finetune(
         named = {"file": str(encoder), **digests, "card": {key: value for key, value in card.items() if key != "config"}}
         claim(path, named=out is not None)
         sets = Sets(train, test)
+        sets.check_channels(card, encoder)
         if (classes := sets.classes) < 2:
             lack = "has one class; finetuning needs two or more"
             lack = lack if classes else "no image has a label; finetuning needs labelled shards"
@@ -170,7 +173,7 @@ def make_recipe(images: int, settings: FinetuneSettings) -> Recipe:
 
 
 def classifier(encoder: nn.Module, classes: int, card: Card, seed: int) -> nn.Sequential:
-    """Put a new linear head on `encoder`. Maps float [n, 3, s, s] to logits [n, classes]; all parameters take gradients."""
+    """Put a new linear head on `encoder`. Maps float [n, c, s, s] to logits [n, classes]; all parameters take gradients."""
     device = next(encoder.parameters()).device
     with torch.no_grad():
         head = nn.Linear(card["feature_size"], classes, device="cpu")
@@ -184,19 +187,22 @@ def fit(
 ) -> LastEpoch:
     """Train `model` in place on these manifest rows. It is left in eval mode.
 
-    Order and crops are functions of (seed, epoch, row). Raises ConfigError when an epoch's loss is not finite.
+    Order and crops are functions of (seed, epoch, row); drop path and dropout draw from torch's generator, which `seed` starts.
+    Raises ConfigError when an epoch's loss is not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), recipe.peak_lr, momentum=MOMENTUM, nesterov=True)
     steps = recipe.epochs * recipe.steps_per_epoch
     order = Order(len(rows), seed, recipe)
     make = functools.partial(_crops, images, rows, order, crop_and_flip(card["image_size"]))
-    loader: Loader[tuple[Tensor, Tensor]] = Loader(make, range(steps), workers=workers)
+    loader: Loader[tuple[Tensor, Tensor]] = Loader(make, range(steps), workers=workers, pin_memory=device.type == "cuda")
     loss_sum, right = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
     last = LastEpoch(math.nan, math.nan)
     model.train()
     repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with repeatable, tqdm(total=steps, unit=" steps", desc=f"seed {seed}", disable=None) as bar:
+    draws = torch.random.fork_rng([device] if device.type == "cuda" else [])  # of drop path and dropout
+    with draws, repeatable, tqdm(total=steps, unit=" steps", desc=f"seed {seed}", disable=None) as bar:
+        torch.manual_seed(seed)
         for step, batch in enumerate(loader):
             optimizer.param_groups[0]["lr"] = learning_rate(step, peak=recipe.peak_lr, warmup_steps=0, total_steps=steps)
             crops, labels = (part.to(device, non_blocking=True) for part in batch)
@@ -223,7 +229,7 @@ def fit(
 
 
 def _crops(images: ShardDataset, rows: Rows, order: Order, settings: ViewSettings, step: int) -> tuple[Tensor, Tensor]:
-    """Make a step's crops and labels. They are uint8 [n, 3, s, s] and int64 [n]."""
+    """Make a step's crops and labels. They are uint8 or uint16 [n, c, s, s] and int64 [n]."""
     epoch, places = order[step]
     samples = [images[int(row)] for row in rows[places]]
     return crop(samples, settings, seed=order.seed, epoch=epoch), torch.tensor([sample.label for sample in samples])

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr_dist.encoder.file import Card, load_encoder, untrained_encoder
+from simclr_dist.encoder.card import Card
+from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.encoder.names import Foreign, result_path, run_of_result
 from simclr_dist.encoder.published import load_foreign
 from simclr_dist.evaluate.classify import by_new_crops, classify
@@ -19,10 +20,10 @@ from simclr_dist.evaluate.features.store import FeatureStore, features_folder
 from simclr_dist.evaluate.features.views import TrainingViews, training_views
 from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
 from simclr_dist.evaluate.result.earlier import Baselines, shape
-from simclr_dist.evaluate.result.file import claim, write_result
+from simclr_dist.evaluate.result.file import FORMAT, TRAINED, UNTRAINED, Result, UnwrittenError, claim, write_result
 from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbours, neighbour_sheet
 from simclr_dist.evaluate.result.page import claim_page, page, write_page
-from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Result, Say, UnwrittenError, hardware, versions
+from simclr_dist.evaluate.result.report import Say, hardware, versions
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
@@ -81,6 +82,7 @@ def measure(
     begin = time.perf_counter()
     trained, card, drawn = together(lambda: _load(encoder, settings.layer, world))
     check_alike(trained, _file(encoder))
+    sets.check_channels(card, _file(encoder))
     path = result_path(_file(encoder), out, settings.layer)
     on_rank_0(lambda: _claim(path, named=out is not None))
     described = _describe_encoder(_file(encoder), card, trained.digests)  # type: ignore[arg-type]  # as with_card puts it there

@@ -1,6 +1,7 @@
 """Hold the training and test images of an evaluation. Checks that the two can be compared, and describes them for a result."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class Sets:
             images.manifest = dataclasses.replace(manifest, label=places, classes=names)
         self.train, self.test = self.images["train"].manifest, self.images["test"].manifest
 
+    def check_channels(self, card: Mapping[str, Any], encoder: object) -> None:
+        """Raise DataError where the encoder takes images of other channels."""
+        for manifest in (self.train, self.test):
+            check_channels(manifest, card, encoder)
+
     def describe(self) -> dict[str, Any]:
         """Return both sets and their classes for a result. A set: folder, digest, images with and without a label."""
         sets = {}
@@ -55,6 +61,13 @@ class Sets:
         """Count the test images that are training images too, byte for byte."""
         train = {digest.tobytes() for digest in self.train.sha256}
         return sum(digest.tobytes() in train for digest in self.test.sha256)
+
+
+def check_channels(manifest: Manifest, card: Mapping[str, Any], encoder: object) -> None:
+    """Raise DataError where the encoder takes images of other channels than these. It takes 8 and 16 bits alike."""
+    if manifest.kind.channels != (channels := len(card["mean"])):
+        why = f"its images have {manifest.kind}, and {encoder} takes {channels}"
+        raise DataError(f"{manifest.folder}: {why}; shard the images again with --channels {channels}")
 
 
 def _check_comparable(train: Manifest, test: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Define settings of evaluation, finetuning and embedding, with their ranges. The import is quick."""
+"""Define settings of evaluation, neighbours, finetuning and embedding. The import is quick."""
 
 import math
 import os
@@ -17,7 +17,7 @@ _ONLY_FOR = {
     "k": "knn", "temperature": "knn", "l2": "linear", "max_iter": "linear", "sgd_epochs": "sgd", "mlp_epochs": "mlp",
 }  # fmt: skip
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Protocol = Literal["knn", "linear", "sgd", "mlp"]
 
 
@@ -50,7 +50,7 @@ class Settings:
     mlp_epochs: Count = 50
     """Epochs of the protocol mlp."""
     precision: Precision = "fp32"
-    """Arithmetic of the encoder."""
+    """Arithmetic of the encoder: fp32, TF32 in its convolutions (of GPUs), or bf16 autocast."""
     features: str | None = None
     """Folder of feature files: those that fit are used, others added (default: RUN/eval/features)."""
     keep_features: bool = True
@@ -62,8 +62,7 @@ class Settings:
             raise ConfigError(f"protocols: {','.join(self.protocols)!r} must name one protocol or more, each once")
         if self.features is not None and not self.keep_features:
             raise ConfigError(f"features: {self.features!r}: has no effect with --no-features")
-        if self.features is not None and (not self.features or Path(self.features).is_file()):
-            raise ConfigError(f"features: {self.features!r}: is not a folder; name one, it is made if it is not there")
+        _check_folder(self.features)
         for name, protocol in _ONLY_FOR.items():
             if (value := getattr(self, name)) != getattr(Settings, name) and protocol not in self.protocols:
                 raise ConfigError(f"{name}: {value}: has no effect without the protocol {protocol}; leave it out")
@@ -80,7 +79,7 @@ class EmbedSettings:
     workers: Workers = 2
     """Reading processes beside each rank."""
     precision: Precision = "fp32"
-    """Arithmetic of the encoder; features are stored as fp32."""
+    """Arithmetic of the encoder: fp32, TF32 in its convolutions (of GPUs), or bf16 autocast; features are stored as fp32."""
     skip_bad: bool = False
     """Leave out and count images that cannot be read, instead of refusing."""
     layer: str = "h"
@@ -88,6 +87,28 @@ class EmbedSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+@dataclass(frozen=True)
+class NeighbourSettings:
+    """How neighbours are found. Raises ConfigError for the first value out of its range."""
+
+    k: Count = 10
+    """Nearest images of each picture."""
+    batch_size: Count = 256
+    """Images that the encoder sees at a time."""
+    workers: Workers = 2
+    """Reading processes."""
+    precision: Precision = "fp32"
+    """Arithmetic of the encoder: fp32, TF32 in its convolutions (of GPUs), or bf16 autocast."""
+    layer: str = "h"
+    """What the features are: h, projector.N or z; the last two need the projector beside the encoder."""
+    features: str | None = None
+    """Folder of feature files: those that fit are used, others added (default: RUN/eval/features)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        _check_folder(self.features)
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,11 @@ class FinetuneSettings:
         return self.epochs if self.epochs is not None else 30 if self.labels >= 0.1 else 60
 
 
+def _check_folder(features: str | None) -> None:
+    if features is not None and (not features or Path(features).is_file()):
+        raise ConfigError(f"features: {features!r}: is not a folder; name one, it is made if it is not there")
+
+
 def check_watch(run: str | Path, poll: float) -> None:
     """Raise ConfigError for a folder that is no run's. Also for seconds that nobody can wait."""
     if not (Path(run) / "config.yaml").is_file():
@@ -128,8 +154,8 @@ def check_watch(run: str | Path, poll: float) -> None:
         raise ConfigError(f"--poll: {poll:g}: must be above 0, and finite")
 
 
-def check_alone() -> None:
-    """Raise ConfigError under torchrun: finetuning runs in one process."""
+def check_alone(verb: str) -> None:
+    """Raise ConfigError under torchrun: the verb runs in one process."""
     if "WORLD_SIZE" in os.environ:
         started = f"this one is of {os.environ['WORLD_SIZE']} that torchrun started"
-        raise ConfigError(f"finetune: runs in one process, and {started}; start it without torchrun, or unset WORLD_SIZE")
+        raise ConfigError(f"{verb}: runs in one process, and {started}; start it without torchrun, or unset WORLD_SIZE")

@@ -75,20 +75,20 @@ def flat(measured: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def meanings(measured: Mapping[str, Any]) -> dict[str, str]:
-    """Say which values are good, by `flat` name. Names are of `signals` and `view_signals`; some have no good value.
+    """Say how to read the values, by `flat` name. Names are of `signals` and `view_signals`; some need no words.
 
     Alignment and uniformity: Wang and Isola 2020, whose minimum is what random directions have; effective rank: RankMe,
-    Garrido et al. 2023, who compare encoders of one kind and size by it.
+    Garrido et al. 2023. They show collapse; a better value is no better encoder (docs/choosing.md has the correlations).
     """
     n, d = measured["images"], measured["feature_size"]
-    uniformity = f"lower is better, from 0 (all alike); random directions {random_uniformity(d):.2f}"
+    uniformity = f"0 is collapse (all alike); random directions {random_uniformity(d):.2f}"
     return {
         "zero_features": "0 is good: of such an image the features say nothing",
-        "effective_rank": f"higher is better, from 1 (all on one line) to {min(n, d)}",
-        "mean_cosine": "nearer 0 is better: 1 where all are alike, 0 for random directions",
+        "effective_rank": f"1 is collapse (all on one line); more is no better encoder; at most {min(n, d)}",
+        "mean_cosine": "1 is collapse (all alike); 0 for random directions",
         "uniformity": f"{uniformity}, above which most features without negative numbers (h) stay",
         "near_duplicates: pairs": f"of {n * (n - 1) // 2}; as many as there are copies; of no use if the mean cosine is near 1",
-        "views: alignment": "lower is better, beside a low uniformity: 0 where views are alike, 2 for random directions",
+        "views: alignment": "0 where views are alike, 2 for random directions; near 0 beside a uniformity near 0 is collapse",
         "views: uniformity": uniformity,
         "false_negatives: share": "lower is better: of a batch's negatives, those of the anchor's own class",
         "false_negatives: anchors": "lower is better: of a batch's anchors, those with such a negative, up to 1",

@@ -12,6 +12,8 @@ from simclr_dist.system.errors import DataError, printable
 if TYPE_CHECKING:
     from simclr_dist.convert.sources.originals import Source
 
+PAGE, TABLE = "neighbours.html", "neighbours.parquet"
+
 
 def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
     """Make the folder of `out` and try to write there. Raises DataError where the features could not, or must not, go."""
@@ -30,9 +32,22 @@ def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
         # A folder that holds Parquet files is read as one of images inside Parquet files.
         if source.is_dir() and not (source / MANIFEST_NAME).is_file() and out.resolve().is_relative_to(source.resolve()):
             raise DataError(f"{out}: is inside {source}, whose images it would be taken for; name a file outside of it")
+    _try_to_write(out, out.parent)
+
+
+def check_page_folder(out: str | Path) -> Path:
+    """Make the folder `out` and try to write there. Raises DataError where it cannot be, or holds other things than ours."""
+    out = Path(out)
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {PAGE, TABLE})):
+        raise DataError(f"{out}: is there, and holds other things, like {printable(others[0])}; name another folder with --out")
+    _try_to_write(out, out)
+    return out
+
+
+def _try_to_write(out: Path, folder: Path) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise DataError(f"{out}: its folder cannot be written to: {error.strerror}") from None

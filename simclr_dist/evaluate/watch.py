@@ -18,8 +18,8 @@ from simclr_dist.evaluate.features.extraction import EncoderError
 from simclr_dist.evaluate.job import measure
 from simclr_dist.evaluate.result.board import Curves, board_folder, watchers_lock
 from simclr_dist.evaluate.result.earlier import Baselines, baselines, difference
-from simclr_dist.evaluate.result.file import read_result
-from simclr_dist.evaluate.result.report import NAMES, TRAINED, UNTRAINED, Result, Say, UnwrittenError
+from simclr_dist.evaluate.result.file import NAMES, TRAINED, UNTRAINED, Result, UnwrittenError, read_result
+from simclr_dist.evaluate.result.report import Say
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
 from simclr_dist.method.distributed import World, all_gather_objects, process_group

@@ -1,16 +1,17 @@
 """Build encoder, projector, and BatchNorm over the global micro-batch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simclr_dist.method.distributed import all_gather, all_sum, first_derivative_only, world_size
+from simclr_dist.method.dropout import Keys
+from simclr_dist.system.errors import ConfigError
 
 _SHAPES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int], int]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 16),
@@ -22,27 +23,34 @@ _SHAPES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, in
 }
 
 
-class ResNet(nn.Module):
+class Encoder(nn.Module):
+    """What every encoder has. Others' networks get these attributes when they are built."""
+
+    feature_size: int
+    keys: Keys  # of its dropout and drop path
+    arguments: Mapping[str, Any] = {}  # with which its library builds it again
+
+
+class ResNet(Encoder):
     """torchvision's ResNet without classifier, in any width. It has stems for small images too.
 
     At width 1 and the ImageNet stem its state dict has torchvision's names and shapes. `width` multiplies every layer, as
     SimCLR's 2x and 4x do (torchvision's wide_resnet widens the inner layers alone). Initial values are torchvision's (He et
-    al. 2015). Forward: float [n, 3, s, s] to the representation h [n, feature_size].
+    al. 2015). Forward: float [n, channels, s, s] to the representation h [n, feature_size].
     """
-
-    checkpointing = False  # keep the inputs of residual blocks alone, and compute the rest again in the backward
 
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential
     layer4: nn.Sequential
 
-    def __init__(self, name: str, *, width: int = 1, stem: str = "imagenet") -> None:
+    def __init__(self, name: str, *, width: int = 1, stem: str = "imagenet", channels: int = 3) -> None:
         super().__init__()
+        self.keys = Keys()
         block, depths, base = _SHAPES[name]
         planes = base * width
         kernel, stride = {"imagenet": (7, 2), "small_stride2": (3, 2)}.get(stem, (3, 1))
-        self.conv1 = nn.Conv2d(3, planes, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(channels, planes, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
@@ -65,21 +73,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            if self.checkpointing and torch.is_grad_enabled():
-                for block in layer:
-                    x = _checkpointed(block, x)
-            else:
-                x = layer(x)
-        h: Tensor = self.avgpool(x).flatten(1)
+        h: Tensor = self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x))))).flatten(1)
         return h
-
-
-def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """Compute `block(x)`, and again in the backward. BatchNorm's running statistics move only the first time."""
-    contexts = lambda: (nullcontext(), frozen_running_statistics(block))  # noqa: E731
-    y: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return y
 
 
 def build_projector(size: int, *, depth: int = 2, hidden: int = 2048, dim: int = 128, batch_norm: bool = True) -> nn.Module:
@@ -96,13 +91,13 @@ def build_projector(size: int, *, depth: int = 2, hidden: int = 2048, dim: int =
 
 
 class SimCLR(nn.Module):
-    """Encoder and projector, both under `autocast`. Forward: float [n, 3, s, s] to z [n, dim]."""
+    """Encoder and projector, both under `autocast`. Forward: float [n, c, s, s] to z [n, dim]."""
 
     channels_last = False
 
-    def __init__(self, encoder: ResNet, projector: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, encoder: nn.Module, projector: nn.Module, autocast: torch.dtype | None = None) -> None:
         super().__init__()
-        self.encoder, self.projector, self.autocast = encoder, projector, autocast
+        self.encoder, self.projector, self.autocast = cast(Encoder, encoder), projector, autocast
 
     def forward(self, x: Tensor) -> Tensor:
         order = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -110,23 +105,6 @@ class SimCLR(nn.Module):
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             z: Tensor = self.projector(self.encoder(x))
         return z
-
-
-def build_simclr(
-    encoder: str,
-    *,
-    width: int = 1,
-    stem: str = "imagenet",
-    projector_depth: int = 2,
-    projector_hidden: int = 2048,
-    projector_dim: int = 128,
-    projector_batch_norm: bool = True,
-) -> SimCLR:
-    """Build the model by the names of the settings."""
-    network = ResNet(encoder, width=width, stem=stem)
-    size, norm = network.feature_size, projector_batch_norm
-    projector = build_projector(size, depth=projector_depth, hidden=projector_hidden, dim=projector_dim, batch_norm=norm)
-    return SimCLR(network, projector)
 
 
 class _GlobalNorm(torch.autograd.Function):
@@ -180,28 +158,60 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
+        like = torch.promote_types(x.dtype, torch.float32)  # the statistics are of the weight's precision
+        weight = x.new_ones(x.shape[1], dtype=like) if self.weight is None else self.weight
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias
         y: Tensor
-        y, mean, var = _GlobalNorm.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-            self.running_var.lerp_(var, self.momentum)  # type: ignore[union-attr, arg-type]
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        y, mean, var = _GlobalNorm.apply(x, weight, bias, self.eps)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+                self.running_var.lerp_(var.to(self.running_var.dtype), share)
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
 
+class _ThenActivation:
+    """The rest of timm's BatchNormAct2d, whose own forward normalises over one rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc, attr-defined]  # of the other base class
+        return y
+
+
+class GlobalBatchNormAct(_ThenActivation, GlobalBatchNorm):
+    """BatchNormAct2d on the CPU."""
+
+
+class SyncBatchNormAct(_ThenActivation, nn.SyncBatchNorm):
+    """BatchNormAct2d on CUDA."""
+
+
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FIXED_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's and timm's: their statistics never move
+
+
 def use_global_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Replace each BatchNorm, in place, by one over all ranks. On CUDA torch's SyncBatchNorm, on the CPU ours."""
-    if world_size() == 1:
-        return
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.__class__ = GlobalBatchNorm  # type: ignore[assignment]
+    """Let each BatchNorm, in place, see all ranks. On CUDA it becomes torch's SyncBatchNorm, on the CPU ours.
+
+    Raises ConfigError for a layer that keeps statistics of batches and is none that is understood, at any world size.
+    """
+    kinds = (nn.SyncBatchNorm, SyncBatchNormAct) if device.type == "cuda" else (GlobalBatchNorm, GlobalBatchNormAct)
+    for name, module in model.named_modules():
+        has_activation = type(module).__name__ == "BatchNormAct2d"
+        if type(module) in _PLAIN_NORMS or has_activation:
+            if world_size() > 1:
+                module.__class__ = kinds[has_activation]
+                module.process_group = None  # torch's SyncBatchNorm asks for it
+        elif type(module) not in kinds and type(module).__name__ not in _FIXED_NORMS:
+            keeps = [buffer for buffer, _ in module.named_buffers(recurse=False) if buffer.startswith("running_")]
+            if keeps or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                cure = "only torch's BatchNorm and timm's BatchNormAct2d can be taken over all ranks"
+                raise ConfigError(f"model.encoder: {name} is a {type(module).__name__}, with statistics of its batch; {cure}")
 
 
 @contextmanager

@@ -30,16 +30,18 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Return two groups. Weights (decayed, adapted by LARS), and every BatchNorm parameter and bias (neither).
+    """Return two groups. Weights (decayed, adapted by LARS), and all else (neither).
 
-    By module type, not by name: `downsample.1.weight` of a ResNet is a BatchNorm weight.
+    By module type: weights are those of linear layers, convolutions, attention and recurrent layers. Norms, biases, position
+    and other embeddings, tokens, scales of layers and temperatures are not.
     """
     weights: list[Tensor] = []
     excluded: list[Tensor] = []
     for module in model.modules():
-        is_norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)
+        is_table = isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.Embedding)
         for name, parameter in module.named_parameters(recurse=False):
-            (excluded if is_norm or name == "bias" else weights).append(parameter)
+            multiplies = "weight" in name and parameter.dim() > 1 and not is_table
+            (weights if multiplies else excluded).append(parameter)
     return [
         {"params": weights, "weight_decay": weight_decay, "adapt": True},
         {"params": excluded, "weight_decay": 0.0, "adapt": False},
@@ -149,7 +151,13 @@ def _in_order_of(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def build_optimizer(
-    name: str, groups: list[Group], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
+    name: str,
+    groups: list[Group],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.001,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
     """Build `lars`, `sgd` (Nesterov off), `adamw` or `torch_optimizer.NAME`. Groups come from `parameter_groups`."""
     if name == "lars":
@@ -162,7 +170,7 @@ def build_optimizer(
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     if name == "adamw":
-        return torch.optim.AdamW(plain, lr, fused=True)
+        return torch.optim.AdamW(plain, lr, betas=betas, fused=True)
     third_party = name.removeprefix("torch_optimizer.")
     # Its LARS's documented default is .001, its real one .01. It does not adapt where weight_decay is 0, as in our group
     # without adaptation.

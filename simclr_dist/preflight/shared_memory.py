@@ -3,6 +3,7 @@
 from typing import Literal
 
 from simclr_dist.config.settings import Config
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.data.portions import MORE_SHARED_MEMORY, SHARED_MEMORY, Cut, shared_memory
 from simclr_dist.data.views.draws import view_side
 from simclr_dist.preflight.check.findings import Finding
@@ -13,7 +14,8 @@ _MIB = 2**20
 def cut(config: Config, ranks: int) -> Cut:
     """Return the portions of a step on one of `ranks` ranks."""
     micro_batch = config.global_batch_size // (config.micro_batches * ranks)
-    return Cut(config.micro_batches, micro_batch, view_side(config.views.preset, config.views.image_size))
+    side, pixel_bytes = view_side(config.views.preset, config.views.image_size), Kind(*config.data.kind).pixel_bytes
+    return Cut(config.micro_batches, micro_batch, side, pixel_bytes)
 
 
 def compare(config: Config, ranks: int, local_ranks: int, *, pinned: bool) -> Finding:

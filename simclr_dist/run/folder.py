@@ -13,7 +13,8 @@ from typing import Any
 from simclr_dist.config.load import config_from_dict, difference
 from simclr_dist.config.settings import Config
 from simclr_dist.config.strict_yaml import read_settings, write_yaml
-from simclr_dist.run.claim import Claim, claim_run, refuse_if_held
+from simclr_dist.run.claim import Claim, claim_run, is_dead, refuse_if_held
+from simclr_dist.run.status import read_status
 from simclr_dist.run.steps import steps_in
 from simclr_dist.system import files
 from simclr_dist.system.errors import ConfigError, DamagedError, DataError, SaveError, say
@@ -48,10 +49,21 @@ def check_run_folder(config: Config, *, held: bool = False) -> bool:
         raise ConfigError(f"run_folder: {config.run_folder!r} exists and is not a run folder; name another")
     if changed := difference(stored, config):
         what = f"{config.run_folder!r} holds another run ({'; '.join(changed)})"
-        raise ConfigError(f"run_folder: {what}; name another folder, or undo the change")
+        removed = "; nothing is saved in it: remove it," if _is_bare(run) else ";"
+        raise ConfigError(f"run_folder: {what}{removed} name another folder, or undo the change")
     if not held:
         refuse_if_held(run)
     return True
+
+
+def _is_bare(run: Path) -> bool:
+    """Tell whether the run ended before its first step.
+
+    So does one whose start weights do not fit.
+    """
+    saved = ("checkpoints/*", "encoders/*", "metrics.jsonl", "submission.json")
+    ended = is_dead(run) and read_status(run).get("state") not in ("done", "diverged")
+    return ended and not any(next(run.glob(name), None) for name in saved)
 
 
 def stored_config(run: Path) -> Config | None:
@@ -148,15 +160,24 @@ def truncate_metrics(run: Path, step: int) -> None:
 
 
 def read_metrics(run: Path, *, last_bytes: int = 1 << 40) -> list[dict[str, float]]:
-    """Return metrics.jsonl's finite numbers, a dict a line, of its last bytes. Return [] where it cannot be read."""
+    """Return `numbers_of` metrics.jsonl's last bytes. Return [] where it cannot be read."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
             content = file.read()
     except OSError:
         return []
+    return numbers_of(content)
+
+
+def numbers_of(content: bytes) -> list[dict[str, float]]:
+    """Return the finite numbers of metrics.jsonl's lines, a dict a line. Damaged lines are left out.
+
+    Speeds, which stand apart in the file as `timing`, are among them.
+    """
     entries = [entry for _, entry in files.json_lines(content, _metrics) if entry is not None]
-    return [{name: value for name, value in entry.items() if _is_number(value)} for entry in entries]
+    flat = (entry | timing if isinstance(timing := entry.get("timing"), dict) else entry for entry in entries)
+    return [{name: value for name, value in entry.items() if _is_number(value)} for entry in flat]
 
 
 def _is_number(value: object) -> bool:

@@ -24,7 +24,7 @@ _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "gave_up": {"why": str},
     "requeued": {"crash": bool, "saved": int},
 }
-_END = {"state": str, "code": int, "why": str | None, "lost?": bool, "disk?": bool}
+_END = {"state": str, "code": int, "why": str | None, "lost?": bool, "disk?": bool, "error?": str | None}
 _FINAL = ("done", "failed", "diverged")  # a start that crashed or was preempted may be followed by another
 _LOCK_SECONDS = 5.0  # whoever has locked the ledger for longer is cut off, and must not hold us up
 
@@ -33,7 +33,7 @@ _LOCK_SECONDS = 5.0  # whoever has locked the ledger for longer is cut off, and 
 class End:
     """The way a start ended. `lost`: by the loss of another rank. The true reason is what ended that rank.
 
-    `disk`: by a disk that is full, read-only or forbidden.
+    `disk`: by a disk that is full, read-only or forbidden. `error`: the class of a user's mistake.
     """
 
     state: str
@@ -41,6 +41,7 @@ class End:
     why: str | None = None
     lost: bool = False
     disk: bool = False
+    error: str | None = None
 
 
 _BY_ERROR = (
@@ -59,7 +60,7 @@ def end_of(error: BaseException | None) -> End:
         return End("crashed", 1, str(error))
     for kind, state, code in _BY_ERROR:
         if isinstance(error, kind):
-            return End(state, code, str(error))
+            return End(state, code, str(error), error=type(error).__name__ if code == 2 else None)
     lost, disk = isinstance(error, errors.LostRankError), errors.is_of_disk(error)
     return End("crashed", 1, errors.crash_summary(error), lost, disk)
 
@@ -68,7 +69,9 @@ def leave_note(end: End) -> int:
     """Leave a note for the launcher, and torchrun the reason. Return the exit code."""
     with suppress(OSError):  # of a full disk, say, which is then the error itself
         if path := os.environ.get(errors.LAST_WORD):
-            Path(f"{path}.{os.environ.get('RANK', '0')}").write_text(json.dumps(asdict(end)))
+            # One that is there is its own process's alone; ranks share a name.
+            file = Path(path) if Path(path).exists() else Path(f"{path}.{os.environ.get('RANK', '0')}")
+            file.write_text(json.dumps(asdict(end)))
         if end.code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
             more = {"py_callstack": end.why or "", "timestamp": str(int(time.time()))}
             files.write_atomically(Path(path), json.dumps({"message": {"message": end.why, "extraInfo": more}}).encode())
@@ -77,14 +80,15 @@ def leave_note(end: End) -> int:
 
 def read_notes(path: Path) -> dict[int, End]:
     """Return a start's notes by rank. torchrun does not pass them on; `path` is what its ranks had in LAST_WORD."""
-    notes = {}
-    for file in path.parent.glob(f"{path.name}.*"):
-        try:
-            end = End(**files.read_object(file, _END))
-        except (errors.DamagedError, TypeError):  # or empty, or of another version
-            end = End("crashed", 1, f"{file}: was cut short, as by a full disk", disk=True)
-        notes[int(file.suffix[1:])] = end
-    return notes
+    return {int(file.suffix[1:]): read_note(file) for file in path.parent.glob(f"{path.name}.*")}
+
+
+def read_note(file: Path) -> End:
+    """Return the end that a note tells of."""
+    try:
+        return End(**files.read_object(file, _END))
+    except (errors.DamagedError, TypeError):  # or empty, or of another version
+        return End("crashed", 1, f"{file}: was cut short, as by a full disk", disk=True)
 
 
 def record_event(run: Path, event: str, *, only_if: Callable[[], bool] = lambda: True, **fields: Any) -> None:

@@ -22,7 +22,7 @@ class UserError(Exception):
     """A user's mistake. One line with key, value and cure; exit code 2. The middle of a very long one is left out."""
 
     def __init__(self, line: str) -> None:
-        super().__init__(line if len(line) <= 2 * _HALF else f"{line[:_HALF]} ... {line[-_HALF:]}")
+        super().__init__(both_ends(line, _HALF))
 
 
 class ConfigError(UserError):
@@ -68,6 +68,10 @@ class SaveError(Exception):
         return f"{self.path}: cannot be written: {reason_of(self.cause)}{self.more}"
 
 
+class CrashedError(Exception):
+    """The ranks that a program has started crashed. Exit code 1."""
+
+
 class StoppedError(Exception):
     """The run has saved its work after a stop signal. Exit code 75."""
 
@@ -86,6 +90,11 @@ class RanksDifferError(Exception):
 
 class DivergedError(Exception):
     """Too many non-finite steps in a row; exit code 3."""
+
+
+def both_ends(text: str, half: int) -> str:
+    """Leave the middle out of a text of more than two halves."""
+    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"
 
 
 def reason_of(error: object) -> str:

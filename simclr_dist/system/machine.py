@@ -1,10 +1,14 @@
-"""Ask what this process may use of its machine: cores, memory, processes. Rule its threads."""
+"""Ask what this machine has: cores, memory, processes, a compiler. Rule its threads."""
 
 import math
 import os
 import resource
+import shutil
+import sysconfig
 from contextlib import suppress
 from pathlib import Path
+
+from simclr_dist.system.errors import ConfigError
 
 _GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -65,3 +69,14 @@ def _limits(path: Path) -> list[int]:
     with suppress(OSError, ValueError):  # it is not there, or says "max"
         return [int(path.read_text())]
     return []
+
+
+def cpp_compiler() -> str:
+    """Find the C++ compiler that torch.compile takes for CPUs. Raises ConfigError where it, or Python's headers, is missing."""
+    name = os.environ.get("CXX") or "g++"
+    missing = "" if shutil.which(name) else f"a C++ compiler: {name!r} is not found (CXX names another)"
+    if not Path(header := sysconfig.get_path("include"), "Python.h").is_file():
+        missing = missing or f"Python's headers: {header} has no Python.h (the package is called python3-dev, or the like)"
+    if missing:
+        raise ConfigError(f"compile: true: needs {missing}; install it, or set compile: false")
+    return name

@@ -106,9 +106,9 @@ def obey_parent_only() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def die_with(parent: int) -> None:
-    """Let the kernel kill this process when its `parent` ends (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Let the kernel send us signal `number` when our `parent` ends (Linux)."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it ended before
         os._exit(1)
 

@@ -2,16 +2,20 @@
 
 import os
 
+# Variable in which a batch script of our own array has its SLURM_JOB_ID.
+ARRAY_TASK = "SIMCLR_DIST_ARRAY_TASK"
+
 
 def job_id() -> str | None:
     """Return the id that SLURM knows this job by; None outside.
 
     One task of an array has the array's number, which SLURM takes for all of its tasks: that task is NUMBER_TASK. A job that
-    was sent from inside an array inherits the array's variables, but not its number. In all parts of a heterogeneous job
-    SLURM_JOB_ID is the first part's, and right: SLURM requeues no part alone.
+    was sent from inside an array inherits the array's variables, but not its number. Tasks of our own arrays are all called
+    NUMBER_TASK, as they were when they were sent. In all parts of a heterogeneous job SLURM_JOB_ID is the first part's, and
+    right: SLURM requeues no part alone.
     """
-    job, task = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{job}_{task}" if job and task and job == os.environ.get("SLURM_ARRAY_JOB_ID") else job
+    job, task, array = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "ARRAY_TASK_ID", "ARRAY_JOB_ID"))
+    return f"{array}_{task}" if job and task and array and job in (array, os.environ.get(ARRAY_TASK)) else job
 
 
 def restart_count() -> int:

@@ -6,15 +6,18 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from simclr_dist.config.networks import titled
 from simclr_dist.config.settings import Config
 from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.data.order import Plan
+from simclr_dist.data.views.crops import visible
 from simclr_dist.data.views.draws import ViewSettings, preset_views
 from simclr_dist.method.distributed import World
 from simclr_dist.method.optim import learning_rate
+from simclr_dist.train.images import RunImages
 from simclr_dist.train.learner import Learner
 
 
@@ -24,13 +27,14 @@ def view_settings(config: Config) -> ViewSettings:
     return preset_views(values.pop("preset"), values)
 
 
-def encoder_card(config: Config, learner: Learner, step: int, digest: str) -> dict[str, Any]:
+def encoder_card(config: Config, learner: Learner, step: int, images: RunImages) -> dict[str, Any]:
     """List what users of the encoder need to know."""
     settings, model = view_settings(config), config.model
     return {
         "encoder": model.encoder,
         "width": model.width,
         "stem": model.stem,
+        "channels": config.data.channels,
         "feature_size": learner.model.encoder.feature_size,
         "image_size": settings.image_size,
         "mean": list(settings.mean),
@@ -38,9 +42,13 @@ def encoder_card(config: Config, learner: Learner, step: int, digest: str) -> di
         "step": step,
         "images_seen": step * config.global_batch_size,
         "init": learner.init,
-        "data_digest": digest,
+        "images": len(images),
+        "data_digest": images.digest,
         "config": config.to_dict(),
     }
+
+
+_RARE = ("vertical_flip", "rotate", "solarize")  # no preset has them
 
 
 def views_line(settings: ViewSettings) -> str:
@@ -54,6 +62,7 @@ def views_line(settings: ViewSettings) -> str:
             f"{side}x{side} crops of {100 * least:g}-{100 * most:g} % of the area, width/height {narrow:.3g}-{wide:.3g},"
             f" {settings.interpolation}",
             f"flip {settings.flip:g}" if settings.flip else "no flip",
+            *(f"{name.replace('_', ' ')} {getattr(settings, name):g}" for name in _RARE if getattr(settings, name)),
             f"jitter {settings.jitter:g} ({strengths})" if settings.jitter else "no jitter",
             f"gray {settings.gray:g}" if settings.gray else "no gray",
             f"blur {settings.blur:g} (sigma {sigmas} pixels)" if settings.blur else "no blur",
@@ -68,6 +77,8 @@ def describe(config: Config, plan: Plan, learner: Learner, world: World, step: i
     parameters = sum(p.numel() for p in learner.model.parameters())
     batch, world_size = config.global_batch_size, world.size
     micro_batch = batch // config.micro_batches
+    has_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in learner.model.modules())
+    norm = f"BatchNorm over {micro_batch} images (both views)" if has_norm else "no BatchNorm: the gradient is that of any cut"
     stream = ""
     if config.data.reader == "stream":
         stream = (
@@ -80,8 +91,8 @@ def describe(config: Config, plan: Plan, learner: Learner, world: World, step: i
         f" (others every epoch){stream}\n"
         f"  batch      {batch} = {config.micro_batches} micro-batch{'es' * (config.micro_batches != 1)} x {world_size}"
         f" rank{'s' * (world_size != 1)} x {micro_batch // world_size};"
-        f" {2 * (batch - 1)} negatives an anchor; BatchNorm over {micro_batch} images (both views)\n"
-        f"  model      {config.model.encoder} width {config.model.width}, {parameters / 1e6:.2f} M parameters,"
+        f" {2 * (batch - 1)} negatives an anchor; {norm}\n"
+        f"  model      {titled(config.model.encoder, config.model.width)}, {parameters / 1e6:.2f} M parameters,"
         f" started from: {learner.init}; {config.precision} on {world.device.type}\n"
         f"  views      {views_line(view_settings(config))}\n"
         f"  steps      {total} ({total / plan.steps_per_epoch:.1f} epochs), warm-up {warmup}, peak learning rate"
@@ -115,6 +126,6 @@ def run_card(config: Config, described: str) -> str:
 def view_grid(view_a: Tensor, view_b: Tensor, settings: ViewSettings) -> Tensor:
     """Draw both views of the first 16 images side by side. Returns float [3, h, w] in 0..1."""
     pairs = torch.stack([view_a[:16], view_b[:16]], 1).flatten(0, 1).cpu()
-    mean, std = torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
-    grid: Tensor = make_grid((pairs * std + mean).clamp(0, 1), nrow=8)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
+    grid: Tensor = make_grid(visible((pairs * std + mean).clamp(0, 1)), nrow=8)
     return grid

@@ -4,6 +4,7 @@ import numpy as np
 
 from simclr_dist.config.settings import Config
 from simclr_dist.data.order import Plan
+from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.data.remote.fetch import Patience
@@ -18,7 +19,7 @@ def open_images(config: Config, world: World) -> RunImages:
     data = config.data
     cache = cache_settings(data.cache, data.cache_gib, patience=Patience(60 * data.retry_minutes))
     if data.reader == "manifest":
-        images = ShardDataset(data.shards, open_shards=2 * data.window, cache=cache)
+        images = ShardDataset(data.shards, open_shards=2 * data.window, cache=cache, kind=data.kind)
         # A reader is at most as many steps ahead as the DataLoader lets it be.
         shards = order(config, images, world).shards_at_once(2 * max(1, data.workers) + 2)
         images.check_room(shards, f"the {shards} shards that the readers may need at a time")
@@ -26,7 +27,9 @@ def open_images(config: Config, world: World) -> RunImages:
     assert data.samples is not None, "checked"
     place = {"rank": world.rank, "world_size": world.size, "workers": data.workers}
     mixed = {"seed": config.seed, "shuffle": data.shuffle_buffer}
-    return StreamImages(data.shards, data.samples, allow_pipe=data.allow_pipe, cache=cache, **place, **mixed)
+    return StreamImages(
+        data.shards, data.samples, allow_pipe=data.allow_pipe, cache=cache, kind=Kind(*data.kind), **place, **mixed
+    )
 
 
 def order(config: Config, images: RunImages, world: World, step: int = 0) -> Plan:

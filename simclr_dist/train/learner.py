@@ -4,22 +4,32 @@ import contextlib
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from simclr_dist.config.settings import Config
-from simclr_dist.encoder.file import start_weights
+from simclr_dist.data.views.colour import to_device
+from simclr_dist.data.views.draws import uniforms, view_side
+from simclr_dist.encoder.published import start_weights
 from simclr_dist.method.distributed import World, all_equal, data_parallel, together
-from simclr_dist.method.loss import NTXentLoss
+from simclr_dist.method.dropout import Keys
+from simclr_dist.method.encoders import build_simclr, checkpoint_blocks
+from simclr_dist.method.loss import NTXentLoss, for_kernels, triton_problem
 from simclr_dist.method.loss.statistics import embedding_statistics
 from simclr_dist.method.microbatch import LossFunction, contrastive_backward
-from simclr_dist.method.model import SimCLR, build_simclr, frozen_running_statistics, use_global_batch_norm
+from simclr_dist.method.model import SimCLR, frozen_running_statistics, use_global_batch_norm
 from simclr_dist.method.optim import build_optimizer, parameter_groups
+from simclr_dist.method.precision import AUTOCAST, settle
 from simclr_dist.system.errors import ConfigError
 from simclr_dist.train.monitor import Stopwatch
+
+_DRAWS = 2**16  # views are drawn by the same function; their numbers are below
 
 MicroBatch = tuple[Tensor, Tensor]
 """View a and view b of this rank's images in it, float [n, 3, s, s]."""
@@ -63,6 +73,7 @@ class Learner:
     counters: dict[str, Tensor]  # int64 device scalars
     init: str  # what the encoder really started from
     local_timer: Stopwatch  # of work that waits for no other rank
+    seed: int = 0  # of the draws of random layers
 
     def count_step(self, loss: Tensor, bad: Tensor, clipped: Tensor) -> None:
         """Count a step and adapt the loss scale. `bad`: the step was skipped. All arguments are device scalars."""
@@ -77,28 +88,68 @@ class Learner:
         counters["longest_skip"] = torch.maximum(counters["longest_skip"], counters["skipped_in_a_row"])
 
 
-def build_learner(config: Config, world: World) -> Learner:
-    """Build model, DDP and optimizer, the same on every rank."""
+def build_model(config: Config) -> SimCLR:
+    """Build the model that the config describes, with random weights in float32."""
+    side = view_side(config.views.preset, config.views.image_size)
+    model = build_simclr(**config.model.shape, channels=config.data.channels, image_size=side)
+    model.autocast = AUTOCAST.get(config.precision)
+    if config.activation_checkpointing:
+        checkpoint_blocks(model.encoder)
+    model.channels_last = config.channels_last
+    return model
+
+
+def build_shapes(config: Config) -> SimCLR:
+    """Build the model on the meta device, where it takes no memory."""
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except ConfigError:  # some of torchvision's compute their widths by tensors, which must have values
+        return build_model(config).to("meta")
+
+
+def embedding_size(config: Config, model: SimCLR) -> int:
+    """Return the size of z."""
+    return config.model.projector_dim if config.model.projector_depth else model.encoder.feature_size
+
+
+def kernel_problem(config: Config, size: int, world: World) -> str:
+    """Return why the loss lacks its kernels on this rank, or ''. `size` is that of its embeddings.
+
+    Raises ConfigError if `compile` needs them too.
+    """
+    wanted = for_kernels(world.device, torch.float64 if config.precision == "fp64" else torch.float32, size)
+    compiled = config.compile and world.device.type == "cuda"
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the caller says it
+        problem = triton_problem(world.device) if wanted or compiled else ""
+    if problem and compiled:
+        raise ConfigError(f"compile: true: {problem}; install it, or set compile: false")
+    return problem
+
+
+def build_learner(config: Config, world: World, *, resumed: bool = False) -> Learner:
+    """Build model, DDP and optimizer, the same on every rank. A `resumed` run needs its start weights no more."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; who wants speed takes bf16
+    settle(config.precision, world.device)
     torch.manual_seed(config.seed)
     m, o = config.model, config.optim
-    model = build_simclr(**m.shape)
-    init = together(lambda: start_weights(model.encoder, m.encoder, m.init, m.init_file))
+    model = build_model(config)
+    files = {"prefix": m.init_prefix, "leave": m.init_except}
+    start = "random" if resumed else m.init
+    init = together(lambda: start_weights(model.encoder, m.encoder, start, m.init_file, **files))
     if not all_equal(init):
-        raise ConfigError("model.init: some ranks could load the start weights and others could not; put them on every node")
-    model.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        cure = "put them on every node, and the run folder on a shared disk"
+        raise ConfigError(f"model.init: some ranks could load the start weights and others could not; {cure}")
     model.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
-    model.encoder.checkpointing = config.activation_checkpointing
-    model.channels_last = config.channels_last
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     use_global_batch_norm(model, world.device)
     groups = parameter_groups(model, o.weight_decay)
-    optimizer = build_optimizer(o.name, groups, lr=config.peak_lr, momentum=o.momentum, trust_coefficient=o.trust_coefficient)
+    how: dict[str, Any] = {"momentum": o.momentum, "trust_coefficient": o.trust_coefficient, "betas": o.betas}
+    optimizer = build_optimizer(o.name, groups, lr=config.peak_lr, **how)
     if config.compile:
         model.encoder.compile()
     parallel = data_parallel(model, world, in_rank_order=world.device.type == "cpu" or config.deterministic)
@@ -106,7 +157,7 @@ def build_learner(config: Config, world: World) -> Learner:
     counters = {name: torch.zeros((), dtype=torch.int64, device=world.device) for name in counted}
     loss = NTXentLoss(config.loss.temperature, decoupled=config.loss.decoupled, scale=config.loss.scale)
     loss_scale = LossScale(world.device) if config.precision == "fp16" else None
-    return Learner(model, parallel, optimizer, loss, loss_scale, counters, init, Stopwatch(world.device))
+    return Learner(model, parallel, optimizer, loss, loss_scale, counters, init, Stopwatch(world.device), config.seed)
 
 
 def cut(view_a: Tensor, view_b: Tensor, count: int) -> list[MicroBatch]:
@@ -115,9 +166,17 @@ def cut(view_a: Tensor, view_b: Tensor, count: int) -> list[MicroBatch]:
 
 
 def backward(
-    learner: Learner, micro_batches: Sequence[MicroBatch], loss_function: LossFunction | None = None
+    learner: Learner,
+    micro_batches: Sequence[MicroBatch],
+    loss_function: LossFunction | None = None,
+    *,
+    rows: Sequence[Tensor] = (),
+    step: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradient of the global batch's loss. It carries fp16's scale. Returns (that loss, z_a, z_b)."""
+    """Compute the gradient of the global batch's loss. It carries fp16's scale. Returns (that loss, z_a, z_b).
+
+    `rows` are each micro-batch's manifest rows, [n]. With `step` they decide what dropout and drop path draw.
+    """
     plain = loss_function or learner.loss
     scale = learner.loss_scale
     return contrastive_backward(
@@ -126,7 +185,19 @@ def backward(
         plain if scale is None else lambda z_a, z_b: plain(z_a, z_b) * scale.factor,
         no_sync=getattr(learner.parallel, "no_sync", contextlib.nullcontext),
         first_pass=functools.partial(frozen_running_statistics, learner.model),
+        each=lambda i: keyed(learner.model, learner.seed, step, rows[i]) if rows else contextlib.nullcontext(),
     )
+
+
+def keyed(model: SimCLR, seed: int, step: int, rows: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Key random layers by (seed, step, row, view). `rows`, int64 [n], are the images whose two views the block takes."""
+    keys: Keys | None = getattr(model.encoder, "keys", None)  # a module of the user's own has none
+    if keys is None or keys.columns == 0:
+        return contextlib.nullcontext()
+    draws = functools.partial(uniforms, seed, step, count=keys.columns)
+    of_images = np.concatenate([draws(rows=rows.numpy(), view=_DRAWS + view) for view in (0, 1)])
+    words = to_device((of_images * 2**32).astype(np.int64), next(model.parameters()).device)
+    return keys.using(words, [int(u * 2**32) for u in draws(rows=[0], view=_DRAWS + 2)[0]])
 
 
 def step_metrics(

@@ -15,13 +15,25 @@ from simclr_dist.config.together import check_fits, check_machine, doubts
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
+from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.compiled import compile_colour
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.encoder.names import encoder_path
-from simclr_dist.method.distributed import World, all_equal, local_ranks, lost_ranks_named, on_rank_0, set_timeout, together
+from simclr_dist.method.distributed import (
+    World,
+    all_equal,
+    all_gather_objects,
+    local_ranks,
+    lost_ranks_named,
+    on_rank_0,
+    set_timeout,
+    together,
+)
 from simclr_dist.method.optim import learning_rate, step_unless
 from simclr_dist.run import checkpoint
 from simclr_dist.run.claim import Claim
 from simclr_dist.run.folder import check_room, open_run, truncate_metrics
+from simclr_dist.run.loggers import chosen
 from simclr_dist.run.status import record_event, record_start, recorded
 from simclr_dist.run.steps import step_name
 from simclr_dist.system import signals
@@ -29,7 +41,7 @@ from simclr_dist.system.errors import ConfigError, DivergedError, SaveError, Sto
 from simclr_dist.train.agreement import StopAgreement, any_stop_signal, check_ranks_agree
 from simclr_dist.train.describe import describe, encoder_card, run_card, view_grid, view_settings
 from simclr_dist.train.images import RunImages, open_images, order
-from simclr_dist.train.learner import Learner, MicroBatch, backward, build_learner, step_metrics
+from simclr_dist.train.learner import Learner, MicroBatch, backward, build_learner, embedding_size, kernel_problem, step_metrics
 from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
 from simclr_dist.train.profiling import Profile, profiled
@@ -66,8 +78,18 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
             trainer.finish()
 
 
-def training_step(learner: Learner, micro_batches: Sequence[MicroBatch], config: Config, lr: float) -> dict[str, Tensor]:
+def training_step(
+    learner: Learner,
+    micro_batches: Sequence[MicroBatch],
+    config: Config,
+    lr: float,
+    *,
+    rows: Sequence[Tensor] = (),
+    step: int = 0,
+) -> dict[str, Tensor]:
     """Update the parameters by this rank's micro-batches. A non-finite loss or gradient changes nothing.
+
+    `rows` and `step` key the draws of dropout and drop path, as of `backward`.
 
     No host sync of ours (torch's SyncBatchNorm has one). All ranks decide alike: the loss is that of the global batch, and
     the gradient is averaged already.
@@ -77,7 +99,7 @@ def training_step(learner: Learner, micro_batches: Sequence[MicroBatch], config:
         group["lr"] = lr
     optimizer.zero_grad()
     statistics = [(buffer, buffer.clone()) for buffer in learner.model.buffers() if buffer.is_floating_point()]
-    loss, z_a, z_b = backward(learner, micro_batches)  # z of all ranks, NT-Xent, and the mean gradient
+    loss, z_a, z_b = backward(learner, micro_batches, rows=rows, step=step)  # z of all ranks, NT-Xent, and the mean gradient
     with learner.local_timer, record_function("optimizer"):
         if learner.loss_scale:
             loss = learner.loss_scale.unscale(loss, parameters)
@@ -103,7 +125,8 @@ class Trainer:
         self.folder = Path(config.run_folder)
         self.view_settings = view_settings(config)
         self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
-        self.learner = build_learner(config, world)
+        self.colour = together(compile_colour) if config.compile and world.device.type == "cpu" else colour_views
+        self.learner = build_learner(config, world, resumed=bool(checkpoint.saved_steps(self.folder / "checkpoints")))
         self.step, self.bad_samples = resume(self.learner, config, world, len(images), data_identity(images))
         self.first = self.step  # steps that were done before this start
         check_fits(config, len(images), world.size, self.step)
@@ -123,6 +146,7 @@ class Trainer:
             total_steps=self.total,
             first_step=self.step,
             tensorboard=config.log.tensorboard,
+            loggers=chosen(config),
             warmup_steps=self.warmup,
             hosts=self.clock.hosts,
             start=claim.generation if claim else None,
@@ -134,10 +158,11 @@ class Trainer:
         if (stop := any_stop_signal(signals.requested())) and self.step < self.total:
             raise StoppedError(f"{signals.name(stop)} before the first step")
         for views in self._views_of_steps(profile):
-            micro_batches = coloured(views, self.view_settings, self.world.device, timed=learner.local_timer)
+            device, timer = self.world.device, learner.local_timer
+            micro_batches = coloured(views, self.view_settings, device, colour=self.colour, timed=timer)
             self._show(micro_batches)
             lr = learning_rate(self.step, peak=config.peak_lr, warmup_steps=self.warmup, total_steps=self.total)
-            outcome = training_step(learner, micro_batches, config, lr)
+            outcome = training_step(learner, micro_batches, config, lr, rows=views.rows_of_each, step=self.step)
             del micro_batches  # before the next ones are made
             self.step += 1
             stop = self.agreement.exchange(signals.requested())
@@ -170,6 +195,9 @@ class Trainer:
             short_side = self.images.manifest.short_side if isinstance(self.images, ShardDataset) else None
             for doubt in doubts(config, len(self.images), self.world.size, self.view_settings.image_size, short_side):
                 self.monitor.say(f"WARNING: {doubt}")
+            problem = together(lambda: kernel_problem(config, embedding_size(config, self.learner.model), self.world))
+            for why in sorted(set(all_gather_objects(problem)) - {""}):
+                self.monitor.say(f"WARNING: the loss is computed by plain torch operations, which are slower: {why}")
         self.monitor.card(run_card(config, described))
         if config.probe.every_epochs:
             assert isinstance(self.images, ShardDataset), "checked"
@@ -257,7 +285,7 @@ class Trainer:
         if self.claim is None:
             return
         model, path = self.learner.model, encoder_path(self.folder, self.step)
-        card = encoder_card(self.config, self.learner, self.step, self.images.digest)
+        card = encoder_card(self.config, self.learner, self.step, self.images)
         at_end = self.step == self.total > self.first
         elsewhere = (Path.cwd(), tempfile.gettempdir()) if at_end else ()  # it is what all the steps were for
         export_encoder(path, model.encoder, card, model.projector, elsewhere=elsewhere)

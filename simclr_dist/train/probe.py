@@ -7,6 +7,7 @@ from torch import Tensor
 
 from simclr_dist.config.settings import Config
 from simclr_dist.data.manifest import Manifest
+from simclr_dist.data.pixels.decode import DTYPES
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views.crops import eval_view, normalise
 from simclr_dist.data.views.draws import ViewSettings
@@ -23,7 +24,7 @@ _ROWS = 1 << 18
 class OnlineProbe:
     """kNN on a fixed choice of images, evenly spread over the shards. Every second one votes, the others are classified.
 
-    Each rank holds its share, decoded once, uint8. Images that the run trains on are left out. Raises ConfigError when too few
+    Each rank holds its share, decoded once. Images that the run trains on are left out. Raises ConfigError when too few
     remain, and DataError (on every rank) for one that cannot be read.
     """
 
@@ -32,7 +33,7 @@ class OnlineProbe:
         self._settings = settings
         self._batch = max(1, min(512, 2 * config.global_batch_size // (config.micro_batches * world.size)))
         self._device = world.device
-        images = together(lambda: ShardDataset(config.probe.shards, checked=True))
+        images = together(lambda: ShardDataset(config.probe.shards, checked=True, kind=config.data.kind))
         rows, self.left_out = choose(images.manifest, train, config.probe.images)
         if len(rows) < 4:
             raise ConfigError(
@@ -74,7 +75,7 @@ class OnlineProbe:
 
     def _read(self, images: ShardDataset, rows: NDArray[np.int64]) -> Tensor:
         size = self._settings.image_size
-        crops = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        crops = torch.empty(len(rows), images.kind.channels, size, size, dtype=DTYPES[images.kind.bit_depth])
         for place, row in enumerate(rows):
             crops[place] = eval_view(images[int(row)].image, size)
         return crops

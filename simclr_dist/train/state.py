@@ -12,7 +12,6 @@ from simclr_dist.config.settings import Config
 from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.data.stream import StreamImages
 from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
-from simclr_dist.method.model import build_simclr
 from simclr_dist.method.optim import OPTIMIZER_BUFFERS
 from simclr_dist.run import checkpoint
 from simclr_dist.run.folder import check_same_images
@@ -21,7 +20,7 @@ from simclr_dist.system.errors import DataError, reason_of, say
 from simclr_dist.system.files import fitting, write_atomically
 from simclr_dist.train.describe import rate_doubt
 from simclr_dist.train.images import RunImages
-from simclr_dist.train.learner import Learner
+from simclr_dist.train.learner import Learner, build_shapes
 from simclr_dist.train.monitor import Monitor
 
 
@@ -57,8 +56,7 @@ def full_state(
 
 def saved_bytes(config: Config) -> tuple[float, float]:
     """Return the bytes of a checkpoint, and of an encoder with projector. At least, where the optimizer's are not known."""
-    with torch.device("meta"):
-        model = build_simclr(**config.model.shape)
+    model = build_shapes(config)
     weights = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     copies = OPTIMIZER_BUFFERS.get(config.optim.name, 0) if config.optim.momentum else 0

@@ -31,7 +31,7 @@ from simclr_dist.system.errors import PREEMPTED, UserError
 from terminal import terminal
 
 IMAGES = 24
-VERBS = ("demo", "shard", "train", "eval", "finetune", "embed", "export", "submit", "plan", "check")
+VERBS = ("demo", "shard", "train", "eval", "finetune", "embed", "neighbours", "export", "submit", "runs", "plan", "check")
 
 CONFIG = """
 run_folder: run
@@ -187,8 +187,11 @@ def test_a_global_batch_that_the_gpus_of_this_machine_do_not_divide(
 
 def test_a_run_folder_of_another_run(here: Path, command: Command) -> None:
     open_run(load_config("config.yaml", ["--seed", "5"]), {}).release()
-    line = refused(command("train", "config.yaml"))
-    assert line == "run_folder: 'run' holds another run (seed: 5 -> 0); name another folder, or undo the change"
+    line, other = refused(command("train", "config.yaml")), "run_folder: 'run' holds another run (seed: 5 -> 0);"
+    assert line == f"{other} nothing is saved in it: remove it, name another folder, or undo the change"
+    Path("run/checkpoints/step-00000001.pt").touch()
+    assert refused(command("train", "config.yaml")) == f"{other} name another folder, or undo the change"
+    Path("run/checkpoints/step-00000001.pt").unlink()
     assert "is not a run folder" in refused(command("train", "config.yaml", "--run_folder", "images"))
 
 
@@ -220,7 +223,7 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
     [
         (["trian"], "invalid choice: 'trian'"),
         (["--bogus"], "--bogus"),
-        (["shard", "a", "b", "--bogus", "1"], "unrecognized arguments: --bogus"),
+        (["shard", "a", "b", "--bogus", "1"], "unrecognized arguments: --bogus 1; see `simclr-dist shard --help`"),
         (["shard", "a"], "usage: simclr-dist shard SRC DST, or --index DIR, or --verify DST"),
         (["shard", "a", "b", "--shard-size", "0"], "shard_size: 0 is too small; the least is 1"),
         (["shard", "a", "b", "--shard-size", "many"], "invalid int value: 'many'"),

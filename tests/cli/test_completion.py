@@ -46,6 +46,7 @@ TABS = {  # what is typed, and what stands there after Tab
     "simclr-dist submit can": "simclr-dist submit cancel ",
     "simclr-dist plan mine.yaml --model.projector_di": "--model.projector_dim ",
     "simclr-dist eval --protocols li": "--protocols linear ",
+    "simclr-dist train mine.yaml --sweep optim.base": "--sweep optim.base_lr=",
     "simclr-dist shard pho": "simclr-dist shard photos/",
 }
 
@@ -83,6 +84,7 @@ def test_fish(folder: Path) -> None:
     assert complete("simclr-dist tra") == ["train"]
     assert complete("simclr-dist train mine.yaml --optim.na") == ["--optim.name"]
     assert complete("simclr-dist train mine.yaml --precision b") == ["bf16"]
+    assert complete("simclr-dist eval --arch resnet3") == ["resnet34"]
     assert "mine.yaml" in complete("simclr-dist train m")
 
 

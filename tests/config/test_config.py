@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from unittest import mock
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from simclr_dist.config import together
 from simclr_dist.config.load import config_from_dict, difference, load_config
+from simclr_dist.config.networks import names_of
 from simclr_dist.config.ranges import Probability, Range, check_ranges, descriptions, may_change, setting_types
 from simclr_dist.config.settings import CheckpointConfig, Config, DataConfig, OptimConfig
 from simclr_dist.config.strict_yaml import read_yaml, write_yaml
@@ -26,6 +29,7 @@ from simclr_dist.config.together import (
     optimizer_names,
 )
 from simclr_dist.data.views.draws import PRESETS
+from simclr_dist.system import machine
 from simclr_dist.system.errors import ConfigError
 
 LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"
@@ -35,18 +39,21 @@ OPTIONS = [
     "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision",
     "activation_checkpointing", "channels_last", "compile", "deterministic",
     "max_skipped_steps", "check_ranks_every", "timeout_minutes",
-    "first_step_timeout_minutes", "data.shards", "data.reader", "data.workers", "data.window",
+    "first_step_timeout_minutes", "data.shards", "data.reader", "data.channels", "data.bit_depth",
+    "data.workers", "data.window",
     "data.on_bad_sample", "data.max_bad_samples", "data.in_memory", "data.cache", "data.cache_gib", "data.retry_minutes",
     "data.samples", "data.shuffle_buffer", "data.allow_pipe", "views.preset", "views.image_size", "views.crop_scale",
-    "views.crop_ratio", "views.interpolation", "views.flip", "views.jitter", "views.brightness", "views.contrast",
-    "views.saturation",     "views.hue", "views.gray", "views.blur", "views.blur_sigma", "views.mean", "views.std",
-    "model.encoder", "model.width", "model.stem", "model.init", "model.init_file",
+    "views.crop_ratio", "views.interpolation", "views.flip", "views.vertical_flip", "views.rotate", "views.jitter",
+    "views.brightness", "views.contrast", "views.saturation", "views.hue", "views.gray", "views.blur", "views.blur_sigma",
+    "views.solarize", "views.mean", "views.std",
+    "model.encoder", "model.width", "model.stem", "model.drop_path", "model.init", "model.init_file",
+    "model.init_prefix", "model.init_except",
     "model.projector_depth", "model.projector_hidden", "model.projector_dim", "model.projector_batch_norm",
     "loss.temperature", "loss.decoupled", "loss.scale", "optim.name", "optim.base_lr", "optim.lr_rule",
-    "optim.weight_decay", "optim.momentum",
+    "optim.weight_decay", "optim.momentum", "optim.betas",
     "optim.trust_coefficient", "optim.warmup_epochs", "optim.warmup_steps", "optim.clip_norm", "checkpoint.every",
     "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.export_every", "log.every", "log.tensorboard",
-    "log.views_every_epochs", "probe.every_epochs", "probe.shards", "probe.images",
+    "log.wandb", "log.mlflow", "log.trackio", "log.views_every_epochs", "probe.every_epochs", "probe.shards", "probe.images",
 ]  # fmt: skip
 
 
@@ -279,7 +286,7 @@ def test_a_key_like_no_other_has_no_suggestion(file: Path) -> None:
         ("views.crop_scale", ["a", 1], "'a' is not a number"),
         ("device", "gpu", "'gpu' is not one of auto, cpu, cuda"),
         ("model.encoder", "resnet5", "did you mean 'resnet50'?"),
-        ("model.encoder", ["resnet50"], "is not one of"),
+        ("model.encoder", ["resnet50"], "is not text"),
         ("model.width", True, "True is not one of 1, 2, 4"),
         ("model.width", 2.0, "2.0 is not one of 1, 2, 4"),
         ("model.width", 3, "3 is not one of 1, 2, 4"),
@@ -513,6 +520,24 @@ def test_what_this_machine_cannot_have(file: Path, monkeypatch: pytest.MonkeyPat
     assert str(refused.value) == line
 
 
+def test_compile_needs_a_compiler_and_headers(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_machine(load_config(file), 224, 2, 4)
+    config = load_config(file, ["--compile", "true", "--device", "cpu"])
+    ends = "; install it, or set compile: false"
+    why = "a C++ compiler: 'no-such-compiler' is not found (CXX names another)"
+    with pytest.raises(ConfigError) as refused:
+        check_machine(config, 224, 2, 4)
+    assert str(refused.value) == f"compile: true: needs {why}{ends}"
+    monkeypatch.setenv("CXX", sys.executable)
+    check_machine(config, 224, 2, 4)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError) as refused:
+        check_machine(config, 224, 2, 4)
+    why = f"Python's headers: {tmp_path} has no Python.h (the package is called python3-dev, or the like)"
+    assert str(refused.value) == f"compile: true: needs {why}{ends}"
+
+
 def test_the_meaning_of_a_setting_is_read_from_its_docstring() -> None:
     assert descriptions(Outer) == {
         "quality": "JPEG quality.", "kind": "Which.", "scale": "Any finite number.", "names": "Some.",
@@ -536,6 +561,8 @@ def test_the_bounds_themselves_are_taken(file: Path) -> None:
         (["--steps", "null"], ["steps: None, epochs: None", "exactly one"]),
         (["--model.init", "file"], ["model.init_file", "'file'"]),
         (["--model.init_file", "x.safetensors"], ["model.init_file", "'x.safetensors'", "'random'"]),
+        (["--model.init_prefix", "a."], ["model.init_prefix: 'a.' has no effect with model.init: random"]),
+        (["--model.init_except", "conv1"], ["model.init_except: 'conv1' has no effect with model.init: random"]),
         (["--global_batch_size", "10", "--micro_batches", "4"], ["micro_batches: 4", "global_batch_size 10"]),
         (["--optim.name", "torch_optimizer.lars", "--optim.weight_decay", "0"], ["optim.name", "weight_decay 0"]),
         (["--model.init", "imagenet", "--model.width", "2"], ["model.init: 'imagenet'", "width 1"]),
@@ -848,8 +875,8 @@ MAY_CHANGE_ON_RESUME = {
     "run_folder", "epochs", "steps", "max_skipped_steps", "check_ranks_every", "timeout_minutes", "first_step_timeout_minutes",
     "data.shards", "data.workers", "data.max_bad_samples", "data.in_memory", "data.cache", "data.cache_gib",
     "data.retry_minutes", "data.allow_pipe", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every",
-    "checkpoint.export_every", "log.every", "log.tensorboard", "log.views_every_epochs", "probe.every_epochs", "probe.shards",
-    "probe.images",
+    "checkpoint.export_every", "log.every", "log.tensorboard", "log.wandb", "log.mlflow", "log.trackio",
+    "log.views_every_epochs", "probe.every_epochs", "probe.shards", "probe.images",
 }  # fmt: skip
 
 
@@ -861,7 +888,7 @@ def test_what_may_change_on_resume_is_said_in_the_types_of_the_settings() -> Non
 def test_difference_names_each_setting_that_decides_the_result(key: str) -> None:
     old = Config()
     value = leaves(old.to_dict())[key]
-    new = {bool: not value, int: 99, float: 0.123, str: "other", type(None): 5}[type(value)]
+    new = {bool: not value, int: 99, float: 0.123, str: "other", type(None): 5, tuple: (0.1, 0.2)}[type(value)]
     expected = [] if key in MAY_CHANGE_ON_RESUME else [f"{key}: {value} -> {new}"]
     assert difference(old, changed(old, key, new)) == expected
     assert difference(old, old) == []
@@ -884,3 +911,28 @@ def test_what_decides_the_result_must_not_change() -> None:
 def test_a_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.encoder", "timm/vit_smal_patch16_224"], ["model.encoder", "did you mean 'timm/vit_small_patch16_224'?"]),
+        (["--model.encoder", "timm/test_vit", "--model.width", "2"], ["model.width: 2 has no effect on timm/test_vit"]),
+        (["--model.encoder", "torchvision/swin_t", "--model.stem", "small"], ["model.stem: 'small' has no effect"]),
+        (["--model.encoder", "timm/test_vit", "--model.init", "imagenet"], ["model.init", "torchvision's shape"]),
+        (["--model.drop_path", "0.1"], ["model.drop_path: 0.1 has no effect on resnet50"]),
+        (["--optim.betas", "[0.9, 0.95]"], ["optim.betas: (0.9, 0.95) has no effect on lars"]),
+        (["--optim.name", "adamw", "--optim.betas", "[0.9, 1.0]"], ["optim.betas"]),
+    ],
+)
+def test_settings_of_other_networks(file: Path, options: list[str], words: list[str]) -> None:
+    line = refusal(file, LEAST, *options)
+    assert all(word in line for word in words), line
+
+
+def test_timm_is_named_where_it_is_missing(file: Path) -> None:
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        names_of.cache_clear()
+        line = refusal(file, LEAST, "--model.encoder", "timm/test_vit")
+    names_of.cache_clear()
+    assert line.endswith(": model.encoder: 'timm/test_vit' needs timm, which is not installed: pip install timm")

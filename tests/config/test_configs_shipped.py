@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from simclr_dist.config.load import load_config
-from simclr_dist.config.settings import Config
 from simclr_dist.data.views.draws import PRESETS
-from simclr_dist.method.model import ResNet, SimCLR, build_projector
 from simclr_dist.method.optim import build_optimizer, parameter_groups
 from simclr_dist.preflight.plan.report import make_plan, text
+from simclr_dist.train.learner import build_shapes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -21,20 +20,6 @@ shipped = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CO
 def header(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
-
-
-def build(config: Config) -> SimCLR:
-    model = config.model
-    with torch.device("meta"):
-        encoder = ResNet(model.encoder, width=model.width, stem=model.stem)
-        projector = build_projector(
-            encoder.feature_size,
-            depth=model.projector_depth,
-            hidden=model.projector_hidden,
-            dim=model.projector_dim,
-            batch_norm=model.projector_batch_norm,
-        )
-    return SimCLR(encoder, projector)
 
 
 def test_there_are_configs() -> None:
@@ -60,7 +45,7 @@ def test_it_loads_and_its_own_run_folder_is_its(path: Path) -> None:
 @shipped
 def test_it_builds_its_model_and_optimizer(path: Path) -> None:
     config = load_config(path)
-    model = build(config)
+    model = build_shapes(config)
     size = config.views.image_size or PRESETS[config.views.preset].image_size
     z = model.projector(model.encoder(torch.empty(4, 3, size, size, device="meta")))
     assert z.shape == (4, config.model.projector_dim if config.model.projector_depth else model.encoder.feature_size)

@@ -133,7 +133,7 @@ def test_a_png_that_does_not_fit_its_checksum_reaches_no_other_reader() -> None:
     content = bytearray(encoded(7, "PNG", 40, 30))
     content[content.index(b"IDAT") + 20] ^= 1
     with pytest.raises(DataError, match=r"^damaged: its IDAT chunk does not fit its checksum$"):
-        images._is_sound_png(bytes(content))
+        images.is_sound_png(bytes(content))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 
 from simclr_dist.data.views import colour
 from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.compiled import compile_colour
 from simclr_dist.data.views.crops import crop_view, eval_view, normalise
 from simclr_dist.data.views.draws import PRESETS, ViewDraws, ViewSettings, draw_views
 
@@ -145,7 +146,7 @@ def test_blur_kernel_spans_a_tenth_of_the_view() -> None:
 def test_a_gpus_blur_is_the_cpus(size: int) -> None:
     """By taps of a batch, and by products of a sample: one picture."""
     x, sigma = torch.rand(5, 3, size, size), np.array([2.0, 1.1, 0.7, 0.4, 0.25], dtype=np.float32)
-    kernels = colour._half_kernels(sigma, size // 10 // 2)
+    kernels = colour.half_kernels(sigma, size // 10 // 2)
     taps, reach = torch.from_numpy(kernels)[..., None, None], np.count_nonzero(kernels[:, 1:], axis=1)
     products = x.clone()
     colour._blur(products, taps, reach)
@@ -153,13 +154,16 @@ def test_a_gpus_blur_is_the_cpus(size: int) -> None:
     assert (products - x).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("preset", ["imagenet", "small", "blog"])
-def test_colour_is_torchvisions(preset: str) -> None:
+def test_colour_is_torchvisions(preset: str, compiled: bool, request: pytest.FixtureRequest) -> None:
     """In units of the normalised view, whose standard deviation is about 1."""
+    if compiled:
+        request.getfixturevalue("compiler")
     settings = replace(PRESETS[preset], image_size=40)
     crops, draws = pictures(150, 40), draw(settings, 150)
     expected = torch.stack([reference_colour(crops[i], draws, i, settings) for i in range(150)])
-    ours = colour_views(crops, draws, settings)
+    ours = (compile_colour() if compiled else colour_views)(crops, draws, settings)
     assert ours.dtype == torch.float32
     assert ours.is_contiguous()
     assert (ours - expected).abs().max() < 2e-4

@@ -257,7 +257,7 @@ LARGE = [_large(micro_batches, batch_norm=batch_norm) for micro_batches in (64, 
 
 def _large_learner(config: Config, world: World) -> Learner:
     encoder = _TinyEncoder if config.model.projector_batch_norm else _TinyEncoderWithoutNorm
-    with mock.patch("simclr_dist.method.model.ResNet", encoder):
+    with mock.patch("simclr_dist.method.encoders.ResNet", encoder):
         return _learner(config, world, smooth=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors import safe_open
@@ -27,6 +28,8 @@ from simclr_dist.cli.train import main as train
 from simclr_dist.encoder import file as export
 from simclr_dist.encoder import onnx
 from simclr_dist.encoder.file import export_encoder, file_digest, load_encoder, projector_path, untrained_encoder
+from simclr_dist.encoder.published import load_foreign
+from simclr_dist.method.encoders import build_encoder
 from simclr_dist.method.model import ResNet, build_projector
 from simclr_dist.system.errors import ConfigError, DataError, SaveError
 
@@ -307,10 +310,17 @@ def test_files_that_are_not_encoders(tmp_path: Path) -> None:
     text.write_text("not one")
     misfit = tmp_path / "misfit.safetensors"
     export_encoder(misfit, ResNet("resnet10", stem="small"), {**SMALL, "stem": "imagenet"})
+    unknown = tmp_path / "unknown.safetensors"
+    vit = build_encoder("timm/test_vit", image_size=32)
+    export_encoder(unknown, vit, {**CARD, "encoder": "timm/test_vi", "image_size": 32})
+    wide = tmp_path / "wide.safetensors"
+    export_encoder(wide, ResNet("resnet10", stem="small"), {**SMALL, "stem": "small", "channels": 10**9})
     for path, reason in (
         (tmp_path / "none.safetensors", "no such file"),
         (text, "not an encoder"),
         (misfit, "shape: is not that of"),
+        (unknown, "'timm/test_vi' does not train on images of 3 x 32 x 32 (Unknown model (test_vi))"),
+        (wide, "channels: 1000000000 must be at least 1 and at most 64"),
     ):
         message = refusal(DataError, lambda path=path: load_encoder(path))
         assert reason in message
@@ -417,7 +427,7 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     path = tmp_path / "e.safetensors"
     exported(path)
     assert cli.main(["export", str(path), str(path)]) == 2
-    assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} must end in .onnx\n"
+    assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} must end in .onnx, or in / for a folder\n"
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
     assert capsys.readouterr().err == f"simclr-dist: export: ONNX needs onnxscript; {onnx.CURE}\n"
@@ -431,3 +441,48 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(onnx, "_MOST", 1000)
     message = refusal(DataError, lambda: onnx.export_onnx(path, tmp_path / "e.onnx"))
     assert message.endswith("GiB of weights; an ONNX file holds at most 2 GiB")
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_efficientnet", "torchvision/mobilenet_v3_small"])
+def test_an_encoder_of_others_comes_back_and_loads_where_it_is_from(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    encoder = randomised(build_encoder(name, image_size=32, channels=3)).eval()
+    export_encoder(path, encoder, {**CARD, "encoder": name, "feature_size": encoder.feature_size, "image_size": 32})
+    loaded, x = load_encoder(path), torch.randn(2, 3, 32, 32)
+    expected = encoder(x)
+    assert torch.equal(loaded(x), expected)
+    shape = loaded.card["shape"]  # type: ignore[index]
+    if name.startswith("timm/"):
+        theirs = timm.create_model(shape["timm"], checkpoint_path=str(path), **shape["arguments"])
+    else:
+        theirs = torchvision.models.get_model(shape["torchvision"], **shape["arguments"])
+        theirs.classifier[2] = theirs.classifier[3] = nn.Identity()
+        theirs.load_state_dict(load_file(path))
+    assert torch.equal(theirs.eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("torchvision/mnasnet0_5", 64),  # its load_state_dict asks for a version
+        ("torchvision/swin_t", 32),  # tables of places are in its state
+        ("torchvision/maxvit_t", 224),  # an argument of two numbers
+        ("timm/coat_tiny", 32),  # one module in two blocks
+    ],
+)
+def test_every_form_of_state_comes_back(tmp_path: Path, name: str, size: int) -> None:
+    path = tmp_path / "a.safetensors"
+    encoder = build_encoder(name, image_size=size).eval().requires_grad_(False)
+    export_encoder(path, encoder, {**CARD, "encoder": name, "feature_size": encoder.feature_size, "image_size": size})
+    x = torch.randn(1, 3, size, size)
+    expected = encoder(x)
+    assert torch.equal(load_encoder(path)(x), expected)
+    assert torch.equal(load_foreign(name, path, image_size=size)(x), expected)
+
+
+def test_a_network_that_uses_a_weight_twice_is_written(tmp_path: Path) -> None:
+    """CoaT shares position encodings between its blocks."""
+    encoder = nn.Linear(3, 3)
+    encoder.twin = encoder.weight  # type: ignore[assignment]
+    assert {name: tensor.data_ptr() for name, tensor in export._weights(encoder).items()}.keys() == {"weight", "bias", "twin"}
+    assert len({tensor.data_ptr() for tensor in export._weights(encoder).values()}) == 3

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from networks import randomised
 from simclr_dist.data.views.crops import short_side
 from simclr_dist.encoder.file import export_encoder, load_encoder
-from simclr_dist.encoder.preprocess import preprocess_card
+from simclr_dist.encoder.preprocess import preprocess, preprocess_card
 from simclr_dist.evaluate.embed import embed
 from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.settings import EmbedSettings
@@ -159,3 +159,32 @@ def test_what_is_no_image_is_refused_in_a_line(tmp_path: Path, wrong: Any) -> No
     with pytest.raises(DataError, match=r"is no image: give a PIL image|have no fixed range") as refused:
         preprocess(wrong)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("channels", "bits"), [(1, 8), (1, 16), (2, 8), (3, 16), (4, 8), (5, 16)])
+def test_images_of_other_kinds(channels: int, bits: int, tmp_path: Path) -> None:
+    """As PIL image where Pillow has such ones, turned upright; as tensor always. The scale is that of the image's own bits."""
+    mean, std = [0.4] * channels, [0.3] * channels
+    card = CARD | {"mean": mean, "std": std, "image_size": 16, "config": {"data": {"bit_depth": bits}}}
+    dtype, most = (np.uint16, 65535) if bits == 16 else (np.uint8, 255)
+    pixels = np.random.default_rng(0).integers(0, most, (16, 16, channels), dtype, endpoint=True)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    expected = (tensor.double() / most - 0.4) / 0.3
+    ours = preprocess(card, tensor)
+    assert ours.shape == (channels, 16, 16)
+    assert (ours - expected).abs().max() < 1e-5
+    if channels == 1 or (channels <= 4 and bits == 8):
+        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+        assert torch.equal(preprocess(card, image), ours)
+        image.getexif()[0x0112] = 3
+        assert torch.equal(preprocess(card, image), ours.flip(-1, -2))
+        image.save(file := tmp_path / "turned.tif", exif=image.getexif())
+        with Image.open(file) as turned:  # Pillow turns it by itself
+            assert torch.equal(preprocess(card, turned), ours.flip(-1, -2))
+    if (channels, bits) == (3, 16):
+        narrow = Image.fromarray((pixels >> 8).astype(np.uint8))
+        assert (preprocess(card, narrow) - ours).abs().max() < 0.02, "8 bits are the same scale"
+    refused: list[Any] = [Image.new("F", (4, 4)), torch.zeros(channels + 1, 4, 4, dtype=torch.uint8)]
+    for wrong in (*refused, torch.zeros(channels, 4, 4)):
+        with pytest.raises(DataError):
+            preprocess(card, wrong)

@@ -1,6 +1,7 @@
 """Checkpoints of others: found wherever they are in a file, and refused by the first key that does not fit."""
 
 import argparse
+import hashlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simclr_dist.encoder.file import export_encoder, untrained_encoder
-from simclr_dist.encoder.published import IMAGENET_MEAN, IMAGENET_STD, load_foreign
+from simclr_dist.encoder.published import IMAGENET_MEAN, IMAGENET_STD, load_foreign, start_weights
 from simclr_dist.method.model import ResNet
 from simclr_dist.system.errors import ConfigError, DataError, UserError
 
@@ -60,6 +61,22 @@ def refusal(error: type[UserError], path: Path, **settings: Any) -> str:
     return str(caught.value)
 
 
+def plus_one(state: State) -> State:
+    """The copy that is not evaluated."""
+    return {key: value + 1 for key, value in state.items()}
+
+
+def without_classifier(state: State) -> State:
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def numbered(state: State) -> State:
+    """As `nn.Sequential(*list(resnet.children())[:-1])` names it."""
+    network = torchvision.models.resnet18()
+    network.load_state_dict(state)
+    return dict(nn.Sequential(*list(network.children())[:-1]).state_dict())
+
+
 HEAD = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(2)}
 LAYOUTS: dict[str, tuple[Callable[[State], Any], str, dict[str, int]]] = {
     "plain": (lambda s: s, "", {"fc": 2}),
@@ -94,6 +111,64 @@ LAYOUTS: dict[str, tuple[Callable[[State], Any], str, dict[str, int]]] = {
         "state_dict.module.encoder_q.",
         {"encoder_k": 122, "fc": 2, "queue": 1},
     ),
+    "MoCo v3": (
+        lambda s: {"state_dict": {**under("module.momentum_encoder.", plus_one(s)), **under("module.base_encoder.", s)}},
+        "state_dict.module.base_encoder.",
+        {"fc": 2, "momentum_encoder": 122},
+    ),
+    "DINO": (
+        lambda s: {
+            "student": {**under("module.backbone.", plus_one(s)), **under("module.head.", HEAD)},
+            "teacher": {**under("backbone.", s), **under("head.", HEAD)},
+            "dino_loss": {"center": torch.zeros(1, 4)},
+            "args": argparse.Namespace(arch="resnet18"),
+        },
+        "teacher.backbone.",
+        {"dino_loss": 1, "fc": 2, "head": 2, "student": 124},
+    ),
+    "lightly, numbered": (
+        lambda s: {**under("backbone.", numbered(s)), **under("projection_head.layers.", HEAD)},
+        "backbone.",
+        {"projection_head": 2},
+    ),
+    "lightly's MoCo": (
+        lambda s: {
+            "state_dict": {**under("backbone.", numbered(s)), **under("backbone_momentum.", numbered(plus_one(s)))},
+        },
+        "state_dict.backbone.",
+        {"backbone_momentum": 120},
+    ),
+    "solo-learn": (
+        lambda s: {
+            "state_dict": {
+                **under("backbone.", without_classifier(s)),
+                **under("momentum_backbone.", without_classifier(plus_one(s))),
+                **under("classifier.", {"weight": torch.zeros(2, 2)}),
+            },
+        },
+        "state_dict.backbone.",
+        {"classifier": 1, "momentum_backbone": 120},
+    ),
+    "VISSL": (
+        lambda s: {
+            "phase_idx": 1,
+            "classy_state_dict": {
+                "base_model": {
+                    "model": {
+                        "trunk": under("_feature_blocks.", without_classifier(s)),
+                        "heads": under("0.clf.", HEAD),
+                    },
+                },
+            },
+        },
+        "classy_state_dict.base_model.model.trunk._feature_blocks.",
+        {"heads": 2},
+    ),
+    "an average over steps": (
+        lambda s: {"state_dict": plus_one(s), "state_dict_ema": s},
+        "state_dict_ema.",
+        {"fc": 2, "state_dict": 122},
+    ),
 }
 
 
@@ -105,7 +180,7 @@ def test_found_wherever_it_is(tmp_path: Path, published: nn.Module, layout: str)
     encoder = load_foreign("resnet18", path)
     x = images()
     assert torch.equal(encoder(x), representation(published, x))
-    assert encoder.card["weights"] == {"file": str(path), "prefix": prefix, "left_out": left_out}
+    assert encoder.card["weights"] == {"file": str(path), "prefix": prefix, "left_out": left_out, "adapted": []}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -160,7 +235,7 @@ def test_the_card_has_what_an_evaluation_needs(tmp_path: Path, published: nn.Mod
         "data_digest": None,
     }  # fmt: skip
     assert (card["mean"], card["std"], card["image_size"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD), 224)
-    assert card["init"] == "published weights r18.pth (not known: how they were trained)"
+    assert card["init"] == "published weights r18.pth (how they were trained is not known)"
     assert untrained_encoder(card)(images()).shape == (2, 512)
     own = load_foreign("resnet18", path, mean=(0, 0, 0), std=(1, 1, 1), image_size=96).card
     assert (own["mean"], own["std"], own["image_size"]) == ([0, 0, 0], [1, 1, 1], 96)
@@ -178,26 +253,29 @@ def changed(**changes: Tensor | None) -> State:
     return state
 
 
+SMALL = "resnet10 (width 1, stem small)"
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor", "ignore:Sparse invariant checks")  # torch 2.14, torch 2.11
 @pytest.mark.parametrize(
     ("state", "settings", "says"),
     [
-        (changed(bn1__bias=None, layer4__0__bn1__bias=None), {}, "has no 'bn1.bias', which a resnet10 of width 1, stem small,"),
+        (changed(bn1__bias=None, layer4__0__bn1__bias=None), {}, f"has no 'bn1.bias', which {SMALL} needs"),
         (under("module.", changed(bn1__bias=None)), {}, "has no 'module.bn1.bias'"),
-        (changed(), {"width": 2}, "'conv1.weight' is [16, 3, 3, 3]; a resnet10 of width 2, stem small, has [32, 3, 3, 3]"),
-        (changed(), {"stem": "imagenet"}, "'conv1.weight' is [16, 3, 3, 3]; a resnet10 of width 1, stem imagenet, has [16, 3"),
-        (changed(), {"arch": "resnet18"}, "'conv1.weight' is [16, 3, 3, 3]; a resnet18 of width 1, stem small, has [64, 3"),
-        (changed(bn1__weight=torch.ones(1)), {}, "'bn1.weight' is [1]; a resnet10 of width 1, stem small, has [16] there"),
+        (changed(), {"width": 2}, "'conv1.weight' is [16, 3, 3, 3]; resnet10 (width 2, stem small) has [32, 3, 3, 3]"),
+        (changed(), {"stem": "imagenet"}, "'conv1.weight' is [16, 3, 3, 3]; resnet10 (width 1, stem imagenet) has [16, 3"),
+        (changed(), {"arch": "resnet18"}, "'conv1.weight' is [16, 3, 3, 3]; resnet18 (width 1, stem small) has [64, 3"),
+        (changed(bn1__weight=torch.ones(1)), {}, f"'bn1.weight' is [1]; {SMALL} has [16] there"),
         (changed(bn1__weight=torch.ones(16).to(torch.int8)), {}, "'bn1.weight' is torch.int8, torch.strided; weights are"),
         (changed(bn1__weight=torch.ones(16).to_sparse()), {}, "'bn1.weight' is torch.float32, torch.sparse_coo; weights are"),
-        (changed(layer1__1__conv1__weight=torch.ones(1)), {}, "has 'layer1.1.conv1.weight', which a resnet10 of width 1, stem"),
+        (changed(layer1__1__conv1__weight=torch.ones(1)), {}, "has 'layer1.1.conv1.weight', which resnet10 (width 1, stem"),
         (changed(layer1__0__se__weight=torch.ones(1)), {}, "has 'layer1.0.se.weight', which"),
-        (changed(bn2__weight=torch.ones(1)), {}, "has 'bn2.weight', which a resnet10 of width 1, stem small, has not"),
+        (changed(bn2__weight=torch.ones(1)), {}, f"has 'bn2.weight', which {SMALL} has not"),
         (changed(attnpool__weight=torch.ones(1)), {}, "has 'attnpool.weight', which"),
-        ({"a": {**under("s.", changed()), **under("t.", changed())}}, {}, "holds several ResNets, behind 'a.s.', 'a.t.'; name"),
-        (under("s.", changed()), {"prefix": "t"}, "no ResNet has the prefix 't'; there is one behind 's.'"),
-        ({"visual.stem.0.weight": torch.ones(1)}, {}, "holds no ResNet with torchvision's names: no conv1.weight with layer1"),
-        (changed(conv1__weight=None), {}, "holds no ResNet with torchvision's names"),
+        ({**under("s.", changed()), **under("t.", changed())}, {}, f"holds {SMALL} several times, behind 's.', 't.'"),
+        (under("s.", changed()), {"prefix": "t"}, f"no {SMALL} has the prefix 't'; there is one behind 's.'"),
+        ({"visual.stem.0.weight": torch.ones(1)}, {}, f"holds no {SMALL}: hardly any of its names is there; it begins: 'vis"),
+        (changed(conv1__weight=None), {}, f"has no 'conv1.weight', which {SMALL} needs"),
         ({}, {}, "it begins: none"),
         ({"a\nb": torch.ones(1)}, {}, "it begins: 'a\\nb'"),
         ([torch.ones(1)], {}, "holds a list, not a state dict"),
@@ -215,11 +293,11 @@ def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path: Path) -> No
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in torchvision.models.resnet34().state_dict().items()}
     torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "r34.pth")
-    assert "has 'layer1.2.conv1.weight', which a resnet18" in refusal(
+    assert "has 'layer1.2.conv1.weight', which resnet18" in refusal(
         DataError, tmp_path / "r34.pth", arch="resnet18", stem="imagenet"
     )
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "r18.pth")
-    assert "has no 'layer1.2.conv1.weight', which a resnet34" in refusal(
+    assert "has no 'layer1.2.conv1.weight', which resnet34" in refusal(
         DataError, tmp_path / "r18.pth", arch="resnet34", stem="imagenet"
     )
 
@@ -260,13 +338,15 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("none.pth", "none.safetensors"):
         assert "cannot read the weights: No such file" in refusal(DataError, tmp_path / name)
     assert "cannot read the weights: Is a directory" in refusal(DataError, tmp_path)
+    with pytest.raises(DataError, match=r"^model.init_file: .*none.pth: cannot read the weights: No such file"):
+        start(tmp_path / "none.pth")
 
 
 def test_dictionaries_without_end(tmp_path: Path) -> None:
     endless: dict[str, Any] = {"weight": torch.zeros(1)}
     endless["self"] = endless
     torch.save(endless, tmp_path / "w.pth")
-    assert "holds no ResNet" in refusal(DataError, tmp_path / "w.pth")
+    assert "holds no resnet10" in refusal(DataError, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -275,11 +355,109 @@ def test_dictionaries_without_end(tmp_path: Path) -> None:
         ({"arch": "resnet51"}, "arch: 'resnet51' is not one of resnet10, resnet18,"),
         ({"width": 3}, "width: 3 is not one of 1, 2, 4"),
         ({"stem": "tiny"}, "stem: 'tiny' is not one of imagenet, small, small_stride2"),
-        ({"mean": (0.5, 0.5)}, "mean: [0.5, 0.5]: must be three finite numbers"),
-        ({"mean": (0.5, 0.5, float("nan"))}, "mean: [0.5, 0.5, nan]: must be three finite numbers"),
-        ({"std": (0.5, 0.5, 0)}, "std: [0.5, 0.5, 0]: must be three numbers above 0, and finite"),
+        ({"mean": (0.5, 0.5)}, "mean: [0.5, 0.5]: must be 3 finite numbers"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "mean: [0.5, 0.5, nan]: must be 3 finite numbers"),
+        ({"std": (0.5, 0.5, 0)}, "std: [0.5, 0.5, 0]: must be 3 numbers above 0, and finite"),
         ({"image_size": 0}, "image_size: 0 must be at least 8 and at most 4096"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     assert refusal(ConfigError, tmp_path / "none.pth", **settings).startswith(says)
+
+
+def test_a_resnet_of_small_images_by_its_other_names(tmp_path: Path) -> None:
+    """CIFAR's ResNets say shortcut, where torchvision says downsample."""
+    state = small_state()
+    named = {key.replace("downsample", "shortcut"): value for key, value in state.items()}
+    torch.save({"state_dict": under("backbone.", named)}, tmp_path / "w.pth")
+    encoder = load_foreign("resnet10", tmp_path / "w.pth", stem="small")
+    assert torch.equal(encoder.layer2[0].downsample[0].weight, state["layer2.0.downsample.0.weight"])
+    assert encoder.card["weights"]["left_out"] == {}
+
+
+def start(path: Path, **settings: str) -> tuple[ResNet, str]:
+    """A resnet10 with the small stem that was started from a file."""
+    torch.manual_seed(2)
+    encoder = ResNet("resnet10", stem="small")
+    return encoder, start_weights(encoder, "resnet10", "file", str(path), **settings)
+
+
+def test_a_training_starts_from_published_weights(tmp_path: Path) -> None:
+    state, path = small_state(), tmp_path / "theirs.pth"
+    state["bn1.num_batches_tracked"] = torch.tensor(7)
+    torch.save(
+        {
+            "state_dict": {
+                **under("module.encoder_q.", {**state, "fc.weight": torch.zeros(2, 2)}),
+                "module.queue": HEAD["0.bias"],
+            }
+        },
+        path,
+    )
+    encoder, said = start(path)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    tensors = len([name for name in state if not name.endswith("tracked")])
+    assert said == (
+        f"file theirs.pth: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()};"
+        f" {tensors} of {tensors} tensors behind 'state_dict.module.encoder_q.', all of the encoder's numbers;"
+        " left out: fc 1, queue 1; how they were trained is not known"
+    )
+
+
+def test_torchvisions_own_weights(monkeypatch: pytest.MonkeyPatch, published: nn.Module) -> None:
+    weights = torchvision.models.ResNet18_Weights.DEFAULT
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda *_, **__: published.state_dict())
+    encoder = ResNet("resnet18")
+    said = start_weights(encoder, "resnet18", "imagenet")
+    assert said == (
+        "imagenet, supervised (torchvision ResNet18_Weights.IMAGENET1K_V1): 100 of 100 tensors, all of the encoder's numbers;"
+        " left out: fc 2"
+    )
+    assert torch.equal(encoder.eval()(images()), representation(published, images()))
+
+    gray = ResNet("resnet18", channels=1)
+    said = start_weights(gray, "resnet18", "imagenet")
+    assert "; adapted: conv1.weight from 3 channels to 1 (their sum);" in said
+
+    def offline(*_: Any, **__: Any) -> State:
+        raise OSError("no network")
+
+    monkeypatch.setattr(type(weights), "get_state_dict", offline)
+    with pytest.raises(ConfigError, match=r"model.init: 'imagenet': cannot download https://.*no network"):
+        start_weights(encoder, "resnet18", "imagenet")
+    assert start_weights(encoder, "resnet18", "imagenet_or_random") == "random (ImageNet weights could not be downloaded)"
+
+
+def test_another_stem_is_left_random_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save(small_state(stem="imagenet"), path)
+    with pytest.raises(
+        DataError, match=r"^model.init_file: .*'conv1.weight' is \[16, 3, 7, 7\]; resnet10 of these settings has"
+    ):
+        start(path)
+    encoder, said = start(path, leave="conv1,bn1")
+    torch.manual_seed(2)
+    fresh, theirs = ResNet("resnet10", stem="small"), small_state(stem="imagenet")
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name] if name.startswith(("conv1.", "bn1.")) else theirs[name]), name
+    assert "; random: bn1 5, conv1 1;" in said or "; random: conv1 1, bn1 5;" in said
+    assert "100.0 %" not in said
+    for wrong in ("conv", "conv1,", "layer1.0.conv9"):
+        with pytest.raises(
+            ConfigError, match=r"^model.init_except: '.*' is no part of resnet10 of these settings; its parts: conv1, "
+        ):
+            start(path, leave=wrong)
+
+
+def test_an_encoder_of_ours_says_what_it_was_started_from(tmp_path: Path) -> None:
+    """Labels that a first training saw stay in the history of all that follow."""
+    network = ResNet("resnet10", stem="small")
+    card = {
+        "encoder": "resnet10", "width": 1, "stem": "small", "feature_size": 128, "image_size": 16, "step": 7,
+        "mean": [0.5] * 3, "std": [0.5] * 3, "init": "imagenet, supervised\n (x)", "data_digest": None,
+    }  # fmt: skip
+    export_encoder(tmp_path / "ours.safetensors", network, card)
+    _, said = start(tmp_path / "ours.safetensors")
+    assert said.endswith(r"; ours, step 7, started from imagenet, supervised\n (x)")
+    assert "left out" not in said

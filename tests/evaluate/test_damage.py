@@ -18,7 +18,7 @@ from simclr_dist.cli.main import main
 from simclr_dist.encoder.file import export_encoder, load_encoder, projector_path
 from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.job import evaluate
-from simclr_dist.evaluate.result.earlier import comparable
+from simclr_dist.evaluate.result.curves import comparable
 from simclr_dist.evaluate.result.file import read_result
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import watch

@@ -214,6 +214,16 @@ def test_bf16(make_encoder: Make, folder: Path, tmp_path: Path) -> None:
     assert 1e-4 < distance < 2e-2
 
 
+def test_tf32_is_refused_where_there_is_none(
+    make_encoder: Make, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "features.parquet"
+    arguments = [str(make_encoder()), str(folder), str(out), "--workers", "0", "--precision", "tf32", "--device", "cpu"]
+    assert main(["embed", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "simclr-dist: precision: tf32: cpu has no TF32; take fp32"
+    assert not out.exists()
+
+
 def test_a_bad_image_is_refused_or_left_out(make_encoder: Make, folder: Path, tmp_path: Path) -> None:
     encoder, out, good = make_encoder(), tmp_path / "f.parquet", tmp_path / "good.parquet"
     embed(encoder, folder, good, NONE, device="cpu")

@@ -295,6 +295,20 @@ def test_every_layer_learns_and_batch_norm_sees_the_batch(make_shards: Make) -> 
         assert not torch.equal(weight, before[name]), f"{name} is as it was"
 
 
+def test_what_is_dropped_is_of_the_seed(make_shards: Make) -> None:
+    """Whatever was drawn before. And it leaves the generator as it was."""
+    images = ShardDataset(make_shards("train", *draw_images(30, seed=0)))
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 3))
+        torch.rand(len(losses))
+        before = torch.get_rng_state()
+        losses.append(fit(model, images, np.arange(30), CARD, Recipe(1, 15, 2, 0, 0.0), seed=seed).loss)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_the_encoder_file_stays_as_it_is(make_encoder: Make, sets: tuple[Path, Path]) -> None:
     encoder = make_encoder()
     before = {path: path.read_bytes() for path in encoder.parent.iterdir()}

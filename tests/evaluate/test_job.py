@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 
@@ -183,12 +184,12 @@ def test_without_any_labels(make_encoder: Make, make_shards: Make, capsys: pytes
     out = capsys.readouterr().out
     assert "30 training and 20 test images, none with a label" in out
     assert "effective_rank: " in out
-    assert " (higher is better, from 1 (all on one line) to 20)\n" in out
+    assert " (1 is collapse (all on one line); more is no better encoder; at most 20)\n" in out
     assert re.search(r"^effective_rank: [\d.]+, untrained [\d.]+ \(", out, re.MULTILINE)
     page = (make_encoder().parent.parent / "eval" / "step-00001200.html").read_text()
     assert "30 training and 20 test images, none with a label" in page
     assert "<th>protocol</th>" not in page, "a table without rows"
-    assert "<th>trained encoder</th><th>untrained encoder</th><th>what is good</th>" in page
+    assert "<th>trained encoder</th><th>untrained encoder</th><th>how to read it</th>" in page
     result = json.loads((make_encoder().parent.parent / "eval" / "step-00001200.json").read_text())
     trained, untrained = result["signals"], result["untrained_signals"]
     assert {*trained} == {*untrained}
@@ -196,7 +197,8 @@ def test_without_any_labels(make_encoder: Make, make_shards: Make, capsys: pytes
         assert f"<td>{one['views']['alignment']:.2f}</td>" in page
     assert trained["effective_rank"] != untrained["effective_rank"]
     assert "<td>views: alignment</td>" in page
-    assert "<td>lower is better, beside a low uniformity: 0 where views are alike, 2 for random directions</td>" in page
+    read = "0 where views are alike, 2 for random directions; near 0 beside a uniformity near 0 is collapse"
+    assert f"<td>{read}</td>" in page
 
 
 def test_a_published_checkpoint(sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +211,14 @@ def test_a_published_checkpoint(sets: tuple[Path, Path], tmp_path: Path, capsys:
     assert result["encoder"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert main(["eval", "--arch", "resnet50", "--weights", str(file), "--no-baselines", *options]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+    transformer = timm.create_model("test_vit", img_size=32)
+    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in transformer.state_dict().items()}}, file)
+    assert main(["eval", "--arch", "timm/test_vit", "--weights", str(file), "--protocols", "knn", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"timm/test_vit, {file}\n"), "it has no width"
+    assert "published encoder, started from published weights theirs.pt (how they were trained is not known)" in out
+    result = json.loads((tmp_path / "theirs.eval.json").read_text())
+    assert result["encoder"]["weights"]["left_out"] == {"head": 2}
     for wrong in (["--arch", "resnet18"], ["x", "--arch", "resnet18", "--weights", str(file)], ["x"]):
         assert main(["eval", *wrong, *options]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

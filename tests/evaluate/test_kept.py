@@ -12,9 +12,9 @@ from faults.small_disk import PAGE, SmallDisk, why_not
 from simclr_dist.cli.main import main
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.result import page
-from simclr_dist.evaluate.result.earlier import comparable
-from simclr_dist.evaluate.result.file import SHAPE, read_result, write_result
-from simclr_dist.evaluate.result.report import FORMAT, UnwrittenError, summary
+from simclr_dist.evaluate.result.curves import comparable
+from simclr_dist.evaluate.result.file import FORMAT, SHAPE, UnwrittenError, read_result, write_result
+from simclr_dist.evaluate.result.report import summary
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.watch import watch
 from simclr_dist.run.status import write_status

@@ -11,7 +11,7 @@ from simclr_dist.evaluate.features.extraction import Features
 from simclr_dist.evaluate.protocols import knn
 from simclr_dist.evaluate.protocols.knn import neighbours, weighted_knn
 from simclr_dist.evaluate.protocols.scores import score
-from simclr_dist.evaluate.result.report import TRAINED
+from simclr_dist.evaluate.result.file import TRAINED
 from simclr_dist.evaluate.settings import Settings
 
 

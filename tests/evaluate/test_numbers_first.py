@@ -14,8 +14,9 @@ import simclr_dist.encoder.file
 from evaluated import CARD, draw_images
 from faults.small_disk import SmallDisk, why_not
 from simclr_dist.cli.main import main
-from simclr_dist.encoder.file import export_encoder, load_encoder, projector_path, start_weights, untrained_encoder
+from simclr_dist.encoder.file import export_encoder, load_encoder, projector_path, untrained_encoder
 from simclr_dist.encoder.names import Foreign
+from simclr_dist.encoder.published import load_foreign, start_weights
 from simclr_dist.evaluate import embed, finetune, job
 from simclr_dist.evaluate.features.file import read_features
 from simclr_dist.evaluate.protocols import subsets
@@ -226,15 +227,14 @@ def test_start_weights_are_of_one_file(two: tuple[Path, Path], monkeypatch: pyte
     digest, expected = sha256(path), load_encoder(path).state_dict()
     replaced(path, other, monkeypatch)
     encoder = ResNet(CARD["encoder"], stem=CARD["stem"])
-    assert start_weights(encoder, CARD["encoder"], "file", str(path)) == f"file {digest}"
+    started = start_weights(encoder, CARD["encoder"], "file", str(path))
+    assert started.startswith(f"file {path.name}: sha256 {digest}; ")
     assert torch.equal(encoder.state_dict()["conv1.weight"], expected["conv1.weight"])
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_a_published_checkpoint_is_of_one_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
-
-    from simclr_dist.encoder.published import load_foreign
 
     paths = [tmp_path / f"{name}.{suffix}" for name in "ab"]
     for seed, path in enumerate(paths):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from simclr_dist.evaluate.result.charts import line_chart, ticks
+from simclr_dist.evaluate.result.file import FORMAT
 from simclr_dist.evaluate.result.page import page, write_page
-from simclr_dist.evaluate.result.report import FORMAT
 from simclr_dist.system.errors import DataError
 
 

@@ -9,8 +9,8 @@ import torch
 
 from simclr_dist.encoder.names import result_path
 from simclr_dist.evaluate.protocols.scores import confusions, score
-from simclr_dist.evaluate.result.file import as_json, claim, write_result
-from simclr_dist.evaluate.result.report import FORMAT, summary, table
+from simclr_dist.evaluate.result.file import FORMAT, as_json, claim, write_result
+from simclr_dist.evaluate.result.report import summary, table
 from simclr_dist.system.errors import DataError
 
 

@@ -15,8 +15,7 @@ from simclr_dist.evaluate.features.extraction import Features
 from simclr_dist.evaluate.protocols import mlp
 from simclr_dist.evaluate.protocols.mlp import classifier
 from simclr_dist.evaluate.protocols.scores import class_report, confusions, in_blocks, score, spread, top1, wilson_interval
-from simclr_dist.evaluate.result.file import write_result
-from simclr_dist.evaluate.result.report import TRAINED
+from simclr_dist.evaluate.result.file import TRAINED, write_result
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.system.errors import DataError
 

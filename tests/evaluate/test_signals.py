@@ -195,8 +195,8 @@ def test_what_is_good_is_said_of_each_signal() -> None:
     good, names = meanings(found), set(flat(found))
     assert set(good) <= names
     assert {name.rpartition(": ")[2] for name in names - set(good)} == {"images", "feature_size", "threshold", "batch"}
-    assert good["effective_rank"].endswith("to 6")
-    assert meanings({"images": 5, "feature_size": 30})["effective_rank"].endswith("to 5")
+    assert good["effective_rank"].endswith("at most 6")
+    assert meanings({"images": 5, "feature_size": 30})["effective_rank"].endswith("at most 5")
     assert f"random directions {random_uniformity(d):.2f}" in good["uniformity"]
     assert good["near_duplicates: pairs"].startswith("of 780;")
     one = torch.ones(n, d)

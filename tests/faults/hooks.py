@@ -3,18 +3,17 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from simclr_dist.config.settings import Config
 from simclr_dist.data import memory
 from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import Portion, StepDataset
 from simclr_dist.train import loop
-from simclr_dist.train.learner import Learner, MicroBatch
+from simclr_dist.train.learner import Learner
 
 
 def is_rank(rank: int | None) -> bool:
@@ -83,9 +82,9 @@ def corrupted_after_step(step: int, rank: int) -> None:
     counted = 0
     training_step = loop.training_step
 
-    def patched(learner: Learner, *arguments: Any) -> dict[str, torch.Tensor]:
+    def patched(learner: Learner, *arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
         nonlocal counted
-        outcome = training_step(learner, *arguments)
+        outcome = training_step(learner, *arguments, **named)
         counted += 1
         if counted == step and is_rank(rank):
             with torch.no_grad():
@@ -99,11 +98,11 @@ def _before_step(step: int, rank: int | None, action: Callable[[], None]) -> Non
     counted = 0
     training_step = loop.training_step
 
-    def patched(learner: Learner, micro_batches: Sequence[MicroBatch], config: Config, lr: float) -> dict[str, torch.Tensor]:
+    def patched(*arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
         nonlocal counted
         counted += 1
         if counted == step and is_rank(rank):
             action()
-        return training_step(learner, micro_batches, config, lr)
+        return training_step(*arguments, **named)
 
     loop.training_step = patched

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from host_sync import no_host_sync
 from simclr_dist.config.together import CONTIGUOUS_OPTIMIZERS, REFUSED_OPTIMIZERS, optimizer_names
+from simclr_dist.method.encoders import build_encoder
 from simclr_dist.method.optim import LARS, build_optimizer, learning_rate, parameter_groups, step_unless
 
 
@@ -373,3 +374,37 @@ def test_groups_are_left_as_they_are() -> None:
     before = copy.copy(groups[0])
     build_optimizer("sgd", groups, lr=0.1)
     assert groups[0].keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "excluded"),
+    [
+        ("timm/test_vit", 32, {"cls_token", "pos_embed", "LayerNorm.weight", "bias"}),
+        ("timm/test_convnext", 32, {"ConvNeXtBlock.gamma", "LayerNorm2d.weight", "LayerNorm.weight", "bias"}),
+        ("timm/test_efficientnet", 32, {"BatchNormAct2d.weight", "bias"}),
+        ("timm/swinv2_tiny_window8_256", 256, {"WindowAttention.logit_scale", "q_bias", "v_bias", "LayerNorm.weight", "bias"}),
+        ("torchvision/swin_t", 64, {"ShiftedWindowAttention.relative_position_bias_table", "LayerNorm.weight", "bias"}),
+        ("torchvision/vit_b_32", 64, {"class_token", "pos_embedding", "LayerNorm.weight", "bias", "in_proj_bias"}),
+    ],
+)
+def test_parameter_groups_of_others(name: str, size: int, excluded: set[str]) -> None:
+    """All that is neither decayed nor adapted is there for a reason; the weights are of layers that multiply."""
+    with torch.device("meta"):
+        encoder = build_encoder(name, image_size=size)
+    weights, others = ({id(p) for p in group["params"]} for group in parameter_groups(encoder, 0.1))
+    found, kinds = set(), set()
+    for module in encoder.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            kind = type(module).__name__
+            if id(parameter) in others:
+                found.add(key if key.endswith("bias") or module is encoder or key in excluded else f"{kind}.{key}")
+            else:
+                kinds.add(kind)
+    assert found == excluded
+    assert kinds <= {"Linear", "Conv2d", "Conv2dSame", "MultiheadAttention", "NonDynamicallyQuantizableLinear"}
+    assert len(weights) + len(others) == len(list(encoder.parameters()))
+
+
+def test_betas_are_adamws() -> None:
+    groups = parameter_groups(nn.Linear(2, 2), 0.1)
+    assert build_optimizer("adamw", groups, lr=0.1, betas=(0.8, 0.95)).param_groups[0]["betas"] == (0.8, 0.95)

@@ -17,7 +17,7 @@ def test_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.login(*SRUN, env={"OMP_NUM_THREADS": "1"}, cwd=tmp_path, timeout=240, check=False)
     assert done.stdout, (done.returncode, done.stderr)
     lines = done.stdout.splitlines()
-    assert lines[-1] == "10 checks: 1 failed, 0 with a warning", done.stdout + done.stderr
+    assert lines[-1] == "11 checks: 1 failed, 0 with a warning", done.stdout + done.stderr
     assert "names of 2 machines: n1, n2" in done.stdout
     assert "the distributed gradient is one process's" in done.stdout
     assert "GraceTime=2 is too short" in done.stdout

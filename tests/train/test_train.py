@@ -20,9 +20,9 @@ from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.manifest import Manifest, load_manifest
 from simclr_dist.data.order import Plan
 from simclr_dist.data.pixels.decode import describe_decoders
-from simclr_dist.encoder.file import load_encoder
+from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.launch.torchrun import torchrun
-from simclr_dist.train import state
+from simclr_dist.train import loop, state
 
 METRICS = [
     "step",
@@ -228,6 +228,39 @@ def test_the_same_images_in_other_shards_are_another_order(shards: Path, capsys:
     assert start(Path("recut").resolve(), steps=4) == 2
     assert "holds other images than the run began with" in capsys.readouterr().err
     assert files("*.*", "checkpoints/*") == before
+
+
+def test_a_loss_without_its_kernels_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "kernel_problem", lambda *_: "Triton cannot compile: gcc fails")
+    assert start(shards, steps=2) == 0
+    line = "WARNING: the loss is computed by plain torch operations, which are slower: Triton cannot compile: gcc fails"
+    assert line in Path("run/train.log").read_text()
+
+
+def test_a_run_from_published_weights_says_so_and_outlives_them(shards: Path) -> None:
+    published = untrained_encoder(
+        {"encoder": "resnet10", "width": 1, "stem": "small_stride2", "image_size": 16}, seed=5
+    ).state_dict()
+    named = {f"module.encoder_q.{name}": tensor for name, tensor in published.items()}
+    torch.save({"state_dict": {**named, "module.queue": torch.zeros(2)}}, "theirs.pth")
+    model = {"init": "file", "init_file": "theirs.pth"}
+    assert start(shards, model=model, steps=2, optim={"base_lr": 0.0}) == 0
+    encoder = load_encoder("run/encoders/step-00000002.safetensors")
+    assert torch.equal(encoder.conv1.weight, published["conv1.weight"]), "at a rate of 0 nothing has moved"
+    said = encoder.card["init"]
+    assert said.startswith("file theirs.pth: sha256 ")
+    assert "behind 'state_dict.module.encoder_q.', all of the encoder's numbers; left out: queue 1; how they" in said
+    assert f"started from: {said}; fp32 on cpu" in Path("run/train.log").read_text()
+
+    Path("theirs.pth").unlink()
+    assert start(shards, model=model, steps=3, optim={"base_lr": 0.0}) == 0, "a resumed run needs them no more"
+    assert load_encoder("run/encoders/step-00000003.safetensors").card["init"] == said
+
+
+def test_start_weights_that_are_not_there_leave_a_folder_that_may_go(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(shards, model={"init": "file", "init_file": "tehirs.pth"}, steps=2) == 2
+    assert start(shards, model={"init": "file", "init_file": "theirs.pth"}, steps=2) == 2
+    assert "(model.init_file: tehirs.pth -> theirs.pth); nothing is saved in it: remove it, name" in capsys.readouterr().err
 
 
 def test_fewer_steps_than_are_done_are_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ from simclr_dist.system.errors import DataError, printable, reason_of
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30
 _LONGEST_LABEL = 64
+_SYNSET = re.compile(r"(?:^|/)(n\d{8})\.tar$")
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
 
@@ -144,8 +145,9 @@ def archive_source(source: Path, archives: Sequence[Path]) -> Source:
     """Make a source of tars and zips. It keeps the order of `archives` and of each archive.
 
     Labels come from a tar's `KEY.cls` members (WebDataset) if there are any, -1 for an image without one. Else they come by
-    class folder, as in a folder, after folders that hold everything; -1 where there are none. Links, devices, absolute names,
-    names with '..' and encrypted entries are rejected. Raises DataError for a damaged archive and for one without images.
+    class folder, as in a folder, after folders that hold everything; -1 where there are none. A tar in a tar that is named by a
+    WordNet id (`n01440764.tar`) is such a folder. Links, devices, absolute names, names with '..' and encrypted entries are
+    rejected. Raises DataError for a damaged archive and for one without images.
     """
     listings = [_list_zip(path) if path.suffix.lower() == ".zip" else _list_tar(path) for path in archives]
     names = [name for listing in listings for name in listing.names]
@@ -191,7 +193,11 @@ def _list_tar(path: Path) -> _Listing:
     with path.open("rb") as file:
         for member in tar_members(path):
             name = plain_path(member.name)
-            if is_label(name) and member.problem is None and not _is_hidden_path(name):
+            if member.problem is None and (synset := _SYNSET.search(name)):
+                for image in tar_members(path, member):  # ImageNet's training images: a tar for each class
+                    place = (image.offset, image.size, image.size, _STORED, -1)
+                    listing.add(path.name, f"{synset[1]}/{image.name}", image.problem, place)
+            elif is_label(name) and member.problem is None and not _is_hidden_path(name):
                 text = read_label(file.fileno(), member)
                 listing.labels.setdefault(webdataset_key(name), parse_label(text, f"{path}: {printable(member.name)}"))
             else:

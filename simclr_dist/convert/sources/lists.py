@@ -7,8 +7,8 @@ from pathlib import Path
 
 from simclr_dist.convert.sources.archives import plain_path, why_unsafe
 from simclr_dist.convert.sources.folders import file_chunks
-from simclr_dist.convert.sources.originals import Problem, Source
-from simclr_dist.convert.sources.tables import NO_LABEL, PATH_COLUMNS, check_labels, read_paths
+from simclr_dist.convert.sources.originals import NO_LABEL, Problem, Source, why_no_label
+from simclr_dist.convert.sources.tables import PATH_COLUMNS, check_labels, read_paths
 from simclr_dist.system.errors import DataError, printable
 
 LABEL_COLUMNS = ("label", "class")
@@ -80,8 +80,7 @@ def _listed(path: Path, root: Path, rows: Iterable[tuple[str, str, int]], classe
         inside = given.removeprefix(f"{root}/")
         name = plain_path(inside)
         reason = why_unsafe(inside) or ("no path" if not name else "listed twice" if name in seen else None)
-        if not -1 <= label < (len(classes) or 2**31):
-            reason = f"label {label} is not one of {len(classes) or 'the'} classes"
+        reason = why_no_label(label, len(classes)) or reason
         if reason:
             rejected.append(Problem(printable(f"{place}: {given}"), reason))
         else:

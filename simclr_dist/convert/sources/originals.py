@@ -5,10 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
@@ -17,7 +18,9 @@ PACKED_SUFFIXES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", 
 IMAGES_A_CHUNK = 128
 _SHOWN = 10
 
-_SPLITS = r"(train|test|dev|val|valid|validation)(?![a-z])"
+NO_LABEL = "none"
+
+_SPLITS = r"(train|test|dev|val|valid|validation|unlabell?ed)(?![a-z])"
 _SPLIT_FOLDER = re.compile(_SPLITS, re.IGNORECASE)
 _SPLIT_FILE = re.compile(rf"(?:^|[-_.]){_SPLITS}", re.IGNORECASE)
 
@@ -102,6 +105,30 @@ class Source:
         return sum(len(chunk) for chunk in self.chunks)
 
 
+class Files(NamedTuple):
+    """What to read: files `names` of one kind, in order, under `root`. Messages call all of them `source`.
+
+    The columns are what the user says, None without a word.
+    """
+
+    source: Path
+    root: Path
+    names: list[str]
+    image_column: str | None = None
+    label_column: str | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.root / name for name in self.names]
+
+    def refuse_columns(self, *labels: str) -> None:
+        """Refuse names of columns where there are none. Some sources have a choice of `labels`. Raises ConfigError."""
+        for option, value in (("--image-column", self.image_column), ("--label-column", self.label_column)):
+            if value is not None and (option == "--image-column" or value not in labels):
+                takes = f"; {option} takes {' or '.join(labels)} here" if labels and "label" in option else ""
+                raise ConfigError(f"{option}: {value!r} has no effect on {self.source}, which has no columns{takes}")
+
+
 def pack_names(names: Iterable[str]) -> bytes:
     """Pack names into one object. A million small objects take three times the memory."""
     return b"\0".join(map(os.fsencode, names))
@@ -139,6 +166,11 @@ def why_no_bytes(size: int) -> str | None:
     if size > MAX_FILE_BYTES:
         return f"larger than {MAX_FILE_BYTES >> 20} MiB: {size} bytes"
     return None if size else "an empty file"
+
+
+def why_no_label(label: int, classes: int) -> str | None:
+    """Say why `label` is refused. -1 is none, and without `classes` there may be any."""
+    return None if -1 <= label < (classes or 2**31) else f"label {label} is not one of {classes or 'the'} classes"
 
 
 def split_names(names: Iterable[str], *, folders: bool) -> list[str]:

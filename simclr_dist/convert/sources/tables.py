@@ -13,16 +13,17 @@ import pyarrow.parquet as pq
 
 from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
+    NO_LABEL,
     Original,
     Problem,
     ReadError,
     Source,
     file_stamp,
     why_no_bytes,
+    why_no_label,
 )
 from simclr_dist.system.errors import DataError, printable, reason_of
 
-NO_LABEL = "none"
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 
 _MAX_PAGE_BYTES = 1 << 29  # a page is read whole, and takes twice its bytes of memory
@@ -82,9 +83,7 @@ class TableChunk:
     def _original(self, offset: int, cell: Any, label: int) -> Original:
         content = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
         problem = why_no_bytes(len(content)) if content else "no image bytes"
-        classes = len(self.columns.classes)
-        if not -1 <= label < (classes or 2**31):
-            problem = f"label {label} is not one of {classes or 'the'} classes"
+        problem = why_no_label(label, len(self.columns.classes)) or problem
         return Original(self.first + offset, f"{self.name}#{self.first_row + offset}", label, content, problem=problem)
 
     def _rows(self) -> Iterator[pa.RecordBatch]:

@@ -1,5 +1,6 @@
 """Read a tar's members by their headers alone. A name is what the tar says, and nothing is ever opened by it."""
 
+import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -26,18 +27,23 @@ class TarMember(NamedTuple):
     problem: str | None
 
 
-def tar_members(path: Path) -> Iterator[TarMember]:
-    """Read all members of the tar at `path` but folders, in order.
+def tar_members(path: Path, inside: TarMember | None = None) -> Iterator[TarMember]:
+    """Read all members of the tar at `path` but folders, in order. Or of a tar that is a member of it, `inside`.
 
     Raises DataError for a tar that cannot be read, is compressed, is damaged, or has no end mark (cut off).
     """
+    shown = path if inside is None else Path(f"{path}/{printable(inside.name)}")
     try:
         with path.open("rb") as file:
-            yield from _members(path, file)
+            if inside is None:
+                yield from _members(path, file, os.fstat(file.fileno()).st_size)
+                return
+            for member in _members(shown, _Part(file, inside), inside.size):
+                yield member._replace(offset=inside.offset + member.offset)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{shown}: cannot be read: {error.strerror}") from None
     except TAR_ERRORS as error:
-        raise DataError(f"{path}: {printable(reason_of(error))}") from None
+        raise DataError(f"{shown}: {printable(reason_of(error))}") from None
 
 
 class _Header(StrictHeader):
@@ -76,8 +82,27 @@ def _check_pax_records(content: bytes, place: int) -> None:
         at += size
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[TarMember]:
-    end = os.fstat(file.fileno()).st_size
+class _Part(io.RawIOBase):
+    """A member of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, member: TarMember) -> None:
+        self._file, self._first, self._size, self._at = file, member.offset, member.size, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = (0, self._at, self._size)[whence] + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._at, 0)
+        content = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._first + self._at)
+        self._at += len(content)
+        return content
+
+
+def _members(path: Path, file: Any, end: int) -> Iterator[TarMember]:
     if packed := _COMPRESSED.get(file.read(2)):
         raise DataError(f"{path}: is compressed ({packed}); unpack that first: images are read by their place in the tar")
     file.seek(0)
@@ -92,6 +117,7 @@ def _members(path: Path, file: BinaryIO) -> Iterator[TarMember]:
             yield TarMember(member.name, member.offset_data, member.size, "a sparse file" if member.issparse() else problem)
         at = tar.offset
     # Zeros fill up the last record. Other readers pass over anything else behind the end mark without a word.
-    if any(os.pread(file.fileno(), _AFTER_THE_END, at)):
+    file.seek(at)
+    if any(file.read(_AFTER_THE_END)):
         cure = f"pack it anew (at byte {at})"
         raise DataError(f"{path}: holds more behind its end mark, as when tars are put behind one another; {cure}")

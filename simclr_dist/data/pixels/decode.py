@@ -8,14 +8,18 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401 (registers torch.ops.image)
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from simclr_dist.data.pixels.images import PNG_SIGNATURE, check_pixels
+from simclr_dist.data.pixels.channels import convert, pillow_pixels, read
+from simclr_dist.data.pixels.images import PNG_SIGNATURE, check_pixels, prepare_image
+from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.system.errors import DataError, reason_of
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -43,6 +47,8 @@ def _by_pillow(content: bytes) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+DTYPES = {8: torch.uint8, 16: torch.uint16}
+"""By the bits of a channel."""
 DECODERS: dict[str, Callable[[bytes], Tensor]] = {
     "torchvision": _by_torchvision, "torchcodec": _by_torchcodec, "pillow": _by_pillow,
 }  # fmt: skip
@@ -63,13 +69,15 @@ def describe_decoders() -> str:
     return f"{decoder()} {version(decoder())}, PNG by pillow {version('pillow')}"
 
 
-def decode(content: bytes) -> Tensor:
+def decode(content: bytes, kind: Kind = RGB8) -> Tensor:
     """Decode a JPEG, WebP, GIF or PNG to uint8 [3, h, w]. It is not turned; channels are last in memory. Raises DataError.
 
-    PNGs go through Pillow: torchvision's reader has been seen to end the process on a damaged one (0.29). Both give the same
-    pixels.
+    For another `kind` it is uint8 or uint16 [c, h, w], of all that `channels.prepare` stores. PNGs go through Pillow:
+    torchvision's reader has been seen to end the process on a damaged one (0.29). Both give the same pixels.
     """
     try:
+        if kind != RGB8:
+            return _tensor(read(content, kind))
         return (_by_pillow if content.startswith(PNG_SIGNATURE) else DECODERS[decoder()])(content)
     except (DataError, MemoryError):
         raise
@@ -77,6 +85,22 @@ def decode(content: bytes) -> Tensor:
         # Without Pillow's text: some of it holds a memory address, a new one each time.
         why = _PLACE.sub("", reason_of(error)) if isinstance(error, RuntimeError) else type(error).__name__
         raise DataError(f"cannot be decoded: {why}") from None
+
+
+def decode_any(content: bytes, kind: Kind = RGB8) -> Tensor:
+    """Decode an image that is not in shards yet. [c, h, w], upright, with their checks and changes. Raises DataError."""
+    if kind == RGB8:
+        return decode(prepare_image(content).content)
+    return _tensor(convert(content, kind))
+
+
+def from_pillow(image: Image.Image, kind: Kind) -> Tensor:
+    """Turn a PIL image upright and into [c, h, w]. It is of this kind, or of 16 bits where it has them. Raises DataError."""
+    return _tensor(pillow_pixels(image, kind))
+
+
+def _tensor(pixels: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
 
 def turn_upright(image: Tensor, orientation: int) -> Tensor:

@@ -6,9 +6,11 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
@@ -18,11 +20,11 @@ from simclr_dist.system.errors import DataError, printable
 MAX_PIXELS = 100_000_000
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # A closed list: Pillow's other readers include formats that start programs (EPS) or name other files.
 # (MPO, several JPEGs in one file, opens as JPEG; AVIF and WebP may be missing from a build of Pillow.)
 Image.init()
-_FORMATS = tuple({"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF"} & Image.OPEN.keys())
+FORMATS = tuple({"JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF"} & Image.OPEN.keys())
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
@@ -30,16 +32,17 @@ _UPRIGHT = {
 }  # fmt: skip
 _LONGEST_JPEG = 65500  # libjpeg's limit
 _PACKED_AT_ONCE = 1 << 12  # zlib makes at most 1032 times as much of it
-_CHANNELS = {0: 1, 2: 3}
+_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
 # In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts. (Without a + after the 0xFF, which would make it quadratic.)
 _GARBAGE = (ArithmeticError, EOFError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error)  # in a header
+_PPM_HEADER, _COMMENT = 1 << 12, re.compile(rb"#[^\r\n]*")
 _NEARLY_BLACK = 16  # of 255: where 16 bits a channel hold at most 12
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 class PreparedImage(NamedTuple):
-    """An image as shards store it: 8-bit RGB or gray, upright. `extension` is jpg, png or webp.
+    """An image as shards store it, upright. `extension` is jpg, png or webp; or tif, where it has more than 4 channels.
 
     `changes` says why it is not stored as it was, a kind each. It is empty when it is.
     """
@@ -69,9 +72,16 @@ def prepare_image(content: bytes, *, short_side: int | None = None, quality: int
     side exceeds `short_side` is shrunk to it and stored as JPEG, or as PNG if a side is too long for that. Raises DataError for
     what cannot be decoded or would come out nearly black, and for more than 100 megapixels (before decoding).
     """
+    with unreadable(content):
+        return _prepare(content, short_side, quality)
+
+
+@contextmanager
+def unreadable(content: bytes) -> Iterator[None]:
+    """Turn what readers of `content` raise into a DataError."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            return _prepare(content, short_side, quality)
+            yield
     except (DataError, MemoryError):
         raise
     # Pillow's readers fail on damaged bytes with nearly every exception there is; each means "not an image".
@@ -83,22 +93,22 @@ def prepare_image(content: bytes, *, short_side: int | None = None, quality: int
 
 
 def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedImage:
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         width, height = image.size
         check_pixels(width, height)
         orientation = orientation_of(image) if image.format == "TIFF" else 1  # Pillow turns a TIFF when it loads it
         wrong = tiff.why_wrong(image) if image.format == "TIFF" else ""
         if not wrong:
             image.load()
-        extension = _KEPT_FORMATS.get(image.format or "")
+        extension = KEPT_FORMATS.get(image.format or "")
         turn = orientation_of(image)
         changes = tuple(_changes(image, content, turn if turn in _UPRIGHT else orientation))
         shrink = short_side is not None and min(width, height) > short_side
         if not changes and not shrink:
             return PreparedImage(content, str(extension), width, height)
-        rgb = tiff.read(content, wrong) if wrong else _as_rgb(image)
-        if _bits(image, content) == 16 and 0 < np.asarray(rgb).max() <= _NEARLY_BLACK:
-            raise DataError("16 bits a channel that hold 12 at most: it would come out nearly black; multiply its values by 16")
+        rgb = tiff.read_rgb(content, wrong) if wrong else _as_rgb(image)
+        if bits_of(image, content) == 16:
+            check_bright(np.asarray(rgb))
     rgb = _turned(rgb, turn)
     if short_side is not None and shrink:
         scale = short_side / min(width, height)
@@ -109,6 +119,12 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
     as_jpeg = (shrink or extension == "jpg") and max(rgb.size) <= _LONGEST_JPEG
     rgb.save(target, **{"format": "JPEG", "quality": quality} if as_jpeg else {"format": "PNG"})
     return PreparedImage(target.getvalue(), "jpg" if as_jpeg else "png", rgb.width, rgb.height, changes)
+
+
+def check_bright(pixels: NDArray[np.uint8]) -> None:
+    """Refuse 16 bits a channel that are nearly black as 8. Raises DataError."""
+    if 0 < pixels.max() <= _NEARLY_BLACK:
+        raise DataError("16 bits a channel that hold 12 at most: it would come out nearly black; multiply its values by 16")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -123,9 +139,9 @@ def _turned(rgb: Image.Image, orientation: int) -> Image.Image:
 
 def _changes(image: Image.Image, content: bytes, orientation: int) -> Iterator[str]:
     """List why a decoded image is not stored as it is. Nothing for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
-    if image.format not in _KEPT_FORMATS:
+    if image.format not in KEPT_FORMATS:
         yield f"a {image.format} file"
-    if (bits := _bits(image, content)) != 8:
+    if (bits := bits_of(image, content)) != 8:
         yield f"{bits} bits a channel"
     elif image.mode not in ("RGB", "L", "RGBA", "LA"):
         yield f"pixels of mode {image.mode}"
@@ -135,15 +151,15 @@ def _changes(image: Image.Image, content: bytes, orientation: int) -> Iterator[s
         yield "channels beyond RGB or gray dropped"
     if orientation in _UPRIGHT:
         yield "rotated by its EXIF block"
-    if image.format != "MPO" and _has_more_frames(image):
+    if image.format != "MPO" and has_more_frames(image):
         yield "pages beyond the first dropped" if image.format == "TIFF" else "frames beyond the first dropped"
-    if (image.format == "PNG" and bits == 8 and image.mode in ("RGB", "L") and not _is_sound_png(content)) or (
-        image.format in ("JPEG", "MPO") and not _is_sound_jpeg(content)
+    if (image.format == "PNG" and bits == 8 and image.mode in ("RGB", "L") and not is_sound_png(content)) or (
+        image.format in ("JPEG", "MPO") and not is_sound_jpeg(content)
     ):
         yield f"an incomplete or unusual {'PNG' if image.format == 'PNG' else 'JPEG'}"
 
 
-def _bits(image: Image.Image, content: bytes) -> int:
+def bits_of(image: Image.Image, content: bytes) -> int:
     """Read the bits of a channel. Pillow shows files of 16, 4 and 2 bits in 8-bit modes."""
     if image.format == "PNG":
         return content[24]
@@ -151,17 +167,21 @@ def _bits(image: Image.Image, content: bytes) -> int:
         return tiff.bits(image)
     if image.format == "JPEG2000" and (box := content.find(b"ihdr")) > 0:
         return (content[box + 14] & 127) + 1
+    if image.format == "AVIF" and (box := content.find(b"av1C")) > 0:
+        return (8, 8, 10, 12)[content[box + 6] >> 5 & 3]
+    if image.format == "PPM" and image.mode not in ("1", "F"):
+        return int(_COMMENT.sub(b" ", content[:_PPM_HEADER]).split(None, 4)[3]).bit_length()
     return 16 if image.mode.startswith("I;16") else 8
 
 
-def _has_more_frames(image: Image.Image) -> bool:
+def has_more_frames(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
     except _GARBAGE:
         return False
 
 
-def _is_sound_jpeg(content: bytes) -> bool:
+def is_sound_jpeg(content: bytes) -> bool:
     """Tell whether a JPEG's segments lead to its end mark. Pillow shows one without it; torchvision's reader does not."""
     at = 2
     while (marker := _NEXT_MARKER.search(content, at)) is not None:
@@ -191,8 +211,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _is_sound_png(content: bytes) -> bool:
-    """Tell whether a PNG holds exactly the data of its pixels. It is 8-bit gray or RGB, and Pillow has decoded it.
+def is_sound_png(content: bytes) -> bool:
+    """Tell whether a PNG holds exactly the data of its pixels. They have 8 or 16 bits, no palette, and Pillow has decoded it.
 
     Pillow shows some that libpng refuses. One of those has ended the process in torchvision's reader (0.29, segmentation
     fault). Raises DataError where a chunk does not fit its checksum, for its pixels are wrong.
@@ -224,7 +244,8 @@ def _is_sound_png(content: bytes) -> bool:
 
 
 def _pixel_data_size(content: bytes) -> int:
-    width, height, _, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     sizes = ((-(-(width - x) // step_x), -(-(height - y) // step_y)) for x, y, step_x, step_y in passes)
-    return sum(rows * (1 + columns * _CHANNELS.get(colour, 0)) for columns, rows in sizes if columns > 0 and rows > 0)
+    pixel = _CHANNELS.get(colour, 0) * bits // 8
+    return sum(rows * (1 + columns * pixel) for columns, rows in sizes if columns > 0 and rows > 0)

@@ -22,25 +22,25 @@ _AT_ONCE = 64  # so that a batch and its matrices stay in the cache
 def crop_views(
     images: Tensor, which: Rows, box: Rows, flip: NDArray[np.bool_], size: int, interpolation: Interpolation
 ) -> Tensor:
-    """Crop some images, resize them with antialiasing and flip them. Returns uint8 [n, 3, size, size], contiguous.
+    """Crop some images, resize them with antialiasing and flip them. Returns uint8 [n, c, size, size], contiguous.
 
-    `images` is uint8 [N, 3, h, w], contiguous, and `which` [n] an index into it. `box` [n, 4] is top, left, height, width in
+    `images` is uint8 [N, c, h, w], contiguous, and `which` [n] an index into it. `box` [n, 4] is top, left, height, width in
     pixels. For small images: each is multiplied as a whole.
     """
-    count, (height, width) = len(box), images.shape[-2:]
+    count, (_, channels, height, width) = len(box), images.shape
     down, across = (_matrices(length, size, interpolation) for length in (height, width))
     exact = torch.promote_types(down.exact, across.exact)
-    crops = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    crops = torch.empty(count, channels, size, size, dtype=torch.uint8)
     for part in (slice(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)):
         top, left, crop_height, crop_width = box[part].T
         n = len(top)
         with torch.autocast("cpu", enabled=False):
-            x = images.index_select(0, torch.from_numpy(which[part])).to(exact).view(n, 3 * height, width)
+            x = images.index_select(0, torch.from_numpy(which[part])).to(exact).view(n, channels * height, width)
             weights, scale = across.of(left, crop_width, flip[part], exact)
-            x = _rounded(torch.bmm(x, weights.transpose(1, 2)), scale).view(3 * n, height, size)
-            each = np.arange(n).repeat(3)  # channel
+            x = _rounded(torch.bmm(x, weights.transpose(1, 2)), scale).view(channels * n, height, size)
+            each = np.arange(n).repeat(channels)  # channel
             weights, scale = down.of(top[each], crop_height[each], np.zeros(len(each), dtype=np.bool_), exact)
-            crops[part].copy_(_rounded(torch.bmm(weights, x), scale).view(n, 3, size, size))
+            crops[part].copy_(_rounded(torch.bmm(weights, x), scale).view(n, channels, size, size))
     return crops
 
 

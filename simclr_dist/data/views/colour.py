@@ -1,7 +1,8 @@
 """Jitter, gray, blur and normalise a batch of views, as `draws` decided. Any device will do.
 
-Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. A view has the same bits whichever
-samples share its batch on one machine, and neither TF32 nor autocast touches it. So only these operations are used:
+Pixels follow torchvision's functional transforms on float images in [0, 1], within 1e-5. Without 3 channels there is no colour:
+brightness, contrast (about each channel's own mean), blur and solarize change every channel alike. A view has the same bits
+whichever samples share its batch on one machine, and neither TF32 nor autocast touches it. So only these operations are used:
 element-wise ones, sums over one sample, and on the CPU matrix products of one sample.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr_dist.data.views.crops import normalise_pixels
+from simclr_dist.data.views.crops import normalise_pixels, unit_pixels
 from simclr_dist.data.views.draws import ViewDraws, ViewSettings
 
 # Dozens of passes over the pixels: some views and their scratch should stay in a core's own cache.
@@ -26,6 +27,12 @@ _HUE = 3
 # A Gaussian's taps below this are left out and their weight is shared among the others. Together they are below 2e-6.
 _LEAST_TAP = 5e-7
 _BLOCK = 16
+
+
+class Colour(Protocol):
+    """What `colour_views` is, and what `compiled.compile_colour` returns."""
+
+    def __call__(self, crops: Tensor, draws: ViewDraws, settings: ViewSettings, out: Tensor | None = None) -> Tensor: ...
 
 
 class _Terms(NamedTuple):
@@ -37,6 +44,8 @@ class _Terms(NamedTuple):
     """[n]"""
     reach: NDArray[np.int64]
     """[n]: how many taps of the blur beside the middle one are not 0."""
+    solarize: NDArray[np.bool_]
+    """[n]"""
     numbers: NDArray[np.float32]
     """[n, 13 + taps]: at each of four places the shares of image, gray image and mean; the shift of hue; the taps."""
 
@@ -44,18 +53,18 @@ class _Terms(NamedTuple):
         return _Terms(*(field[views] for field in self))  # type: ignore[arg-type]
 
 
-def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings) -> Tensor:
-    """Finish views on any device. uint8 [n, 3, s, s] -> float32 [n, 3, s, s], contiguous, normalised.
+def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings, out: Tensor | None = None) -> Tensor:
+    """Finish views on any device. uint8 or uint16 [n, c, s, s] -> float32, contiguous, normalised, in `out` if given.
 
-    Jitter uses each sample's own factors and order; gray and Gaussian blur (own sigma) follow. `draws` holds the n samples
-    in the order of `crops`; its boxes and flips are not read.
+    Jitter uses each sample's own factors and order; gray, Gaussian blur (own sigma) and solarize follow. `draws` holds
+    the n samples in the order of `crops`; its boxes, flips and turns are not read.
     """
-    count, _, size, _ = crops.shape
+    count, channels, size, _ = crops.shape
     assert len(draws.jitter) == count, "one draw for each crop"
-    views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device) if out is None else out
     terms = _terms(draws, size)
     with _one_thread_fewer():
-        step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (3 * size * size)
+        step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (channels * size * size)
         step = max(step, 1)
         for start in range(0, count, step):
             part = slice(start, start + step)
@@ -79,11 +88,12 @@ def _terms(draws: ViewDraws, size: int) -> _Terms:
     factor = np.take_along_axis(draws.factors, draws.order, axis=1)
     kept = np.where(draws.order == _HUE, np.float32(1), factor)
     to_gray, to_mean = (np.where(draws.order == operation, 1 - factor, np.float32(0)) for operation in (2, 1))
-    taps = _half_kernels(draws.blur_sigma, size // 10 // 2)
+    taps = half_kernels(draws.blur_sigma, size // 10 // 2)
     return _Terms(
         np.where(draws.jitter, hue_at, 5),
         draws.gray,
         np.count_nonzero(taps[:, 1:], axis=1),
+        draws.solarize,
         np.concatenate([kept, to_gray, to_mean, draws.factors[:, _HUE:], taps], axis=1),
     )
 
@@ -101,10 +111,13 @@ def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor)
     bounds = np.searchsorted(jitter.hue_at, np.arange(6)).tolist()
     jittered, grayed = bounds[5], np.count_nonzero(terms.gray)
     # Few transfers, and none waits for the device.
-    numbers = _to_device(jitter.numbers[:, :13], crops.device)[..., None, None]
-    taps = _to_device(blur.numbers[:, 13:], crops.device)[..., None, None]
+    numbers = to_device(jitter.numbers[:, :13], crops.device)[..., None, None]
+    taps = to_device(blur.numbers[:, 13:], crops.device)[..., None, None]
 
-    x = _in_order(crops, by_hue).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    if crops.dtype != torch.uint8:
+        crops = unit_pixels(crops)  # first: torch promises little more of uint16 than to copy it
+    x = _in_order(crops, by_hue)
+    x = x if x.is_floating_point() else unit_pixels(x)
     for place in range(4):
         start, end = bounds[place], bounds[place + 1]
         _shift_hue(x[start:end], numbers[start:end, 12])
@@ -119,20 +132,27 @@ def _colour(crops: Tensor, terms: _Terms, settings: ViewSettings, views: Tensor)
         if blurred := np.count_nonzero(blur.reach[part]):
             views_to_blur = slice(part.start, int(part.start + blurred))
             _blur(x[views_to_blur], taps[views_to_blur], blur.reach[views_to_blur])
-    normalise_pixels(_in_order(x, np.argsort(by_blur)), settings.mean, settings.std, out=views)
+    x = _in_order(x, np.argsort(by_blur))
+    if terms.solarize.any():
+        which = to_device(np.flatnonzero(terms.solarize), crops.device)
+        bright = x.index_select(0, which)
+        x.index_copy_(0, which, torch.where(bright < 0.5, bright, 1 - bright))
+    normalise_pixels(x, settings.mean, settings.std, out=views)
 
 
 def _in_order(x: Tensor, order: NDArray[np.int64]) -> Tensor:
-    """Return the samples of x [n, 3, s, s] in another order."""
+    """Return the samples of x [n, c, s, s] in another order."""
     if (order[:-1] < order[1:]).all():
         return x
     memory = x.permute(0, 2, 3, 1) if x.is_contiguous(memory_format=torch.channels_last) else x
-    ordered = memory.index_select(0, _to_device(order, x.device))  # far faster in the memory's own layout
+    ordered = memory.index_select(0, to_device(order, x.device))  # far faster in the memory's own layout
     return ordered if memory is x else ordered.permute(0, 3, 1, 2)
 
 
-def _to_device(values: NDArray[np.float32] | NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+def to_device(values: NDArray[np.float32] | NDArray[np.int64], device: torch.device) -> Tensor:
+    """Copy an array to a device. The host waits for nothing: CUDA would wait with pageable memory above 64 KiB."""
+    tensor = torch.from_numpy(values)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -147,11 +167,12 @@ def _blend(x: Tensor, kept: Tensor, to_gray: Tensor | None, to_mean: Tensor | No
     """
     if not len(x):
         return
-    gray = None if to_gray is None and to_mean is None else _gray(x)
+    gray = None if to_gray is None and to_mean is None else _gray(x) if x.shape[1] == 3 else x
+    # A mean of means: rows are too short to be split among threads, so the sum's order never depends on the batch.
+    mean = None if gray is None or to_mean is None else gray.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
     x.mul_(kept)
-    if gray is not None and to_mean is not None:
-        # A mean of means: rows are too short to be split among threads, so the sum's order never depends on the batch.
-        x.add_(gray.mean(dim=-1, keepdim=True).mean(dim=-2, keepdim=True).mul_(to_mean))
+    if mean is not None and to_mean is not None:
+        x.add_(mean.mul_(to_mean))
     if gray is not None and to_gray is not None:
         x.add_(gray.mul_(to_gray))
     x.clamp_(0, 1)
@@ -183,7 +204,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
     torch.addcmul(value[:, None], share, spread[:, None], value=-1, out=x)
 
 
-def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
+def half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32]:
     """Compute Gaussian weights from the centre outwards, [n, radius + 1]. The whole kernel sums to 1. Sigma 0: 1, 0, 0..."""
     wide = np.maximum(sigma[:, None].astype(np.float64), 1e-3)
     half = np.exp(-0.5 * (np.arange(radius + 1) / wide) ** 2)
@@ -196,7 +217,7 @@ def _half_kernels(sigma: NDArray[np.float32], radius: int) -> NDArray[np.float32
 def _blur(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> None:
     """Blur in place, rows, then columns, each sample with its half kernel. Borders are reflected.
 
-    x [n, 3, s, s]; taps [n, radius + 1, 1, 1]; `reach` [n], falling: the last tap of each that is not 0.
+    x [n, c, s, s]; taps [n, radius + 1, 1, 1]; `reach` [n], falling: the last tap of each that is not 0.
     """
     if x.device.type == "cpu":
         # Sample by sample, in memory of its own: products of the same shape and alignment give the same bits in any batch.
@@ -221,8 +242,8 @@ def _blur_by_taps(x: Tensor, taps: Tensor, reach: NDArray[np.int64]) -> Tensor:
 
 
 def _blur_by_products(image: Tensor, half: Tensor) -> Tensor:
-    """Blur [3, s, s] by a half kernel [radius + 1]. A band matrix multiplies blocks of _BLOCK rows and their borders."""
-    size, radius = image.shape[-1], len(half) - 1
+    """Blur [c, s, s] by a half kernel [radius + 1]. A band matrix multiplies blocks of _BLOCK rows and their borders."""
+    channels, size, radius = len(image), image.shape[-1], len(half) - 1
     blocks, width = -(-size // _BLOCK), _BLOCK + 2 * radius
     filled = blocks * _BLOCK - size
     # Each row is one longer than the matrix's. So the kernel moves on by one from row to row.
@@ -231,10 +252,10 @@ def _blur_by_products(image: Tensor, half: Tensor) -> Tensor:
     band = skewed.view(-1)[: _BLOCK * width].view(1, _BLOCK, width).expand(blocks, -1, -1)
 
     padded = F.pad(F.pad(image, (0, 0, radius, radius), mode="reflect"), (0, 0, 0, filled))
-    down = image.new_empty(3, blocks, _BLOCK, size)
-    for channel in range(3):
+    down = image.new_empty(channels, blocks, _BLOCK, size)
+    for channel in range(channels):
         torch.bmm(band, padded[channel].unfold(0, width, _BLOCK).transpose(1, 2), out=down[channel])
-    down = down.view(3, -1, size)[:, :size]
+    down = down.view(channels, -1, size)[:, :size]
     padded = F.pad(F.pad(down, (radius, radius, 0, 0), mode="reflect"), (0, filled)).flatten(0, 1)
     across = torch.bmm(padded.unfold(1, width, _BLOCK).transpose(0, 1), band.transpose(1, 2))
-    return across.transpose(0, 1).reshape(3, size, -1)[..., :size]
+    return across.transpose(0, 1).reshape(channels, size, -1)[..., :size]

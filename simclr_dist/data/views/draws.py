@@ -26,7 +26,8 @@ _AREA, _RATIO = slice(0, _ATTEMPTS), slice(_ATTEMPTS, 2 * _ATTEMPTS)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
 _FACTORS = slice(25, 29)
 _GRAY, _BLUR, _SIGMA = range(29, 32)
-_SLOTS = 32
+_VERTICAL_FLIP, _ROTATE, _TURNS, _SOLARIZE = range(32, 36)
+_SLOTS = 36
 
 _PERMUTATIONS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 
@@ -45,6 +46,10 @@ class ViewSettings:
     """How a crop is resized (always antialiased)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip."""
+    rotate: float = 0.0
+    """Probability of one to three quarter turns, each as likely."""
     jitter: float = 0.8
     """Probability of the colour jitter as a whole."""
     brightness: float = 0.8
@@ -61,21 +66,30 @@ class ViewSettings:
     """Probability of a Gaussian blur; its kernel spans a tenth of the view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur, in pixels; each view draws its own."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue on the scale 0-1, taken away at the end."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green and blue on the scale 0-1, divided by at the end."""
+    solarize: float = 0.0
+    """Probability that all above the middle of the scale is inverted, as in BYOL."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel on the scale 0-1, taken away at the end."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel on the scale 0-1, divided by at the end."""
 
     def __post_init__(self) -> None:
         assert self.image_size > 0
         assert 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         assert 0 < self.crop_ratio[0] <= self.crop_ratio[1]
         assert self.interpolation in ("bicubic", "bilinear")
-        assert all(0 <= p <= 1 for p in (self.flip, self.jitter, self.gray, self.blur))
+        chances = (self.flip, self.vertical_flip, self.rotate, self.jitter, self.gray, self.blur, self.solarize)
+        assert all(0 <= p <= 1 for p in chances)
         assert min(self.brightness, self.contrast, self.saturation) >= 0
         assert 0 <= self.hue <= 0.5
         assert 0 < self.blur_sigma[0] <= self.blur_sigma[1]
         assert min(self.std) > 0
+        assert len(self.mean) == len(self.std)
+        assert self.channels == 3 or not (self.saturation or self.hue or self.gray)
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
 
 
 _MILD = ViewSettings(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0)
@@ -89,10 +103,14 @@ PRESETS: dict[str, ViewSettings] = {
 
 
 def preset_views(preset: str, changes: Mapping[str, Any]) -> ViewSettings:
-    """Change a preset's values. `changes` has the names of `ViewSettings`; None keeps a value."""
+    """Change a preset's values. `changes` has the names of `ViewSettings`; None keeps a value.
+
+    Where the mean is not of 3 channels there is no colour: no saturation, hue and gray.
+    """
     given = {name: value for name, value in changes.items() if value is not None}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return replace(PRESETS[preset], **values)
+    colourless = {} if len(values.get("mean", "rgb")) == 3 else dict.fromkeys(("saturation", "hue", "gray"), 0.0)
+    return replace(PRESETS[preset], **values | colourless)
 
 
 def view_side(preset: str, image_size: int | None) -> int:
@@ -117,6 +135,12 @@ class ViewDraws(NamedTuple):
     """[n]"""
     blur_sigma: NDArray[np.float32]
     """[n], pixels; 0 = no blur."""
+    vertical_flip: NDArray[np.bool_]
+    """[n]"""
+    turns: NDArray[np.int64]
+    """[n]: quarter turns against the clock, 0 to 3."""
+    solarize: NDArray[np.bool_]
+    """[n]"""
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
@@ -184,6 +208,9 @@ def draw_views(
         factors=_between(u[:, _FACTORS], low, high).astype(np.float32),
         gray=u[:, _GRAY] < settings.gray,
         blur_sigma=np.where(u[:, _BLUR] < settings.blur, sigma, 0.0).astype(np.float32),
+        vertical_flip=u[:, _VERTICAL_FLIP] < settings.vertical_flip,
+        turns=np.where(u[:, _ROTATE] < settings.rotate, 1 + (3 * u[:, _TURNS]).astype(np.int64), 0),
+        solarize=u[:, _SOLARIZE] < settings.solarize,
     )
 
 

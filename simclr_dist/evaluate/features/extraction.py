@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from simclr_dist.data.pixels.kinds import kind_of
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.views.crops import eval_view, normalise
 from simclr_dist.data.workers import Loader
 from simclr_dist.evaluate.rows import ROWS_AT_ONCE, copied, space_for
 from simclr_dist.method.distributed import all_equal, all_gather, rank, world_size
+from simclr_dist.method.precision import computing
 from simclr_dist.system.errors import DataError
 
 RAW_PIXELS = "raw_pixels"
@@ -35,7 +37,10 @@ class Images(Protocol):
 
 
 class Features(NamedTuple):
-    """Features `h` [n, d], float32 (of raw pixels uint8). `label` is int64 [n] (-1: none), and `row` int64 [n]: 0..n-1."""
+    """Features `h` [n, d], float32; of raw pixels of 8 bits uint8.
+
+    `label` is int64 [n] (-1: none), and `row` int64 [n]: 0..n-1.
+    """
 
     h: Tensor
     label: Tensor
@@ -65,7 +70,7 @@ def extract(
     `card` gives the view's "image_size" and the "mean" and "std" that it is normalised with. Rank r of W reads rows
     r, r + W, ...; no image is padded, repeated or dropped, and each rank returns the features of all rows in row order, on
     `device`. One `view` an image, eval mode, no gradient. Raw pixels are the view at `pixel_side(image_size)` pixels,
-    flattened. `colour` turns a batch of views (uint8 [n, 3, s, s], on `device`) and their rows (int64 [n]) into
+    flattened. `colour` turns a batch of views (uint8 or uint16 [n, c, s, s], on `device`) and their rows (int64 [n]) into
     the encoders' input. Without it the views are normalised.
 
     Raises DataError for an empty set, EncoderError for features that are not finite, RankError for an image that cannot
@@ -75,17 +80,18 @@ def extract(
         raise DataError("there are no images to extract features from")
     mine, image_size = range(rank(), len(images), world_size()), card["image_size"]
     sizes = ([image_size] if encoders else []) + ([pixel_side(image_size)] if pixels else [])
-    make = partial(_views, images, sizes, view)
-    loader: Loader[_Batch] = Loader(make, mine, workers=workers, batch_size=batch_size, collate=default_collate)
+    how: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "pin_memory": torch.device(device).type == "cuda"}
+    loader: Loader[_Batch] = Loader(partial(_views, images, sizes, view), mine, collate=default_collate, **how)
     with torch.inference_mode(), ExitStack() as modes:
         for encoder in encoders.values():
             modes.callback(encoder.train, encoder.training)
             encoder.eval()
         # It gives a rank without images the shapes that the others gather.
-        example = torch.zeros(1, 3, image_size, image_size, device=device)
+        kind = kind_of(images)
+        example = torch.zeros(1, kind.channels, image_size, image_size, device=device)
         shapes = {name: (encoder(example).shape[1], torch.float32) for name, encoder in encoders.items()}
         if pixels:
-            shapes[RAW_PIXELS] = (3 * sizes[-1] ** 2, torch.uint8)
+            shapes[RAW_PIXELS] = (kind.channels * sizes[-1] ** 2, torch.uint8 if kind.bit_depth == 8 else torch.float32)
         features = {name: space_for(len(mine), *shape, device) for name, shape in shapes.items()}
         labels, done = torch.empty(len(mine), dtype=torch.int64), 0
         with tqdm(total=len(mine), unit=" images", desc=title, disable=None if rank() == 0 else True) as bar:
@@ -98,7 +104,7 @@ def extract(
                     for name, encoder in encoders.items():
                         features[name][part] = encoder(x)
                 if pixels:
-                    features[RAW_PIXELS][part] = views[-1].flatten(1).to(device)
+                    features[RAW_PIXELS][part] = views[-1].flatten(1).to(device, non_blocking=True)
                 labels[part], done = label, part.stop
                 bar.update(len(row))
         assert done == len(mine), "each row exactly once"
@@ -141,10 +147,10 @@ def pixel_side(image_size: int) -> int:
 
 
 def in_precision(encoder: nn.Module, precision: str, device: torch.device) -> nn.Module:
-    """Set the encoder's precision and return it. "bf16" computes in bf16 where autocast does so; "fp32" changes nothing."""
-    assert precision in ("fp32", "bf16"), precision
-    if precision == "bf16":
-        encoder.forward = torch.autocast(device.type, torch.bfloat16)(encoder.forward)
+    """Set the encoder's precision and return it. Raises ConfigError for one that the device has not."""
+    with computing(precision, device):
+        pass
+    encoder.forward = computing(precision, device)(encoder.forward)
     return encoder
 
 

@@ -34,7 +34,7 @@ class About:
     """The origin of features. Two files with the same `About` hold the same numbers, up to rounding.
 
     `encoder_sha256` is of the encoder's file (or of its weights), hex; `shape` its architecture, as plain JSON; `image_size`
-    the side of the view in pixels; `precision` "fp32" or "bf16" (both stored as float32), of raw pixels "uint8" (stored so);
+    the side of the view in pixels; `precision` "fp32", "tf32" or "bf16" (stored as float32), of raw pixels "uint8" (stored so);
     `data_digest` of the images, hex; `classes` names by label, () without.
     """
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from simclr_dist.config.ranges import check_ranges
 from simclr_dist.config.settings import ViewsConfig
 from simclr_dist.config.strict_yaml import merge
+from simclr_dist.data.pixels.kinds import kind_of
 from simclr_dist.data.reader import Sample
 from simclr_dist.data.views.colour import colour_views
-from simclr_dist.data.views.crops import crop_view
+from simclr_dist.data.views.crops import crop_view, turn_views
 from simclr_dist.data.views.draws import ViewSettings, draw_views, preset_views
 from simclr_dist.evaluate.features.extraction import Images
 from simclr_dist.system.errors import ConfigError, DamagedError
@@ -30,20 +31,21 @@ def crop_and_flip(image_size: int) -> ViewSettings:
 
 
 def crop(samples: Sequence[Sample], settings: ViewSettings, *, seed: int, epoch: int, view: int = TRAINING_VIEW) -> Tensor:
-    """Crop the samples to uint8 [n, 3, s, s], before any colour. Each crop depends on its row alone."""
+    """Crop the samples to [n, c, s, s], before any colour. Each crop depends on its row alone."""
     height, width = np.array([sample.image.shape[1:] for sample in samples]).T
     rows = np.array([sample.row for sample in samples])
     drawn = draw_views(settings, seed=seed, epoch=epoch, rows=rows, view=view, heights=height, widths=width)
     size, how, images = settings.image_size, settings.interpolation, [sample.image for sample in samples]
     boxes = zip(images, drawn.box, drawn.flip, strict=True)
-    return torch.stack([crop_view(image, box, bool(flip), size, how) for image, box, flip in boxes])
+    return turn_views(torch.stack([crop_view(image, box, bool(flip), size, how) for image, box, flip in boxes]), drawn)
 
 
 class RandomCrops:
-    """One crop uint8 [3, s, s] of each image. With `rows`: of those, as images 0..n-1. `drawn` is what else `crop` takes."""
+    """One crop [c, s, s] of each image. With `rows`: of those, as images 0..n-1. `drawn` is what else `crop` takes."""
 
     def __init__(self, images: Images, settings: ViewSettings, rows: Sequence[int] | None = None, **drawn: Any) -> None:
         self._images, self._settings, self._drawn = images, settings, drawn
+        self.kind = kind_of(images)
         self._rows = range(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class RandomCrops:
 
 
 def as_it_is(image: Tensor, size: int) -> Tensor:
-    """Return an image that is a view already, uint8 [3, size, size]."""
+    """Return an image that is a view already, [c, size, size]."""
     assert image.shape[-2:] == torch.Size((size, size))
     return image
 

@@ -58,14 +58,17 @@ def weighted_knn(
     rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(keys[0]))
     for queries, counted in zip(test_h.split(rows_at_once), votes.split(rows_at_once), strict=True):
         parts = keys if few else (unit_rows(part.to(dtype)) for part in keys)
-        nearest, index = _nearest_of_parts(unit_rows(queries.to(dtype)), parts, k)
+        nearest, index = nearest_of_parts(unit_rows(queries.to(dtype)), parts, k)
         weight = ((nearest - nearest[:, :1]).double() / temperature).exp()  # relative to the nearest: exp cannot overflow
         counted.scatter_add_(1, labels[index], (weight * _WEIGHT_ONE).round().long())
     return votes
 
 
-def _nearest_of_parts(queries: Tensor, parts: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Find each query's k nearest keys. Returns their cosines, descending, and their rows. `parts` are all keys in order."""
+def nearest_of_parts(queries: Tensor, parts: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Find each query's k nearest keys, all of norm 1. `parts` are all keys in order.
+
+    Returns their cosines, descending, and their rows. Of equally near ones the earlier rows come first.
+    """
     nearest, index, first = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64), 0
     index = index.to(queries.device)
     for keys in parts:

@@ -22,10 +22,11 @@ from torch.utils.tensorboard import RecordWriter
 from torch.utils.tensorboard.summary import scalar, text
 
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.data.views.crops import eval_view
+from simclr_dist.data.views.crops import eval_view, picture
 from simclr_dist.evaluate.features.extraction import Images
-from simclr_dist.evaluate.result.earlier import comparable, curves
-from simclr_dist.evaluate.result.report import TRAINED, Result, Say
+from simclr_dist.evaluate.result.curves import comparable, curves
+from simclr_dist.evaluate.result.file import TRAINED, Result
+from simclr_dist.evaluate.result.report import Say
 from simclr_dist.system.errors import reason_of
 from simclr_dist.system.files import append, lock, write_atomically
 
@@ -35,7 +36,7 @@ _THUMBNAIL = 32
 
 
 class Curves:
-    """The curves of the trained encoders' top-1 in percent, `eval/PROTOCOL_top1`. Each has a folder, by `earlier.curves`.
+    """The curves of the trained encoders' top-1 in percent, `eval/PROTOCOL_top1`. Each has a folder, by `curves.curves`.
 
     One folder would mix settings: TensorBoard's default loader keeps what an older file has at steps before the newer's.
     """
@@ -159,7 +160,7 @@ def sprite(images: Images, rows: Sequence[int]) -> bytes:
     side = math.ceil(math.sqrt(len(rows)))
     sheet = Image.new("RGB", (side * _THUMBNAIL, side * _THUMBNAIL), "white")
     for place, row in enumerate(rows):
-        thumbnail = Image.fromarray(eval_view(images[row].image, _THUMBNAIL).permute(1, 2, 0).numpy())
+        thumbnail = Image.fromarray(picture(eval_view(images[row].image, _THUMBNAIL)).permute(1, 2, 0).numpy())
         sheet.paste(thumbnail, (place % side * _THUMBNAIL, place // side * _THUMBNAIL))
     content = io.BytesIO()
     sheet.save(content, "PNG")

@@ -13,8 +13,7 @@ _COLOURS = ("#1f5fa8", "#c7572b", "#2a8f3c", "#7a4fa3")
 
 def line_chart(title: str, series: Series, *, unit: str = "") -> str:
     """Draw an <svg> with a line for each of `series`. Those are points of x and y. Points out of all measure are left out."""
-    drawn = {name: [(x, y) for x, y in points if abs(x) < _MOST > abs(y)] for name, points in series.items()}
-    if not (lines := {name: points for name, points in drawn.items() if points}):
+    if not (lines := drawable(series)):
         return ""
     xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (0, 1))
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
@@ -49,6 +48,12 @@ def line_chart(title: str, series: Series, *, unit: str = "") -> str:
             parts.append(f'<text class="tick" x="{x + 14}" y="34">{escape(name)}</text>')
             parts.append(f'<line x1="{x}" x2="{x + 10}" y1="30" y2="30" stroke="{colour}" stroke-width="2.5"/>')
     return "\n".join([*parts, "</svg>"])
+
+
+def drawable(series: Series) -> dict[str, list[tuple[float, float]]]:
+    """Return the lines that have points. Points out of all measure are left out."""
+    lines = {name: [(x, y) for x, y in points if abs(x) < _MOST > abs(y)] for name, points in series.items()}
+    return {name: points for name, points in lines.items() if points}
 
 
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:

@@ -8,10 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.evaluate.result.report import FORMAT, TRAINED, UNTRAINED, Result, UnwrittenError
 from simclr_dist.system.errors import DamagedError, DataError, reason_of
 from simclr_dist.system.files import fitting, write_atomically
 
+Result = dict[str, Any]
+FORMAT = "simclr_dist evaluation 3"
+UNTRAINED, TRAINED = "untrained", "trained"
+NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
 SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")  # of an encoder: its baselines' too
 _PARTS: dict[str, dict[str, Any]] = {
     "encoder": {"file": str, "sha256": str, "step": int, **dict.fromkeys(SHAPE, object)},
@@ -19,6 +22,14 @@ _PARTS: dict[str, dict[str, Any]] = {
     "settings": {"layer": str, "precision": str, "seed": object},
     "protocols": {}, "seconds": {},
 }  # fmt: skip
+
+
+class UnwrittenError(DataError):
+    """A file of an evaluation cannot be made. `result` has the numbers; `stored` is the path of its JSON, where it is there."""
+
+    def __init__(self, line: str, result: Result, *, stored: Path | None = None) -> None:
+        super().__init__(line + (f"; the result itself is in {stored}" if stored else ""))
+        self.result, self.stored = result, stored
 
 
 def claim(path: Path, *, named: bool = False) -> None:

@@ -11,8 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from simclr_dist.data.views.crops import picture
 from simclr_dist.evaluate.features.extraction import Images
-from simclr_dist.evaluate.rows import unit_copy
+from simclr_dist.evaluate.protocols.knn import nearest_of_parts
+from simclr_dist.evaluate.rows import ROWS_AT_ONCE
+from simclr_dist.method.loss.tiles import unit_rows
 from simclr_dist.system.errors import ConfigError
 
 QUERIES, NEIGHBOURS = 8, 7
@@ -48,16 +51,26 @@ def choose_queries(label: Tensor, count: int = QUERIES, seed: int = 0) -> Tensor
 def find_neighbours(h: Tensor, query: Tensor, count: int = NEIGHBOURS) -> Neighbours:
     """Find the `count` nearest of each `query` row by cosine. Rows are of features [n, d]. All others if fewer, never itself.
 
-    Equally near ones come in the order of rows. Makes one [q, n] matrix. Raises ConfigError for fewer than two images.
+    Equally near ones come in the order of rows. Raises ConfigError for fewer than two images.
     """
     if len(h) < 2:
         raise ConfigError("neighbours: there is no other image to be one; give two images or more")
-    z = unit_copy(h)
-    query = query.to(h.device)
-    cosine = (z[query] @ z.T).scatter_(1, query[:, None], -torch.inf)
-    values, indices = cosine.sort(dim=1, descending=True, stable=True)
     count = min(count, len(h) - 1)
-    return Neighbours(query.cpu(), indices[:, :count].cpu(), values[:, :count].cpu())
+    cosine, nearest = nearest_rows(h, h[query.to(h.device)], count + 1)
+    others = nearest != query.to(h.device)[:, None]
+    others[:, -1] &= others.sum(1) <= count  # of more than `count` equals it may not be among its own nearest
+    shape = len(query), count
+    return Neighbours(query.cpu(), nearest[others].view(shape).cpu(), cosine[others].view(shape).cpu())
+
+
+def nearest_rows(h: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Find the `count` rows of `h` nearest to each query. Features are [n, d] and [q, d].
+
+    Returns cosines and rows, [q, count], the nearest first; equally near ones are in the order of rows. Some thousand rows are
+    taken at a time.
+    """
+    parts = (unit_rows(rows.float()) for rows in h.split(ROWS_AT_ONCE))
+    return nearest_of_parts(unit_rows(queries.float()), parts, count)
 
 
 def neighbour_sheet(
@@ -107,12 +120,12 @@ def _top(row: int) -> int:
 
 
 def _thumbnail(image: Tensor) -> Image.Image:
-    """Draw the whole image in the middle of a square. It is uint8 [3, h, w]."""
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    scale = _TILE / max(picture.size)
-    shape = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    """Draw the whole image in the middle of a square. It is uint8 or uint16 [c, h, w]."""
+    whole = Image.fromarray(picture(image).permute(1, 2, 0).cpu().numpy())
+    scale = _TILE / max(whole.size)
+    shape = max(1, round(whole.width * scale)), max(1, round(whole.height * scale))
     square = Image.new("RGB", (_TILE, _TILE), "#eeeeee")
-    square.paste(picture.resize(shape, Image.Resampling.BICUBIC), ((_TILE - shape[0]) // 2, (_TILE - shape[1]) // 2))
+    square.paste(whole.resize(shape, Image.Resampling.BICUBIC), ((_TILE - shape[0]) // 2, (_TILE - shape[1]) // 2))
     return square
 
 

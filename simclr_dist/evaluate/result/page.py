@@ -12,8 +12,9 @@ from typing import Any
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import confusions
 from simclr_dist.evaluate.result.charts import line_chart
-from simclr_dist.evaluate.result.earlier import comparable
-from simclr_dist.evaluate.result.report import TRAINED, UNTRAINED, Result, counts, leak, signal_rows
+from simclr_dist.evaluate.result.curves import comparable
+from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result
+from simclr_dist.evaluate.result.report import counts, leak, signal_rows
 from simclr_dist.run.folder import read_metrics
 from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
@@ -81,16 +82,32 @@ def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = 
     if charts := _charts(result, run):
         parts += ["<h2>Curves</h2>", f'<div class="charts">{charts}</div>']
     if neighbours:
-        picture = base64.b64encode(neighbours).decode()
-        parts += ["<h2>Nearest neighbours</h2>", f'<img alt="nearest neighbours" src="data:image/png;base64,{picture}">']
+        parts += ["<h2>Nearest neighbours</h2>", _picture(neighbours)]
     if result.get("signals"):
         rows = [[name.replace("_", " "), *map(_number, values), good] for name, *values, good in signal_rows(result)]
-        table = _table(["signal of the test images", _LABELS[TRAINED], _LABELS[UNTRAINED], "what is good"], rows)
+        table = _table(["signal of the test images", _LABELS[TRAINED], _LABELS[UNTRAINED], "how to read it"], rows)
         parts += ["<h2>Of the features themselves</h2>", f'<div class="signals">{table}</div>']
     parts += _confusions(result)
     parts += ["<h2>How to repeat it</h2>", *_origin(result)]
+    return _whole(title, parts)
+
+
+def picture_page(
+    title: str, facts: Mapping[str, Any], sheets: Sequence[bytes], heads: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:
+    """Return the text of a page of pictures. `sheets` are PNGs, `facts` how they came about, `rows` a table behind them."""
+    about = _table(["", ""], [[name, str(value)] for name, value in facts.items()])
+    parts = [f"<h1>{escape(title)}</h1>", *map(_picture, sheets), f'<div class="scroll facts">{_table(heads, rows)}</div>']
+    return _whole(title, [*parts, "<h2>How it came about</h2>", f'<div class="facts">{about}</div>'])
+
+
+def _whole(title: str, parts: Iterable[str]) -> str:
     body = "\n".join(parts)
     return f"{_BEGIN}<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+
+
+def _picture(png: bytes) -> str:
+    return f'<img alt="nearest neighbours" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _accuracies(result: Result) -> str:
@@ -111,7 +128,7 @@ def _charts(result: Result, run: Path | None) -> str:
     charts = [
         line_chart("loss", {name: _points(lines, f"loss/{name}") for name in ("nt_xent", "dcl", "chance")}),
         line_chart("learning rate", {"rate": _points(lines, "optim/learning_rate")}),
-        line_chart("effective rank of z", {"rank": _points(lines, "embedding/effective_rank")}),
+        line_chart("partner among the nearest 1 and 5", {k: _points(lines, f"retrieval/{k}") for k in ("top1", "top5")}),
     ]
     steps = [(step, protocols) for step, (protocols, _) in sorted(comparable(run / "eval", result).items(), key=itemgetter(0))]
     curves = {

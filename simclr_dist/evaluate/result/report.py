@@ -9,26 +9,15 @@ from typing import Any
 import torch
 import torchvision
 
+from simclr_dist.config.networks import titled
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import DENSE, ClassScores, Scores, class_report
+from simclr_dist.evaluate.result.file import NAMES, TRAINED, UNTRAINED, Result
 from simclr_dist.evaluate.signals import flat, meanings
 from simclr_dist.method.distributed import World
-from simclr_dist.system.errors import DataError
 from simclr_dist.system.machine import cores
 
-Result = dict[str, Any]
 Say = Callable[[str], None]
-FORMAT = "simclr_dist evaluation 3"
-UNTRAINED, TRAINED = "untrained", "trained"
-NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
-
-
-class UnwrittenError(DataError):
-    """A file of an evaluation cannot be made. `result` has the numbers; `stored` is the path of its JSON, where it is there."""
-
-    def __init__(self, line: str, result: Result, *, stored: Path | None = None) -> None:
-        super().__init__(line + (f"; the result itself is in {stored}" if stored else ""))
-        self.result, self.stored = result, stored
 
 
 def summary(result: Result) -> dict[str, dict[str, float]]:
@@ -43,10 +32,10 @@ def table(result: Result) -> str:
     """Format top-1 % by protocol: raw pixels, untrained and trained encoder. It adds what a reader must know beside it."""
     encoder, parts = result["encoder"], result["protocols"]
     trained = f"trained encoder, step {encoder['step']}" if not encoder["weights"] else "published encoder"
-    trained += "" if encoder["init"] == "random" else f", started from {encoder['init']}"
+    trained += "" if encoder["init"] == "random" else f", started from {encoder['init'].partition(': ')[0]}"
     labels = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: trained}
     layer = "" if encoder["layer"] == "h" else f", layer {encoder['layer']}"
-    lines = [f"{encoder['name']}, width {encoder['width']}{layer}, {encoder['file']}"]
+    lines = [f"{titled(encoder['name'], encoder['width'])}{layer}, {encoder['file']}"]
     if not parts:
         lines.append(counts(result))
         for name, trained, untrained, good in signal_rows(result):
@@ -77,7 +66,7 @@ def counts(result: Result) -> str:
 
 
 def signal_rows(result: Result) -> list[tuple[str, Any, Any, str]]:
-    """List the signals: name, trained, untrained, and what is good."""
+    """List the signals: name, trained, untrained, and how to read it."""
     measured, beside = result["signals"], flat(result.get("untrained_signals") or {})
     good = meanings(measured)
     return [

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.launch.slurm.job import Job
 from simclr_dist.launch.slurm.profile import PASSED_ON, Profile
 from simclr_dist.launch.slurm.requeue import Kind
+from simclr_dist.system.slurm_job import ARRAY_TASK
 from simclr_dist.train.profiling import Profile as StepProfile
 
 
@@ -73,23 +75,69 @@ def dry_run(submission: Submission) -> str:
     return "\n".join(f"# ---- {title}\n{text.rstrip()}\n" for title, text in parts)
 
 
+def dry_run_array(folder: Path, submissions: Sequence[Submission]) -> str:
+    """Return the scripts of an array, then each run's scripts and config."""
+    parts = [(f"array {kind}", array_script(folder, submissions, kind)) for kind in kinds_of(submissions[0])]
+    for one in submissions:
+        parts += [(str(path), text) for path, text in task_scripts(one).items()]
+        parts.append((str(one.folder / "config.yaml"), write_yaml(one.config.to_dict())))
+    return "\n".join(f"# ---- {title}\n{text.rstrip()}\n" for title, text in parts)
+
+
+def kinds_of(submission: Submission) -> tuple[Kind, ...]:
+    """Return the kinds of jobs that a submission has, in their order."""
+    return ("train",) if submission.evaluation is None else ("train", "eval")
+
+
+def array_script(folder: Path, submissions: Sequence[Submission], kind: Kind, *, after: str = "TRAINING_ARRAY") -> str:
+    """Return the batch script of an array. Its task N runs the script of run N.
+
+    An evaluation starts once the task of its number in the array `after` is done.
+    """
+    options = _options(submissions[0], kind, after if kind == "eval" else None)
+    options |= {"job-name": folder.name + ("-eval" if kind == "eval" else ""), "array": f"0-{len(submissions) - 1}"}
+    options |= dict.fromkeys(("output", "error"), folder / "slurm" / f"%A_%a.{kind}.out")
+    if kind == "eval":
+        options["dependency"] = f"aftercorr:{after}"
+    scripts = ["scripts=(", *(f"  {shlex.quote(str(one.folder / f'{kind}.sh'))}" for one in submissions), ")"]
+    body = [f"export {ARRAY_TASK}=$SLURM_JOB_ID", *scripts, 'exec bash "${scripts[$SLURM_ARRAY_TASK_ID]}"']
+    return "\n\n".join(["#!/bin/bash", _flags(options), "\n".join(body)])
+
+
+def task_scripts(submission: Submission) -> dict[Path, str]:
+    """Return a run's scripts in an array, by path."""
+    # The run's logs are in its folder, as those of a job of its own are.
+    log = f"{shlex.quote(str(submission.folder))}/${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_0_log"
+    first = f"exec >> {log}.out 2>> {log}.err"
+    return {
+        submission.folder / f"{kind}.sh": "\n\n".join([first, *_sections(submission, kind, "%A_%a")]) + "\n"
+        for kind in kinds_of(submission)
+    }
+
+
 def script(submission: Submission, kind: Kind, *, after: str | None = None) -> str:
     """Return the batch script of a job. An evaluation's job starts once job `after` is done."""
+    return "\n\n".join(["#!/bin/bash", _flags(_options(submission, kind, after)), *_sections(submission, kind, "%j")])
+
+
+def _flags(options: Mapping[str, object]) -> str:
+    flags = (f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}" for name, value in sorted(options.items()))
+    return "\n".join(["# options", *(f"#SBATCH {flag}" for flag in flags)])
+
+
+def _sections(submission: Submission, kind: Kind, job: str) -> list[str]:
+    """Return what a batch script does. `job` is srun's pattern for its number."""
     profile = submission.profile_of(kind)
-    options = sorted(_options(submission, kind, after).items())
-    flags = [f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}" for name, value in options]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     # Outside any container: it starts the job again when its tasks could not.
     rescue = [sys.executable, "-m", "simclr_dist.launch.slurm.rescue", "--kind", kind]
     rescue += ["--max-restarts", str(profile.max_restarts), str(submission.run)]
     sections = [
-        ["#!/bin/bash"],
-        ["# options", *(f"#SBATCH {flag}" for flag in flags)],
         ["# setup", *profile.setup, *exports],
-        ["# tasks", "export SUBMITIT_EXECUTOR=slurm PYTHONSAFEPATH=1", shlex.join(_tasks(submission, profile))],
+        ["# tasks", "export SUBMITIT_EXECUTOR=slurm PYTHONSAFEPATH=1", shlex.join(_tasks(submission, profile, job))],
         ["# end", "code=$?", f"exec {shlex.join(rescue)} $code"],
     ]
-    return "\n\n".join("\n".join(section) for section in sections)
+    return ["\n".join(section) for section in sections]
 
 
 def _options(submission: Submission, kind: Kind, after: str | None) -> dict[str, object]:
@@ -116,10 +164,10 @@ def _options(submission: Submission, kind: Kind, after: str | None) -> dict[str,
     return {name: value for name, value in options.items() if value is not None} | dict(profile.extra)
 
 
-def _tasks(submission: Submission, profile: Profile) -> list[str]:
+def _tasks(submission: Submission, profile: Profile, job: str) -> list[str]:
     """Return the shell words that start the tasks. Tasks with a container start in it."""
     folder, where = submission.folder, submission.working_directory
-    words = ["srun", "--unbuffered", "--output", f"{folder}/%j_%t_log.out", "--error", f"{folder}/%j_%t_log.err"]
+    words = ["srun", "--unbuffered", "--output", f"{folder}/{job}_%t_log.out", "--error", f"{folder}/{job}_%t_log.err"]
     # Else the others wait for a dead rank until their time-out, and a log loses what its file held before srun opens it.
     words += ["--kill-on-bad-exit=1", "--open-mode=append"]
     if profile.cpus_per_task is not None:

@@ -149,7 +149,7 @@ def submit(script: Path, *, seconds: float = 600.0) -> str:
     Variables that would overrule the script are hidden from sbatch: SBATCH_*, and those of a job that submits jobs.
     """
     options = set(re.findall(r"^#SBATCH --([a-z-]+)", script.read_text(encoding="utf-8"), re.MULTILINE))
-    other_names = {"timelimit": "time", "mem-per-node": "mem", "no-requeue": "requeue"}
+    other_names = {"timelimit": "time", "mem-per-node": "mem", "no-requeue": "requeue", "array-inx": "array"}
 
     def visible(name: str) -> bool:
         option = name.removeprefix("SBATCH_").lower().replace("_", "-")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import submitit
@@ -55,7 +56,7 @@ def prepare(
     if profile.container is not None and re.search("[,:]", f"{run}{folder}"):
         raise ConfigError(f"run_folder: {str(run)!r}, or the working directory: a container mounts none with a comma or colon")
     check_run_folder(config)
-    samples = count_images(config.data.shards, config.data.samples, beside=folder)
+    samples = count_images(config.data.shards, config.data.samples, beside=folder, kind=config.data.kind)
     done, total = newest_step(run), config.total_steps(samples)
     check_fits(config, samples, profile.world_size, done)
     if profiled is not None:
@@ -84,7 +85,7 @@ def submit(submission: Submission) -> list[str]:
     run, done = submission.run, newest_step(submission.run)
     if done == submission.total_steps and submission.evaluation is None and encoder_path(run, done).exists():
         raise ConfigError(f"steps: {run} has done all of its {done}; nothing is left for a job (--eval would evaluate it)")
-    with _undone_when_refused(submission):
+    with _undone_when_refused(submission.folder / "config.yaml"):
         store_config(submission)
         jobs = [_submit_job(submission, "train")]
     _write_record(submission, jobs)
@@ -99,11 +100,35 @@ def submit(submission: Submission) -> list[str]:
     return jobs
 
 
-def store_config(submission: Submission) -> None:
-    """Write the jobs' config, and let a cancelled run go on. Raises ConfigError when the config cannot be written."""
-    try:  # the file that the user named may change until the jobs start
-        submission.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(submission.folder / "config.yaml", write_yaml(submission.config.to_dict()).encode())
+def submit_array(folder: Path, submissions: Sequence[Submission]) -> list[str]:
+    """Submit a sweep's runs as one array, their evaluations as another. Return the arrays' numbers.
+
+    `folder` is the sweep's. No job of these runs may be alive. Raises ConfigError when an array is refused.
+    """
+    scheduler.require("sbatch", "srun")
+    scripts = [batch.task_scripts(one) for one in submissions]
+    configs = [one.folder / "config.yaml" for one in submissions]
+    with _undone_when_refused(folder / "slurm" / "array", *configs, *(path for of_run in scripts for path in of_run)):
+        for one, of_run in zip(submissions, scripts, strict=True):
+            store_config(one, of_run)
+        jobs = [_submit_array(folder, submissions, "train")]
+    _write_records(submissions, jobs)
+    if submissions[0].evaluation is not None:
+        try:
+            jobs.append(_submit_array(folder, submissions, "eval", after=jobs[0]))
+        except ConfigError as error:
+            raise ConfigError(f"the evaluations: {error}; the trainings are submitted: `scancel {jobs[0]}` ends them") from None
+        _write_records(submissions, jobs)
+    return jobs
+
+
+def store_config(submission: Submission, scripts: Mapping[Path, str] = MappingProxyType({})) -> None:
+    """Write the jobs' config and `scripts`. A cancelled run may go on. Raises ConfigError when the disk refuses."""
+    config = write_yaml(submission.config.to_dict())  # the file that the user named may change until the jobs start
+    try:
+        for path, text in {submission.folder / "config.yaml": config, **scripts}.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text.encode())
         (submission.run / "cancelled").unlink(missing_ok=True)
         for earlier in submission.folder.glob("*.pkl"):  # of ended jobs, or put there to be run in the place of ours
             earlier.unlink()
@@ -117,7 +142,7 @@ def read_record(run: Path) -> dict[str, Any]:
     if not record:
         raise ConfigError(f"{run}: no job was submitted for this folder: it has no submission.json")
     for key in ("job_id", "eval_job_id"):  # which become words of commands: --user=me would be all of my jobs
-        if (number := record[key]) is not None and not re.fullmatch("[0-9]+", number):
+        if (number := record[key]) is not None and not re.fullmatch("[0-9]+(_[0-9]+)?", number):
             raise ConfigError(f"{run / 'submission.json'}: {key}: {number!r} is no job's number; submit the run anew")
     return record
 
@@ -169,20 +194,15 @@ def _write_record(submission: Submission, jobs: Sequence[str]) -> None:
     write_atomically(submission.run / "submission.json", json.dumps(record, indent=2).encode() + b"\n")
 
 
+def _write_records(submissions: Sequence[Submission], arrays: Sequence[str]) -> None:
+    for number, one in enumerate(submissions):
+        _write_record(one, [f"{array}_{number}" for array in arrays])
+
+
 def _submit_job(submission: Submission, kind: Kind, *, after: str | None = None) -> str:
     """Pickle what the job's tasks run, and submit its batch script. Return the job's number."""
-    pickled = submitit.helpers.DelayedSubmission(submission.job(kind))
-    pickled.set_timeout(submission.profile_of(kind).minutes, _MOST_TIMEOUTS)
-    unique = secrets.token_hex(16)
-    script, pickle = submission.folder / f".{unique}.sh", submission.folder / f"{unique}.pkl"
-    try:
-        script.write_text(batch.script(submission, kind, after=after), encoding="utf-8")
-        pickled.dump(pickle)
-        number = scheduler.submit(script)
-    except BaseException:
-        script.unlink(missing_ok=True)
-        pickle.unlink(missing_ok=True)
-        raise
+    text = batch.script(submission, kind, after=after)
+    number, script, [pickle] = _send(submission.folder, text, [submission], kind)
     paths = submitit.SlurmJob(submission.folder, number, [0]).paths
     paths.move_temporary_file(pickle, "submitted_pickle")  # a task that has begun already waits for it
     paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)  # `scontrol show job` names the first path
@@ -190,19 +210,53 @@ def _submit_job(submission: Submission, kind: Kind, *, after: str | None = None)
     return number
 
 
+def _submit_array(folder: Path, submissions: Sequence[Submission], kind: Kind, *, after: str = "") -> str:
+    """Do the same for all runs of an array. Return the array's number."""
+    text = batch.array_script(folder, submissions, kind, after=after)
+    try:
+        (folder / "slurm").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_folder: {str(folder)!r}: cannot be written: {reason_of(error)}") from None
+    number, script, pickles = _send(folder / "slurm", text, submissions, kind)
+    for task, (one, pickle) in enumerate(zip(submissions, pickles, strict=True)):
+        pickle.rename(one.folder / f"{number}_{task}_submitted.pkl")
+    script.rename(folder / "slurm" / f"{number}_submission.sh")
+    cluster = scheduler.cluster()
+    for task, one in enumerate(submissions):
+        record_event(one.run, "submitted", kind=kind, job=f"{number}_{task}", cluster=cluster)
+    return number
+
+
+def _send(folder: Path, text: str, submissions: Sequence[Submission], kind: Kind) -> tuple[str, Path, list[Path]]:
+    """Submit a script. Return the job's number, and where script and pickles are."""
+    unique = secrets.token_hex(16)
+    script, pickles = folder / f".{unique}.sh", [one.folder / f"{unique}.pkl" for one in submissions]
+    try:
+        script.write_text(text, encoding="utf-8")
+        for one, path in zip(submissions, pickles, strict=True):
+            pickled = submitit.helpers.DelayedSubmission(one.job(kind))
+            pickled.set_timeout(one.profile_of(kind).minutes, _MOST_TIMEOUTS)
+            pickled.dump(path)
+        return scheduler.submit(script), script, pickles
+    except BaseException:  # a second Ctrl-C too: what was not sent leaves no files
+        for path in (script, *pickles):
+            path.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
-def _undone_when_refused(submission: Submission) -> Iterator[None]:
-    """Restore the run folder when SLURM refuses. A submission that failed leaves no trace."""
-    folder, config = submission.folder, submission.folder / "config.yaml"
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    before = config.read_bytes() if config.exists() else None
+def _undone_when_refused(*files: Path) -> Iterator[None]:
+    """Restore files, and remove new folders, when SLURM refuses. A submission that failed leaves no trace."""
+    new_folders = {folder for file in files for folder in file.parents if not folder.exists()}
+    before = {file: file.read_bytes() if file.exists() else None for file in files}
     try:
         yield
     except ConfigError:
-        if before is not None:
-            write_atomically(config, before)
-        elif config.exists():
-            config.unlink()
-        for path in filter(Path.exists, new_folders):
-            path.rmdir()
+        for file, content in before.items():
+            if content is not None:
+                write_atomically(file, content)
+            elif file.exists():
+                file.unlink()
+        for folder in sorted(filter(Path.exists, new_folders), key=lambda folder: -len(folder.parts)):
+            folder.rmdir()
         raise

@@ -3,6 +3,7 @@
 Each product is three TF32 ones ("tf32x3"). That keeps float32's digits on tensor cores.
 """
 
+import subprocess
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,16 +11,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
+from simclr_dist.system.errors import reason_of
+
 # (rows, columns, options of the launch), from fast to small. GPUs differ by four times in the shared memory of a block, and
-# Triton refuses only at a launch. What fits is tried once for each device, kernel and width.
+# Triton refuses only at a launch. A kernel that does not fit the registers is not refused, and keeps its numbers in far
+# memory: on an A100 64 x 64 would keep 7 KiB a thread there. What fits is tried once for each device, kernel and width.
 _SHAPES = (
-    (64, 64, {"num_warps": 4}),
-    (64, 32, {"num_warps": 4, "num_stages": 2}),
+    (64, 64, {"num_warps": 8, "num_stages": 2}),
+    (32, 64, {"num_warps": 8, "num_stages": 2}),
     (32, 32, {"num_warps": 4, "num_stages": 1}),
     (16, 16, {"num_warps": 4, "num_stages": 1}),
 )
+_SPILLED_WORDS = 100  # that a thread may keep outside of its registers
 _first_that_fits: dict[tuple[object, ...], int] = {}
 
 
@@ -117,10 +123,28 @@ class Similarities:
                     place = rows // 2, len(self.columns) // 2, self.first
                     sizes = {"DIM": dim, "WIDTH": width, "ROWS": block_rows, "COLUMNS": block_columns}
                     launch = kernel[(triton.cdiv(rows, block_rows),)]
-                    launch(self.z, self.columns, *tensors, *place, self.temperature, **sizes, **options)
+                    done = launch(self.z, self.columns, *tensors, *place, self.temperature, **sizes, **options)
                 except OutOfResources:
                     if number + 1 == len(_SHAPES):
                         raise
                 else:
+                    if getattr(done, "n_spills", 0) > _SPILLED_WORDS and number + 1 < len(_SHAPES):
+                        continue  # the next one writes the same sums
                     _first_that_fits[key] = number
                     return
+
+
+def problem(device: torch.device) -> str:
+    """Compile and launch a kernel. Returns '', or why it fails, with the cure."""
+    z = torch.ones(2, 16, device=device)
+    try:
+        Similarities(z, z, 0, 1.0).log_sum_exp()
+    except subprocess.CalledProcessError as error:  # the compiler has written why
+        why = f"{error.cmd[0]} fails"
+    # A compiler that is not found, folders that cannot be written or run from, a driver that is not found, and Triton's own.
+    except (RuntimeError, OSError, AssertionError, ImportError, TritonError) as error:
+        why = reason_of(error)
+    else:
+        return ""
+    needs = "a C compiler (gcc; CC names another), Python's headers (python3-dev) and a cache folder (TRITON_CACHE_DIR)"
+    return f"Triton cannot compile: {why}; it needs {needs}"

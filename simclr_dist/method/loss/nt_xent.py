@@ -1,9 +1,10 @@
 """Compute NT-Xent and its decoupled form. Chen et al. 2020, equation 1; Yeh et al. 2022 (DCL)."""
 
+import functools
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,21 +13,25 @@ from torch import Tensor, nn
 
 from simclr_dist.method.distributed import all_gather, first_derivative_only, rank, world_size
 from simclr_dist.method.loss.tiles import Similarities, gather_views, unit_rows
+from simclr_dist.system.errors import reason_of
 
 if TYPE_CHECKING:
     from simclr_dist.method.loss import fused
 
 
-def nt_xent_reference(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+def nt_xent_reference(z_a: Tensor, z_b: Tensor, temperature: float, *, decoupled: bool = False, scale: float = 1.0) -> Tensor:
     """Compute NT-Xent by its definition, with the whole matrix. For one process: the oracle of the tests.
 
-    Shapes: z_a, z_b float [n, d], rows i are the two views of image i. Returns the mean over the 2n anchors.
+    Shapes: z_a, z_b float [n, d], rows i are the two views of image i. Returns `scale` times the mean over the 2n anchors.
     """
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     similarity = z @ z.T / temperature
     similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     positive = torch.arange(len(z), device=z.device).roll(len(z_a))
-    return F.cross_entropy(similarity, positive)
+    if decoupled:
+        negatives = similarity.scatter(1, positive[:, None], -torch.inf)
+        return scale * (negatives.logsumexp(1) - similarity.gather(1, positive[:, None])[:, 0]).mean()
+    return scale * F.cross_entropy(similarity, positive)
 
 
 class NTXentLoss(nn.Module):
@@ -102,8 +107,31 @@ def _full_precision() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def for_kernels(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Return whether the Triton kernels are the faster way for such embeddings.
+
+    GPUs before compute capability 8.0 have no TF32. Triton multiplies float32 without tensor cores there; so cuBLAS does it.
+    """
+    fits = device.type == "cuda" and dtype == torch.float32 and dim <= 256
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def triton_problem(device: torch.device) -> str:
+    """Try once whether Triton compiles for this GPU. Returns '', or why not with the cure, of which it also warns."""
+    try:
+        from simclr_dist.method.loss import fused
+
+        problem = fused.problem(device)
+    except ImportError as error:
+        problem = f"Triton cannot be imported ({reason_of(error)}); pip install triton"
+    if problem:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
+    return problem
+
+
 def _similarities(z: Tensor, columns: Tensor, first: int, temperature: float) -> "Similarities | fused.Similarities":
-    if z.is_cuda and z.dtype == torch.float32 and z.shape[1] <= 256 and find_spec("triton"):
+    if for_kernels(z.device, z.dtype, z.shape[1]) and not triton_problem(z.device):
         from simclr_dist.method.loss import fused
 
         return fused.Similarities(z, columns, first, temperature)

@@ -10,7 +10,7 @@ from simclr_dist.launch.slurm import settings
 from simclr_dist.method.distributed import World, all_gather_objects, process_group
 from simclr_dist.preflight.check import disks, machines
 from simclr_dist.preflight.check.findings import NAMES, Finding, failed, table
-from simclr_dist.preflight.check.gradient import SMALL, gradient_report
+from simclr_dist.preflight.check.gradient import SMALL, check_loss, gradient_report
 from simclr_dist.train.state import saved_bytes
 
 
@@ -21,9 +21,13 @@ def run_checks(config: Config | None, world: World, only: Sequence[str] = NAMES)
     for name, check in (("versions", machines.versions), ("network", machines.network), ("clock", machines.clock)):
         if name in only:
             findings += check(world)
+    if config is not None and "versions" in only:
+        findings += machines.precision(config, world)
+    if config is not None and config.compile and "versions" in only:
+        findings += machines.compiler(config, world)
     if "gradient" in only:
         details, exact = gradient_report(config or SMALL, world)
-        findings.append(_gradient(world, exact))
+        findings += [_gradient(world, exact), check_loss(config or SMALL, world)]
     if config is not None and "shards" in only:
         findings += disks.shards(config, world)
     if config is not None and "memory" in only:

@@ -105,7 +105,7 @@ def _as_train_says(config: Config, checkpoint_bytes: float, encoder_bytes: float
     run = Path(config.run_folder)
     try:
         before = stored_config(run) if check_run_folder(config, held=True) else None
-        samples = count_images(config.data.shards, config.data.samples)
+        samples = count_images(config.data.shards, config.data.samples, kind=config.data.kind)
         check_room(config, config.total_steps(samples), checkpoint_bytes, encoder_bytes)
     except UserError as error:
         return [Finding("folder", "failure", str(error), "`train` refuses it with this line")]

@@ -14,10 +14,13 @@ import torch
 
 from simclr_dist import __version__
 from simclr_dist.config.settings import Config
+from simclr_dist.data.views.compiled import compile_colour
 from simclr_dist.method.distributed import World, all_gather, all_gather_objects, local_ranks
+from simclr_dist.method.precision import precision_problem
 from simclr_dist.preflight import shared_memory
 from simclr_dist.preflight.check.findings import Finding, place_of
-from simclr_dist.system.errors import reason_of
+from simclr_dist.system.errors import ConfigError, reason_of
+from simclr_dist.train.learner import kernel_problem
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "pillow", "torch-optimizer", "safetensors")
 _PAYLOAD_BYTES = 4 * 2**20
@@ -42,6 +45,28 @@ def versions(world: World) -> list[Finding]:
             findings.append(Finding("versions", "failure", f"{name}: {versions}", cure))
     same = f"the same on {world.size} ranks: torch {mine['torch']}, simclr_dist {mine['simclr_dist']}, {mine['device']}"
     return findings or [Finding("versions", "ok", same)]
+
+
+def compiler(config: Config, world: World) -> list[Finding]:
+    """Compile on every machine what `compile: true` does there. Colour in C++ for CPUs, a kernel for a GPU."""
+    problem, on_cpu = "", world.device.type == "cpu"
+    try:
+        if on_cpu:
+            compile_colour()
+        else:
+            kernel_problem(config, 0, world)
+    except ConfigError as error:
+        problem = str(error)
+    seen = [f"{place}: {problem}" for place, problem in all_gather_objects((place_of(world.rank), problem)) if problem]
+    return [Finding("versions", "failure", line) for line in seen] or [
+        Finding("versions", "ok", f"{'C++' if on_cpu else 'Triton'} compiles")
+    ]
+
+
+def precision(config: Config, world: World) -> list[Finding]:
+    """Find the ranks whose device cannot compute as the config says."""
+    problems = all_gather_objects((place_of(world.rank), precision_problem(config.precision, world.device)))
+    return [Finding("versions", "failure", f"{place}: {problem}") for place, problem in problems if problem]
 
 
 def network(world: World) -> list[Finding]:

@@ -62,8 +62,7 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
     decays_copies = config.optim.name == "lars" and on_cuda and config.optim.weight_decay
     copies = footprint.decayed_parameters * number if decays_copies else 0
 
-    crop = local * 3 * footprint.side**2  # bytes of all crops of one view as uint8
-    view = crop * 4
+    view = local * config.data.channels * footprint.side**2 * 4
     z = 2 * local * dim * number
     loss = loss_bytes(2 * local, 2 * config.global_batch_size, dim, number, on_cuda=on_cuda)
     always = weights + (optimizer or 0) + buckets + footprint.buffers  # a second time: kept in case the step is skipped

@@ -78,7 +78,7 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
     samples = config.data.samples if samples is None else samples
     if samples is None and not (is_local or is_url(shards) or names_tars(shards)):
         raise ConfigError(f"data.shards: {shards!r} is not here; give the number of images by --samples N")
-    samples = count_images(shards, samples)
+    samples = count_images(shards, samples, kind=config.data.kind)
     check_fits(config, samples, world_size)
     footprint = trace.footprint(config, view_side(config.views.preset, config.views.image_size))
     others = scaling.WORLD_SIZES if machines.on_cuda else scaling.CPU_WORLD_SIZES
@@ -101,10 +101,13 @@ def text(plan: Plan) -> str:
     return "\n".join([*(f"{name:28s}{value}" for name, value in rows), "", *_scale_lines(plan)])
 
 
+_NO_NORM = "none: any number of micro-batches is the same gradient"
+
+
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     config, samples, world_size, footprint = plan.config, plan.samples, plan.world_size, plan.footprint
     batch = config.global_batch_size
-    micro_batch = batch // config.micro_batches
+    micro_batch, norms = batch // config.micro_batches, footprint.block_norms or footprint.other_norms
     total, an_epoch = plan.total_steps, config.steps_per_epoch(samples)
     warmup = config.warmup_steps(samples)
     return [
@@ -115,7 +118,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str]]:
             f" x {micro_batch // world_size}",
         ),
         ("negatives an anchor", f"{2 * (batch - 1)}"),
-        ("BatchNorm group", f"{micro_batch} images, both views: one micro-batch over all ranks"),
+        ("BatchNorm group", f"{micro_batch} images, both views: one micro-batch over all ranks" if norms else _NO_NORM),
         ("steps", f"{total} = {total / an_epoch:.1f} epochs, the first {warmup} warm-up"),
         ("peak learning rate", f"{config.peak_lr:.6g} ({config.optim.base_lr} by the {config.optim.lr_rule} rule)"),
         (

@@ -20,11 +20,21 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from simclr_dist.config.settings import Config
-from simclr_dist.method.model import SimCLR, build_simclr
+from simclr_dist.method.model import ResNet, SimCLR
+from simclr_dist.method.optim import parameter_groups
+from simclr_dist.train.learner import build_shapes, embedding_size
 
 # Half of the views that are traced. A storage whose size is a multiple of such a prime has a part for each view. If the
 # model itself has such a dimension, another prime is taken.
 _PRIMES = (1009, 1013, 1019, 1021)
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 _Events = list[tuple[int, int]]  # (number of a storage, its bytes), the bytes < 0 at its end
 
 
@@ -78,20 +88,22 @@ class Footprint:
 
 def footprint(config: Config, side: int) -> Footprint:
     """Trace the model on views of `side` pixels in about a second."""
+    model = _model(config)
     with FakeTensorMode(allow_fallback_kernels=False):  # a fallback would run an operation for real
-        model = _model(config)
+        # On the CPU attention takes the memory that it takes on a GPU, and not on the meta device.
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # type: ignore[no-untyped-call]
         sizes = [p.numel() for p in model.parameters()]
         prime = next(prime for prime in _PRIMES if all(size % prime for size in sizes))
-        half = torch.empty(prime, 3, side, side)
+        half = torch.empty(prime, config.data.channels, side, side)
         without_graph = _record(model, half, with_graph=False)
         first, forward, flops = _record(model, half, with_graph=True)
         return Footprint(
             side,
             sum(p.numel() for p in model.encoder.parameters()),
             sum(p.numel() for p in model.projector.parameters()),
-            sum(p.numel() for p in model.parameters() if p.dim() > 1),
+            sum(p.numel() for p in parameter_groups(model, 1.0)[0]["params"]),
             sum(b.numel() * b.element_size() for b in model.buffers()),
-            config.model.projector_dim if config.model.projector_depth else model.encoder.feature_size,
+            embedding_size(config, model),
             _norms(model, in_blocks=True),
             _norms(model, in_blocks=False),
             _timeline(*without_graph, prime),
@@ -104,20 +116,17 @@ def _model(config: Config) -> SimCLR:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if config.precision == "fp64" else torch.float32)
     try:
-        model = build_simclr(**config.model.shape)
+        return build_shapes(config)
     finally:
         torch.set_default_dtype(before)
-    model.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    model.encoder.checkpointing = config.activation_checkpointing
-    model.channels_last = config.channels_last
-    return model
 
 
 def _norms(model: SimCLR, *, in_blocks: bool) -> tuple[int, ...]:
+    blocks = "encoder.layer" if isinstance(model.encoder, ResNet) else "encoder."  # of others' nobody knows which
     return tuple(
         module.num_features
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name.startswith("encoder.layer") == in_blocks
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name.startswith(blocks) == in_blocks
     )
 
 
@@ -136,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
+        if count := _FLOPS.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         for value in tree_iter(result):
             if isinstance(value, Tensor):

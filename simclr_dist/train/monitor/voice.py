@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import image, scalar, text
 from tqdm import tqdm
 
+from simclr_dist.run.loggers import Follower, end_all
 from simclr_dist.run.status import write_status
 from simclr_dist.system.errors import LAYOUT, printable
 from simclr_dist.system.files import append
@@ -38,17 +39,20 @@ class Monitor:
         total_steps: int,
         first_step: int,
         tensorboard: bool = True,
+        loggers: Sequence[str] = (),
         warmup_steps: int = 0,
         hosts: Sequence[str] = (),
         start: int | None = None,
     ) -> None:
         self._active = active
+        self._followers: list[Follower] = []
         self.lost: Counter[str] = Counter()  # lines and TensorBoard entries that could not be written, by file
         if not active:
             return
         self._run, self._log, self._metrics = run, run / "train.log", run / "metrics.jsonl"
         self._total, self._first_step = total_steps, first_step
         self._alarms, self._start = Alarms(warmup_steps=warmup_steps, hosts=hosts), start
+        self._loggers = loggers
         self._board: EventFile | None = None
         if tensorboard:
             # What a killed start wrote after the checkpoint is written again, or is no part of this run.
@@ -65,9 +69,11 @@ class Monitor:
             self._try("standard output", lambda: _print(line))
 
     def card(self, markdown: str) -> None:
-        """Write the run's card and the dashboard's layout to TensorBoard."""
+        """Write the run's card and the dashboard's layout to TensorBoard. The other loggers start now."""
         if self._active and self._board is not None:
             self._show(self._board, [layout(), text("run", markdown)], self._first_step)
+        if self._active:
+            self._followers = [Follower(name, self._run, lambda line: self.say(f"WARNING: {line}")) for name in self._loggers]
 
     def images(self, name: str, grid: Tensor, step: int) -> None:
         """Write a picture to TensorBoard, float [3, h, w] in 0..1."""
@@ -89,6 +95,8 @@ class Monitor:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         entry = json.dumps({"step": step, **finite, "timing": dict(timing)})
         self._try(str(self._metrics), lambda: append(self._metrics, f"{entry}\n".encode()))
+        for follower in self._followers:
+            follower.poke()
         if self._board is not None:
             summaries = [scalar(name, value) for name, value in {**metrics, **timing}.items()]
             if z is not None:
@@ -115,7 +123,8 @@ class Monitor:
             write_status(self._run, "running", None, start=self._start, alarms=alarms)
 
     def close(self) -> None:
-        """End the progress bar, and warn of what was lost."""
+        """End the progress bar and the loggers. Warn of what was lost."""
+        end_all(self._followers)
         if self._active and self._bar is not None:
             self._bar.close()
         if self.lost:

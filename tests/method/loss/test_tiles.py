@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,28 +128,32 @@ print("equal")
 
 
 def test_kernels_take_less_where_a_gpu_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton refuses what does not fit a block's shared memory; that is asked for once."""
+    """Triton refuses what does not fit a block's shared memory, and says what spills from registers; that is asked for once."""
     pytest.importorskip("triton")
     from simclr_dist.method.loss import fused
 
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
     class Kernel:
+        def __init__(self, spills_above: int) -> None:
+            self.spills_above = spills_above
+
         def __getitem__(self, grid: tuple[int]) -> Any:
-            def launch(*_: Any, ROWS: int, **__: Any) -> None:
-                asked.append(ROWS)
+            def launch(*_: Any, ROWS: int, COLUMNS: int, **__: Any) -> Any:
+                asked.append((ROWS, COLUMNS))
                 if ROWS > 32:
                     raise fused.OutOfResources(200_000, 100_000, "shared memory")
+                return SimpleNamespace(n_spills=1500 if self.spills_above < COLUMNS else 16)
 
             return launch
 
     monkeypatch.setattr(fused, "_first_that_fits", {})
-    kernel = Kernel()
     similarities = fused.Similarities(torch.ones(8, 4), torch.ones(8, 4), 0, 0.1)
-    for _ in range(2):
-        similarities._launch(kernel)  # type: ignore[arg-type]
-    assert asked == [64, 64, 32, 32]
-    monkeypatch.setattr(fused, "_SHAPES", fused._SHAPES[:2])
-    monkeypatch.setattr(fused, "_first_that_fits", {})
-    with pytest.raises(fused.OutOfResources):
-        similarities._launch(kernel)  # type: ignore[arg-type]
+    # The last: where all spill, the smallest serves.
+    for spills_above, expected in ((64, 1), (32, 2), (0, 3)):
+        kernel = Kernel(spills_above)
+        for _ in range(2):
+            similarities._launch(kernel)  # type: ignore[arg-type]
+        tried = [shape[:2] for shape in fused._SHAPES[: expected + 1]]
+        assert asked == [*tried, tried[-1]]
+        asked.clear()

@@ -61,6 +61,22 @@ def test_two_sound_ranks(folder: Path) -> None:
     assert sorted(str(path) for path in folder.rglob("*")) == before, "nothing is left behind"
 
 
+def _versions(here: World, config: Config) -> list[list[str]]:
+    with mock.patch.dict(os.environ, {"CXX": "no-such-compiler"} if here.rank else {}):
+        return _rows(run_checks(config, here, ["versions"])[0])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_machine_without_a_compiler(folder: Path) -> None:
+    """The first rank has one. Who compiles nothing needs none."""
+    config = _config(folder)
+    assert [level for _, level, *_ in ranks.run(_versions, 2, config)[0]] == ["ok"]
+    for rows in ranks.run(_versions, 2, dataclasses.replace(config, compile=True)):
+        [_, [check, level, found, _]] = rows
+        assert (check, level) == ("versions", "failure")
+        assert "(rank 1): compile: true: needs a C++ compiler: 'no-such-compiler' is not found" in found
+
+
 def test_a_file_in_the_way_of_the_run_folder(folder: Path) -> None:
     (folder / "runs").write_text("no folder")
     [[finding], _] = disks.folder(_config(folder), World(0, 1, 0, torch.device("cpu")), 1000.0, 1000.0)
@@ -259,7 +275,7 @@ def test_the_command(folder: Path) -> None:
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the distributed gradient is one process's" in done.stdout
-    assert done.stdout.rstrip().endswith("10 checks: 0 failed, 0 with a warning")
+    assert done.stdout.rstrip().endswith("11 checks: 0 failed, 0 with a warning")
     next((folder / "shards").glob("*.tar")).write_bytes(b"")
     done = subprocess.run(
         [*program, "--only", "shards"], cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -33,7 +33,13 @@ def predicted_step(of: Config) -> float:
     return peak - memory.weights - (memory.optimizer or 0) - memory.views
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batches": 4}, {"activation_checkpointing": True}], ids=str)
+OTHERS: list[dict[str, Any]] = [
+    {"model": ModelConfig(name, projector_hidden=64), "views": ViewsConfig(preset="small", image_size=64)}
+    for name in ("timm/test_vit", "timm/test_convnext")
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batches": 4}, {"activation_checkpointing": True}, *OTHERS], ids=str)
 def test_memory_of_a_step(changes: dict[str, Any]) -> None:
     of = config(global_batch_size=128, **changes)
     assert predicted_step(of) == pytest.approx(step_peak(of), rel=0.1)

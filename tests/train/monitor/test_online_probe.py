@@ -80,8 +80,8 @@ def test_labels_with_gaps_and_equal_votes(
     order = np.array([0, 0, 2, 0, 1, 0] * 11)[:61]  # of the voting ones, 0, 2, 4 ..., a third has each of 0, 2 and 1
 
     class Numbered(ShardDataset):
-        def __init__(self, where: str, *, checked: bool) -> None:
-            super().__init__(where, checked=checked)
+        def __init__(self, where: str, **how: Any) -> None:
+            super().__init__(where, **how)
             self.manifest = dataclasses.replace(self.manifest, label=ids[order])
 
     monkeypatch.setattr("simclr_dist.train.probe.ShardDataset", Numbered)

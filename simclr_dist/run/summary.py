@@ -1,0 +1,77 @@
+"""Sum up a run folder. It reads files only, so the run may be at work, on another machine, or long gone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from simclr_dist.config.load import config_from_dict
+from simclr_dist.config.settings import Config
+from simclr_dist.config.strict_yaml import read_settings
+from simclr_dist.run.claim import heartbeat, is_dead
+from simclr_dist.run.folder import newest_step, read_metrics, stored_config
+from simclr_dist.run.status import Outlook, outlook, read_ledger
+
+_MARKS = ("starts", "status.json", "submission.json")  # a run folder has one; config.yaml may lie anywhere
+_TAIL = 1 << 16  # bytes of metrics.jsonl: some forty lines
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run folder says of its run. `total` is None where nothing says it, `config` before it was submitted.
+
+    `rank_hours`: of all starts, each with its number of ranks. A rank is one GPU, or one process on CPUs.
+    """
+
+    run: Path
+    config: Config | None
+    outlook: Outlook
+    step: int
+    total: int | None
+    metrics: dict[str, float]  # the newest, and the median speed of the last
+    rank_hours: float
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run's, begun or submitted."""
+    return any((folder / mark).exists() for mark in _MARKS)
+
+
+def summarise(run: Path) -> Summary:
+    """Read what a run folder says. Raises ConfigError and DataError for a damaged one."""
+    config = stored_config(run)
+    if config is None and (submitted := run / "slurm" / "config.yaml").is_file():
+        config = config_from_dict(read_settings(submitted, "config", "submit the run anew"), str(submitted))
+    end = outlook(run)
+    if end.state == "running" and is_dead(run):
+        end = Outlook("killed", "ended without a word; the same command goes on")
+    lines = read_metrics(run, last_bytes=_TAIL)
+    metrics = {name: value for line in lines for name, value in line.items()}  # some are not of every line
+    if speeds := [line["speed/images_per_second"] for line in lines if "speed/images_per_second" in line]:
+        metrics["speed/images_per_second"] = median(speeds)
+    step = max(int(heartbeat(run).get("step", 0)), newest_step(run))
+    total = step if end.state == "done" else None if config is None else config.steps
+    if total is None and metrics.get("speed/step_ms") and "speed/seconds_left" in metrics:
+        total = round(metrics["step"] + 1000 * metrics["speed/seconds_left"] / metrics["speed/step_ms"])
+    return Summary(run, config, end, step, total, metrics, _rank_seconds(run, read_ledger(run)) / 3600)
+
+
+def _rank_seconds(run: Path, ledger: Sequence[dict[str, Any]]) -> float:
+    """Add up the seconds of all starts, each times its ranks. A killed start counts to its last sign of life."""
+    starts = [entry for entry in ledger if entry["event"] == "start"]
+    stops = {entry.get("generation"): entry for entry in ledger if entry["event"] == "stop"}
+    total = 0.0
+    for start, after in zip_longest(starts, starts[1:]):
+        seconds = _number(stops.get(start.get("generation"), {}), "seconds")
+        if seconds is None:
+            down = after and _number(after, "seconds_down")
+            last = after["time"] - down if after and down is not None else heartbeat(run).get("time", 0.0)
+            seconds = last - start["time"]
+        total += max(0.0, seconds) * (_number(start, "world_size") or 1)
+    return total
+
+
+def _number(entry: dict[str, Any], name: str) -> float | None:
+    return value if isinstance(value := entry.get(name), int | float) and abs(value) < 1e11 else None
