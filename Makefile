@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: help install demo test test-waiting test-computing test-fast test-oldest lint api bench bench-faults bench-image clean
+.PHONY: help install demo test test-waiting test-computing test-fast test-oldest lint api bench bench-faults bench-image gpu clean
 
 help:
 	@echo "make demo       the first run: small built-in data set, training, result"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint       ruff and mypy      make bench       measurements of what a run learns"
 	@echo "make api        the API reference from the docstrings, in build/api"
 	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (half an hour, root, SLURM)"
+	@echo "make gpu        all that is proved and measured on a GPU, in 8 minutes (benchmarks/gpu.py)"
 	@echo "make bench-image    builds docker/Dockerfile on a fresh Debian, and trains in it (10 minutes, root, 25 GB of disk)"
 
 install: $(VENV)/.installed
@@ -77,6 +78,10 @@ bench-faults: $(VENV)/.installed-dev
 # Prints a table: seconds, sizes, and what ran inside.
 bench-image: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/image.py
+
+# Writes its results into benchmarks/results. A machine without network takes the script itself, with its own torch.
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info

@@ -9,10 +9,12 @@ Forward and backward from float32 embeddings z_a, z_b [N, 128] that are not norm
 a fresh process, and a repetition takes each contestant in turn. Memory is the rise of the resident set's peak during the one
 call that is timed (with --processes, of the largest rank, in the warm-up at the same shape); CPU time is the process's, of
 all ranks together. On CUDA: the median of 5 calls after a warm-up, by events, and the rise of the allocator's peak. The error
-is the relative norm of the gradient's distance from the definition's in float64, up to N = 4096. open_clip's loss is a smaller
-problem, N x N and not 2N x 2N. `bare products` are no loss: the matrix products alone that the tiles of ours take on and above
-the diagonal, so products / ours is the share of the machine's product speed that ours reaches (on CUDA ours is a kernel that
-multiplies differently, as three TF32 products, and computes the whole matrix).
+is the relative norm of the gradient's distance from the definition's in float64, up to N = 4096; on CUDA also above that, from
+ours in float64, which goes by tiles. open_clip's loss is a smaller problem, N x N and not 2N x 2N. Liger's and CCE's kernels
+are of linear memory too, and take a row's own column for a negative: they are no NT-Xent, and CCE is in bfloat16. `bare
+products` are no loss: the matrix products alone that the tiles of ours take on and above the diagonal, so products / ours is
+the share of the machine's product speed that ours reaches (on CUDA ours is a kernel that multiplies differently, as three TF32
+products, and computes the whole matrix).
 """
 
 import argparse
@@ -109,6 +111,28 @@ def open_clip() -> Call:
     return gradient_of(of_views)
 
 
+def as_classes(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
+    """A cross-entropy of rows times classes, with the embeddings as both. It cannot leave a row's own column out."""
+
+    def of_views(z_a: Tensor, z_b: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z_a, z_b]), dim=1)
+        return loss(z / TEMPERATURE, z, torch.arange(len(z), device=z.device).roll(len(z_a)))
+
+    return gradient_of(of_views)
+
+
+def liger() -> Call:
+    """Linear cross-entropy in pieces."""
+    fused = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return as_classes(lambda rows, classes, partner: fused(classes, rows, partner))
+
+
+def cut_cross_entropy() -> Call:
+    """Linear cross-entropy by kernels that keep no logit; in bfloat16 alone."""
+    linear = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return as_classes(lambda rows, classes, partner: linear(rows.bfloat16(), classes.bfloat16(), partner).float())
+
+
 @torch.no_grad()
 def bare_products(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
     """For each tile on or above the diagonal: its similarities twice, and its part in the gradient of rows and columns."""
@@ -147,6 +171,8 @@ CONTESTANTS = {
     "lightly": Contestant("lightly", lightly, "lightly", "lightly", bytes_an_entry=20),
     "supcon": Contestant("SupCon", supcon, "pytorch-metric-learning", "pytorch_metric_learning", bytes_an_entry=52),
     "open_clip": Contestant("open_clip (N x N)", open_clip, "open_clip_torch", "open_clip", bytes_an_entry=6, has_error=False),
+    "liger": Contestant("Liger", liger, "liger-kernel", "liger_kernel", has_error=False),
+    "cce": Contestant("CCE", cut_cross_entropy, "cut-cross-entropy", "cut_cross_entropy", has_error=False),
     "bare": Contestant("bare products", lambda: bare_products, has_error=False),
 }
 
@@ -220,8 +246,9 @@ def timed_on_cuda(call: Call, z_a: Tensor, z_b: Tensor) -> tuple[Result, tuple[T
 
 
 def save_exact(n: int, file: str, device: str) -> Result:
-    """The definition's gradient in float64."""
-    torch.save(torch.stack(reference()(*views(n, device, torch.float64))).cpu(), file)
+    """The definition's gradient in float64; of more than can be held, ours in float64."""
+    exact = reference() if n <= LARGEST_WITH_ERROR else ours()
+    torch.save(torch.stack(exact(*views(n, device, torch.float64))).cpu(), file)
     return {}
 
 
@@ -363,7 +390,7 @@ def measure(told: argparse.Namespace, n: int, names: list[str], folder: Path) ->
     place = {"processes": told.processes} if told.processes else {"device": told.device}
     available = 0.8 * memory("MemAvailable")
     exact = ""
-    if n <= LARGEST_WITH_ERROR and 48 * (2 * n) ** 2 <= available:
+    if told.device == "cuda" or (n <= LARGEST_WITH_ERROR and 48 * (2 * n) ** 2 <= available):
         exact = str(folder / f"{n}.pt")
         in_fresh_process(__file__, {"threads": told.threads, "n": n, "file": exact, "device": told.device})
     by_name: dict[str, list[Result]] = {name: [] for name in names}

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from processes import signal_all
 
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.launch.supervisor import children
 from simclr_dist.system.machine import cores
 
 DEFAULT = "default"
@@ -91,11 +91,7 @@ class Run:
             time.sleep(0.05)
 
     def _signal(self, number: int) -> None:
-        processes = [self._parent.pid]
-        for process in processes:  # which grows
-            processes += children(process)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+        signal_all(self._parent.pid, number)
 
 
 def training(folder: Path, shards: Path, ranks: int, config: dict[str, Any], variables: dict[str, str]) -> Run:

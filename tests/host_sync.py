@@ -15,7 +15,9 @@ _FORBIDDEN = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_no
 _METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__array__")
 
 
-class _Guard(TorchDispatchMode):
+class NoSync(TorchDispatchMode):
+    """AssertionError at an operation that waits for the device."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in _FORBIDDEN, f"a host sync: {func}"
@@ -45,5 +47,5 @@ def no_host_sync() -> Iterator[None]:
         if torch.cuda.is_available():
             stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
             torch.cuda.set_sync_debug_mode("error")
-        stack.enter_context(_Guard())
+        stack.enter_context(NoSync())
         yield

@@ -29,6 +29,9 @@ CASES = [
     (1, 1, 0, 3, 0.1, 2**20),
     (1, 3, 2, 3, 50.0, 2**20),
     (7, 7, 0, 250, 0.1, 2**20),
+    (3, 3, 0, 256, 0.1, 2**20),
+    (32, 32, 0, 17, 0.1, 8 * 16**2),
+    (17, 34, 17, 1, 0.5, 8 * 5**2),
 ]
 
 
@@ -99,11 +102,15 @@ def test_the_fused_kernels(tmp_path: Any) -> None:
     """On a GPU as they are; without one in Triton's interpreter, which takes minutes for more than this."""
     pytest.importorskip("triton")
     code = """
+from itertools import product
 import torch
 from simclr_dist.method.loss import fused
 from test_tiles import CASES, _embeddings, _whole
 device = "cuda" if torch.cuda.is_available() else "cpu"
-for n, total, first, dim, temperature, _ in CASES:
+shapes = fused._SHAPES
+small = [case for case in CASES if case[1] < 40]
+for shape, (n, total, first, dim, temperature, _) in [(shapes[0], case) for case in CASES] + list(product(shapes[1:], small)):
+    fused._SHAPES = (shape,)
     z, columns = _embeddings(n, total, first, dim)
     matrix = _whole(z, columns, first, temperature)
     lower = columns.float().to(device).contiguous()
