@@ -83,10 +83,15 @@ def test_each_reader_finds_every_image(tmp_path: Path, name: str) -> None:
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(tmp_path),
+        "WIDS_CACHE": str(tmp_path / "wids"),
         "RAY_AUTH_MODE": "disabled",
     }
     command = [sys.executable, "-c", START + READERS[name], str(out)]
+    left_by_wids = Path("/tmp/_wids_cache")  # made by `import wids`, whatever TMPDIR says
+    was_there = left_by_wids.exists()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if left_by_wids.exists() and not was_there:
+        left_by_wids.rmdir()
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert set(found) == {"train", "test"}
