@@ -12,7 +12,7 @@ help:
 	@echo "make test-oldest    those of a few seconds, with the oldest packages that setup.cfg allows (5 GB of disk)"
 	@echo "make lint       ruff and mypy      make bench       measurements of what a run learns"
 	@echo "make api        the API reference from the docstrings, in build/api"
-	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (half an hour, root, SLURM)"
+	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (more than an hour, root, SLURM)"
 	@echo "make gpu        all that is proved and measured on a GPU, in 8 minutes (benchmarks/gpu.py)"
 	@echo "make bench-image    builds docker/Dockerfile on a fresh Debian, and trains in it (10 minutes, root, 25 GB of disk)"
 

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from optim import DROPPED, build, operations, ratio, timed
 from PIL import Image
 from processes import end
 
-from simclr_dist.config.settings import Config, ModelConfig, OptimConfig
+from simclr_dist.config.settings import Config, ModelConfig, OptimConfig, Stem
 from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.views.colour import colour_views
 from simclr_dist.data.views.draws import draw_views, preset_views
@@ -65,14 +65,14 @@ class Scale:
     """How much each part does."""
 
     device: str
-    precision: str
+    precision: Literal["bf16", "fp32"]
     losses: tuple[int, ...]
     names: tuple[str, ...]  # of losses
     optimizer_steps: int
     views: int  # in a portion that is coloured
     pictures: int
     encoder: str
-    stem: str
+    stem: Stem
     side: int  # of a view
     batch: int
     steps: int
@@ -431,8 +431,8 @@ def accumulation(task: Task, pieces: int) -> list[float]:
     """Seconds of each piece's own loss and backward, and a step."""
     scale = task.scale
     config = Config(
-        global_batch_size=scale.large, micro_batches=pieces, steps=1, precision=scale.precision,  # type: ignore[arg-type]
-        model=ModelConfig(encoder=scale.encoder, stem=scale.stem), optim=OptimConfig(lr_rule="constant"),  # type: ignore[arg-type]
+        global_batch_size=scale.large, micro_batches=pieces, steps=1, precision=scale.precision,
+        model=ModelConfig(encoder=scale.encoder, stem=scale.stem), optim=OptimConfig(lr_rule="constant"),
     )  # fmt: skip
     learner = build_learner(config, World(0, 1, 0, torch.device(scale.device)))
     a, b = (torch.randn(scale.large, 3, scale.side, scale.side, device=scale.device) for _ in range(2))

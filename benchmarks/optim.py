@@ -131,7 +131,7 @@ def main() -> None:
         cpu, wall = zip(*times[name][DROPPED:], strict=True)
         row = f"{spread(cpu)} | {ratio(cpu, ours_cpu):.2f} | {spread(wall)} | {ratio(wall, ours_wall):.2f}"
         print(f"| {name} | {row} | {operations(optimizers[name])} |")
-    packages = ["torchvision", *(CONTESTANTS[name].package for name in names if CONTESTANTS[name].package)]
+    packages = ["torchvision", *dict.fromkeys(CONTESTANTS[name].package for name in names if CONTESTANTS[name].package)]
     print(f"\n{hardware(told.device, told.threads, packages, f'n = {told.repetitions - DROPPED}')}")
 
 

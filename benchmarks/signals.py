@@ -200,7 +200,7 @@ def measure(encoder_file: Path, folder: Path) -> dict[str, Any]:
     with torch.inference_mode():
         project = behind[1:] if isinstance(behind, torch.nn.Sequential) else torch.nn.Identity()
         z, z_views = project(h), project(of_views.flatten(0, 1)).unflatten(0, of_views.shape[:2])
-    step = int(encoder.card["step"])  # type: ignore[index,arg-type,call-overload]  # as with_card puts it there
+    step = int(encoder.card["step"])
     found = {"log": of_training(encoder_file.parents[1], step), "h": signals_of(h, of_views), "z": signals_of(z, z_views)}
     named = {f"{of}: {name}": value for of, each in found.items() for name, value in each.items()}
     return {"step": step, **accuracy, "signals": named}

@@ -62,7 +62,7 @@ shard PHOTOS data/mine --split 0.8/0.2 --short-side 256
 shard images.parquet data/mine --strict
 train configs/cifar10_cpu.yaml
 train my.yaml --processes 2 --global_batch_size 512 --optim.name adamw
-train my.yaml --sweep optim.base_lr=0.1,0.3 --sweep seed=0,1
+train my.yaml --run_folder runs/sweep --sweep optim.base_lr=0.1,0.3 --sweep seed=0,1
 train my.yaml --nnodes 2 --rdzv-endpoint 10.0.0.1:29500
 eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test
 eval --watch runs/mine --train data/mine/train --test data/mine/test
@@ -75,7 +75,7 @@ export runs/mine/encoders/step-00001000.safetensors encoder.onnx
 export runs/mine/encoders/step-00001000.safetensors my-encoder --license apache-2.0
 submit my.yaml --profile launch/profiles/gpu8.yaml --dry-run
 submit my.yaml --profile launch/profiles/gpu8.yaml --eval --train data/mine/train --test data/mine/test
-submit my.yaml --profile launch/profiles/gpu8.yaml --sweep optim.base_lr=0.1,0.3 --dry-run
+submit my.yaml --profile launch/profiles/gpu8.yaml --run_folder runs/sweep --sweep optim.base_lr=0.1,0.3 --dry-run
 submit status runs/mine
 runs runs/mine runs/other
 runs runs/sweep --csv sweep.csv --picture sweep.png --over images

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 from simclr_dist.config.networks import encoder_names
 from simclr_dist.config.ranges import Range, descriptions, setting_types
 from simclr_dist.config.settings import Config
-from simclr_dist.config.strict_yaml import leaves
+from simclr_dist.config.strict_yaml import leaves, spell
 from simclr_dist.config.together import optimizer_names
 
 T = TypeVar("T")
@@ -136,9 +135,7 @@ def _help_of(cls: type, key: str) -> str:
 
 def _typed(value: Any) -> str:
     """Spell a value as it is typed. null, true and lists are as in YAML; words have commas between them."""
-    if isinstance(value, tuple):
-        return ",".join(value) if isinstance(value[0], str) else str(list(value))
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return ",".join(value) if isinstance(value, tuple) and isinstance(value[0], str) else spell(value)
 
 
 def _metavar(hint: Any) -> str | None:

@@ -89,9 +89,8 @@ def _sweep(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         worst = max(worst, code)
     from simclr_dist.evaluate.compare import compare, table
 
-    if runs := [
-        run for member in members if is_run(run := Path(member.config.run_folder))
-    ]:  # one may end before it has a folder
+    runs = [run for member in members if is_run(run := Path(member.config.run_folder))]  # one may end before it has a folder
+    if runs:
         print(table(compare(runs)))
     return worst
 

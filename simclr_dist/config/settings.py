@@ -148,7 +148,7 @@ class ModelConfig:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Return the arguments of `model.build_simclr`."""
+        """Return the arguments of `method.encoders.build_simclr`."""
         return {key: value for key, value in dataclasses.asdict(self).items() if not key.startswith("init")}
 
 

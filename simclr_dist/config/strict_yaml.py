@@ -71,6 +71,11 @@ def write_yaml(values: Mapping[str, Any]) -> str:
     return str(yaml.dump(json.loads(json.dumps(values)), Dumper=_Dumper, sort_keys=False))
 
 
+def spell(value: Any) -> str:
+    """Spell a setting's value as YAML has it, in one line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def read_settings(path: Path, kind: str, cure: str) -> dict[str, Any]:
     """Read a YAML file. ConfigError names its `kind`; `cure` follows where no file has a similar name."""
     try:

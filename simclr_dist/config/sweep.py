@@ -14,7 +14,7 @@ from typing import Any
 
 from simclr_dist.config.load import load_config
 from simclr_dist.config.settings import Config
-from simclr_dist.config.strict_yaml import pairs
+from simclr_dist.config.strict_yaml import pairs, spell
 from simclr_dist.system.errors import ConfigError, UserError
 
 MOST = 256  # runs: more are a mistake sooner than a wish
@@ -99,9 +99,7 @@ def _name(keys: Sequence[str], values: Sequence[Any]) -> str:
 
 
 def _spelled(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "_".join(map(_spelled, value))
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return "_".join(map(spell, value)) if isinstance(value, tuple) else spell(value)
 
 
 def _plain(text: str, longest: int, also: str = "") -> str:

@@ -89,7 +89,7 @@ def index_shards(
 
 def _usable_tars(folder: Path) -> tuple[list[Path], list[Problem], list[Problem]]:
     """List tars to read, those left out, and other files. Raises DataError where there is nothing to do."""
-    if not os.path.isdir(folder):  # noqa: PTH112 (Path's raises for a name that is too long)
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder of tars")
     if (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder / MANIFEST_NAME}: is there already; compare it with --verify {folder}, or remove it first")

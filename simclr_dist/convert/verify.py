@@ -55,7 +55,7 @@ def verify_shards(
     """
     folder = Path(folder)
     folders = [folder]
-    if os.path.isdir(folder) and not (folder / MANIFEST_NAME).exists():  # noqa: PTH112 (a name may be too long)
+    if os.path.isdir(folder) and not (folder / MANIFEST_NAME).exists():
         folders = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}")) or folders
         if bare := sorted({path.parent.name for path in folder.glob("*/*.tar")} - {each.name for each in folders}):
             raise DataError(f"{folder / bare[0]}: holds tars and no {MANIFEST_NAME} to compare them with")

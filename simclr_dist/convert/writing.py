@@ -91,7 +91,7 @@ class Writer:
     def _read_again(self, record: dict[str, Any]) -> bytes:
         path = os.fsdecode(record["path"]) or self.partial.unit(record["unit"], "bytes")
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 (a source's name need not be valid text)
+            with Path(path).open("rb") as file:
                 file.seek(record["offset"])
                 content = file.read(record["size"])
         except FileNotFoundError:

@@ -91,7 +91,7 @@ def check_kind(manifest: Manifest, kind: Kind) -> None:
 def names_tars(where: str | Path) -> bool:
     """Tell whether `where` names tars and not a folder. It may name one tar, or many by braces."""
     # Not Path.is_dir: it raises for a text that is longer than a file name may be, as braces are.
-    if not is_url(where) and os.path.isdir(where):  # noqa: PTH112
+    if not is_url(where) and os.path.isdir(where):
         return False
     text = str(where)
     return "{" in text or text.endswith(".tar")
@@ -126,10 +126,10 @@ def find_tars(where: str, *, allow_pipe: bool) -> list[str]:
     if is_url(where):
         check_url(where)
         return tars
-    if len(tars) == 1 and os.path.isdir(where):  # noqa: PTH112
+    if len(tars) == 1 and os.path.isdir(where):
         raise DataError(f"{where}: is a folder; data.reader: stream needs its tars, like {where}/shard-{{000000..000099}}.tar")
     for tar in tars:
-        if not os.path.isfile(tar):  # noqa: PTH113
+        if not os.path.isfile(tar):
             raise DataError(f"{tar}: no such tar; data.shards: {where!r} stands for {len(tars)}")
     return tars
 

@@ -1,10 +1,12 @@
 """Say what an encoder's card has."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torchvision
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from simclr_dist.config.ranges import Channels, Count, Natural, Positive, Range
@@ -13,6 +15,15 @@ from simclr_dist.method.model import Encoder, ResNet
 from simclr_dist.system.files import fitting
 
 Card = dict[str, Any]
+
+
+class LoadedEncoder(nn.Module):
+    """What every loaded encoder has. `file.with_card` gives it to a network, whatever its class."""
+
+    card: Card
+    digests: dict[str, Any]  # in hex, None for what came from no file
+    preprocess: Callable[[Image.Image | Tensor], Tensor]
+    embed: Callable[..., Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

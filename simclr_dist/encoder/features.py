@@ -1,16 +1,16 @@
 """Compute an encoder's features of a few images, from whatever holds them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_dist.convert.sources.folders import FileChunk
 from simclr_dist.data.pixels.decode import decode_any
 from simclr_dist.data.pixels.kinds import Kind
+from simclr_dist.encoder.card import LoadedEncoder
 from simclr_dist.encoder.preprocess import encoder_kind, preprocess
 from simclr_dist.method.precision import computing
 from simclr_dist.system.errors import DataError, reason_of
@@ -20,7 +20,7 @@ _AT_ONCE = 64
 
 
 @torch.inference_mode()
-def features(encoder: nn.Module, images: AnyImage | Sequence[AnyImage]) -> Tensor:
+def features(encoder: LoadedEncoder, images: AnyImage | Sequence[AnyImage]) -> Tensor:
     """Compute the features of an image, float32 [d]. Of a list of images: [n, d]; on the CPU.
 
     An image is a file's path, a file's content, a PIL image, or uint8 or uint16 [c, h, w]. Files get the checks and pixels of
@@ -28,7 +28,7 @@ def features(encoder: nn.Module, images: AnyImage | Sequence[AnyImage]) -> Tenso
     """
     if isinstance(images, AnyImage) or not isinstance(images, Sequence):
         return features(encoder, [images])[0]
-    card: Mapping[str, Any] = encoder.card  # type: ignore[assignment]  # as with_card puts it there
+    card = encoder.card
     kind, weights, parts = encoder_kind(card), next(encoder.parameters()), [torch.empty(0, card["feature_size"])]
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

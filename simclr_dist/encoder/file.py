@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -27,7 +27,7 @@ from simclr_dist.config.networks import titled
 from simclr_dist.config.ranges import check_ranges
 from simclr_dist.config.settings import ENCODERS
 from simclr_dist.config.strict_yaml import merge
-from simclr_dist.encoder.card import Card, EncoderCard, ProjectorCard, check_card, shape_card
+from simclr_dist.encoder.card import Card, EncoderCard, LoadedEncoder, ProjectorCard, check_card, shape_card
 from simclr_dist.encoder.features import features
 from simclr_dist.encoder.names import check_is_file
 from simclr_dist.encoder.preprocess import preprocess, preprocess_card
@@ -85,7 +85,7 @@ def projector_path(encoder: str | Path) -> Path:
     return Path(encoder).with_suffix(".projector")
 
 
-def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: str = "h") -> nn.Module:
+def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: str = "h") -> LoadedEncoder:
     """Load an exported encoder in eval mode. Its card (dict) is `.card`; `.digests` has its file's "sha256", in hex.
 
     `.embed(image)` gives the features of a path, bytes, a PIL image, or a list of these: float32 [d], or [n, d].
@@ -125,7 +125,7 @@ def load_encoder(path: str | Path, device: str | torch.device = "cpu", layer: st
     return with_card(*cut, device, digest, of_projector if last else None)
 
 
-def untrained_encoder(card: Card, seed: int = 0, device: str | torch.device = "cpu") -> nn.Module:
+def untrained_encoder(card: Card, seed: int = 0, device: str | torch.device = "cpu") -> LoadedEncoder:
     """Build an encoder of the card's shape and layer with fresh weights. That is what training has to beat."""
     layer, card = card.get("layer", "h"), {**card, "init": "random", "step": 0}
     with torch.random.fork_rng(devices=[]):
@@ -159,16 +159,15 @@ def read_once(path: Path) -> tuple[bytes, str]:
 
 def with_card(
     encoder: nn.Module, card: Card, device: str | torch.device, sha256: str | None = None, projector_sha256: str | None = None
-) -> nn.Module:
+) -> LoadedEncoder:
     """Put the encoder on the device, in eval mode, without gradients. Its card is `.card`.
 
     `.preprocess` makes its input, and `.embed` features of images (`features.features`).
     """
-    encoder.card = card  # type: ignore[assignment]  # torch types attributes as tensors or modules
-    encoder.digests = {"sha256": sha256, "projector_sha256": projector_sha256}  # type: ignore[assignment]  # the same
-    encoder.preprocess = partial(preprocess, card)  # type: ignore[assignment]  # the same
-    encoder.embed = partial(features, encoder)  # type: ignore[assignment]  # the same
-    return encoder.to(device).eval().requires_grad_(False)
+    loaded = cast(LoadedEncoder, encoder)
+    loaded.card, loaded.digests = card, {"sha256": sha256, "projector_sha256": projector_sha256}
+    loaded.preprocess, loaded.embed = partial(preprocess, card), partial(features, loaded)
+    return loaded.to(device).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Foreign:
     arch: str
     """With --weights, in place of ENCODER: the architecture, as of model.encoder (resnet50, timm/NAME, torchvision/NAME)."""
     weights: str
-    """With --arch: a published checkpoint with torchvision's or timm's names."""
+    """With --arch: a published checkpoint, of torchvision, timm and others."""
     image_size: Annotated[int, Range(least=8, most=4096)] = 224
     """With --weights: side of the images in pixels."""
     width: Literal[1, 2, 4] = 1

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from simclr_dist.config.settings import ENCODERS
-from simclr_dist.encoder.card import shape_card
+from simclr_dist.encoder.card import LoadedEncoder, shape_card
 from simclr_dist.encoder.file import fill, with_card
 from simclr_dist.encoder.names import Foreign
 from simclr_dist.encoder.preprocess import preprocess_card
@@ -32,7 +32,7 @@ def load_foreign(
     std: Sequence[float] | None = None,
     image_size: int = 224,
     device: str | torch.device = "cpu",
-) -> nn.Module:
+) -> LoadedEncoder:
     """Load the encoder that another program wrote, in eval mode. Its `.card` and `.digests` are as of `load_encoder`.
 
     `weights` is a file of torch.save or safetensors: a state dict with torchvision's or timm's names, alone or in

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from simclr_dist.encoder.card import LoadedEncoder
 from simclr_dist.evaluate.features import views
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS, Features, Images, extract, in_precision, pixel_side
 from simclr_dist.evaluate.features.file import About
@@ -31,13 +32,13 @@ class Collector:
         world: World,
         sets: Sets,
         settings: Settings,
-        trained: nn.Module,
+        trained: LoadedEncoder,
         sha256: str,
         untrained: nn.Module | None,
         store: FeatureStore | None,
     ) -> None:
         self._world, self._sets, self._settings, self._store = world, sets, settings, store
-        self._card: dict[str, Any] = trained.card  # type: ignore[assignment]
+        self._card = trained.card
         networks = {TRAINED: trained} if untrained is None else {UNTRAINED: untrained, TRAINED: trained}
         self._networks = {name: in_precision(one, settings.precision, world.device) for name, one in networks.items()}
         self._sha256 = sha256

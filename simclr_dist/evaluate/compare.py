@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.config.strict_yaml import leaves
+from simclr_dist.config.strict_yaml import leaves, spell
 from simclr_dist.evaluate.result.charts import Series
 from simclr_dist.evaluate.result.curves import comparable, curves
 from simclr_dist.evaluate.result.file import NAMES, TRAINED, Result, read_result
@@ -143,7 +143,7 @@ def table(comparison: Comparison) -> str:
         *((title, [_number(row.summary.metrics.get(name), form) for row in rows]) for title, name, form in _NUMBERS),
         ("rank-h", [f"{row.summary.rank_hours:.3g}" for row in rows]),
         # Behind the results: many may differ, and a terminal breaks the lines.
-        *((short(key, comparison), [_cut(shown(value)) for value in values]) for key, values in comparison.settings.items()),
+        *((short(key, comparison), [_cut(spell(value)) for value in values]) for key, values in comparison.settings.items()),
     ]
     columns = [(title, cells) for title, cells in columns if any(cells)]
     widths = [max(map(len, (title, *cells))) for title, cells in columns]
@@ -183,11 +183,6 @@ def short(key: str, comparison: Comparison) -> str:
     return key if sum(other.rpartition(".")[2] == last for other in comparison.settings) > 1 else last
 
 
-def shown(value: Any) -> str:
-    """Spell a setting as YAML does."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDEST else f"...{text[3 - _WIDEST :]}"
 
@@ -200,13 +195,13 @@ def as_csv(comparison: Comparison) -> str:
         line: dict[str, Any] = {"run": str(one.run), "state": one.outlook.state, "reason": one.outlook.reason}
         line |= {"step": one.step, "total_steps": one.total}
         line["epochs"] = one.step / one.total * one.config.epochs if one.config and one.config.epochs and one.total else None
-        line |= {key: shown(values[number]) for key, values in comparison.settings.items()}
+        line |= {key: spell(values[number]) for key, values in comparison.settings.items()}
         for protocol in comparison.protocols:
             for which, step in zip(("newest", "best"), row.steps(protocol) or (None, None), strict=True):
                 accuracy = None if step is None else row.accuracy[protocol][step]
                 line |= {f"{protocol}_{which}": accuracy, f"{protocol}_{which}_step": step}
             line[f"{protocol}_measured"] = row.measured.get(protocol, (None, None))[1]
-        line |= {name: one.metrics.get(name) for name in (PROBE, "loss/nt_xent", "loss/dcl", "speed/images_per_second")}
+        line |= {name: one.metrics.get(name) for _, name, _ in _NUMBERS}
         lines.append({**line, "rank_hours": one.rank_hours})
     file = io.StringIO()
     writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
@@ -231,12 +226,8 @@ def curves_of(comparison: Comparison, axis: str) -> Mapping[str, Series]:
         by_step = (
             row.accuracy.get(protocol, {}) if protocol else {int(line["step"]): line[PROBE] for line in lines if PROBE in line}
         )
-        logged = sorted(places)
-        accuracies[row.name] = [
-            (places[near], value)
-            for step, value in sorted(by_step.items())
-            if (near := min(logged, key=lambda place, step=step: abs(place - step), default=None)) is not None  # type: ignore[misc]  # mypy cannot type the default
-        ]
+        nearest = {step: min((abs(logged - step), logged) for logged in places)[1] for step in by_step if places}
+        accuracies[row.name] = [(places[logged], by_step[step]) for step, logged in sorted(nearest.items())]
     title = f"{NAMES[protocol]} top-1, %" if protocol else "online kNN probe, top-1 %"
     return {"loss": losses} | ({title: accuracies} if any(accuracies.values()) else {})
 

@@ -124,8 +124,7 @@ def embed_within(
     """Do `embed` within a world, of a source from `sources.find_images`."""
     network = together(lambda: load_encoder(encoder, world.device, settings.layer))
     check_alike(network, encoder)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]  # as with_card puts it there
-    digests: dict[str, str] = network.digests  # type: ignore[assignment]  # as with_card puts it there
+    card, digests = network.card, network.digests
     images = together(lambda: _open(source, encoder, card))
     on_rank_0(lambda: _check_room(out, 4 * len(images) * card["feature_size"]))
     read = Readable(images) if settings.skip_bad else images

@@ -116,8 +116,7 @@ def finetune(
     with process_group(device) as world, computing("fp32", world.device):
         layer = "h" if settings.start in ("encoder", "random") else settings.start
         pretrained = load_encoder(encoder, world.device, layer)
-        card: Card = pretrained.card  # type: ignore[assignment]  # as with_card puts it there
-        digests: dict[str, str | None] = pretrained.digests  # type: ignore[assignment]  # as with_card puts it there
+        card, digests = pretrained.card, pretrained.digests
         named = {"file": str(encoder), **digests, "card": {key: value for key, value in card.items() if key != "config"}}
         claim(path, named=out is not None)
         sets = Sets(train, test)

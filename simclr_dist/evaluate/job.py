@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from simclr_dist.encoder.card import Card
+from simclr_dist.encoder.card import Card, LoadedEncoder
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.encoder.names import Foreign, result_path, run_of_result
 from simclr_dist.encoder.published import load_foreign
@@ -85,7 +84,7 @@ def measure(
     sets.check_channels(card, _file(encoder))
     path = result_path(_file(encoder), out, settings.layer)
     on_rank_0(lambda: _claim(path, named=out is not None))
-    described = _describe_encoder(_file(encoder), card, trained.digests)  # type: ignore[arg-type]  # as with_card puts it there
+    described = _describe_encoder(_file(encoder), card, trained.digests)
     reused = reused if reused and reused.shape == shape(described) else None
     fresh = settings.baselines and reused is None
     untrained = untrained_encoder(card, settings.seed, world.device) if fresh else None
@@ -152,14 +151,13 @@ def _file(encoder: str | Path | Foreign) -> str | Path:
     return encoder.weights if isinstance(encoder, Foreign) else encoder
 
 
-def _load(encoder: str | Path | Foreign, layer: str, world: World) -> tuple[nn.Module, Card, TrainingViews]:
+def _load(encoder: str | Path | Foreign, layer: str, world: World) -> tuple[LoadedEncoder, Card, TrainingViews]:
     try:
         if isinstance(encoder, Foreign):
             network = load_foreign(**dataclasses.asdict(encoder), device=world.device)
         else:
             network = load_encoder(encoder, world.device, layer)
-        card: Card = network.card  # type: ignore[assignment]  # as with_card puts it there
-        return network, card, training_views(card, f"{_file(encoder)}: its card")
+        return network, network.card, training_views(network.card, f"{_file(encoder)}: its card")
     except DataError as error:
         raise EncoderError(str(error)) from None
 

@@ -49,8 +49,7 @@ def neighbours(
     kept there. They lie in a mapped file where they are many. Raises DataError for what cannot be read or written.
     """
     network = load_encoder(encoder, world.device, settings.layer)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]  # as with_card puts it there
-    digests: dict[str, str] = network.digests  # type: ignore[assignment]  # the same
+    card, digests = network.card, network.digests
     pictures, images = ImageFiles(source, encoder_kind(card)), ShardDataset(among, checked=True)
     manifest = images.manifest
     check_channels(manifest, card, encoder)

@@ -58,10 +58,10 @@ def publish(encoder_path: str | Path, folder: str | Path, license_id: str = "") 
         raise ConfigError(f"export: {str(folder)!r} is there already; name a new folder")
     if license_id and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
         raise ConfigError(f"license: {license_id!r} is no identifier of a licence; name one like apache-2.0, or other")
-    encoder = cast(Encoder, load_encoder(path))
-    card: Card = encoder.card  # type: ignore[assignment]  # as with_card puts it there
+    loaded = load_encoder(path)
+    card, encoder = loaded.card, cast(Encoder, loaded)  # of layer h it is one
     result = read_result(result_path(path))
-    if result.get("encoder", {}).get("sha256") != encoder.digests["sha256"]:  # type: ignore[index]  # the same
+    if result.get("encoder", {}).get("sha256") != loaded.digests["sha256"]:
         result = {}
     # Older cards have no shape.
     public = {**card, **shape_card(encoder, card), "config": _deciding(card.get("config") or {})}

@@ -21,7 +21,7 @@ def contrastive_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the gradient of `loss_function(z_a, z_b)` over all micro-batches to the parameters.
 
-    `micro_batches` are this rank's (view_a, view_b), float [n, 3, s, s] each. Each pass takes one at a time, so they may be
+    `micro_batches` are this rank's (view_a, view_b), float [n, c, s, s] each. Each pass takes one at a time, so they may be
     made when they are taken. Both views go through the model in ONE forward, so that BatchNorm's statistics are over both.
     One micro-batch is a plain forward and backward. With more, a first pass computes z without a graph, and the loss gives
     dL/dz. A second pass, with a graph, carries it into the parameters. So the activations of one micro-batch are alive at a

@@ -27,6 +27,7 @@ _BEFORE_THE_RUN = ("slurm", "submission.json", "ledger.jsonl", "cancelled", "sta
 _FILES = dict.fromkeys(("config.yaml", "env.json", "metrics.jsonl", "status.json"), os.R_OK)  # it replaces them
 _FILES |= dict.fromkeys(("heartbeat", "ledger.jsonl"), os.R_OK | os.W_OK)
 _FOLDERS = dict.fromkeys((".", "checkpoints", "encoders", "starts"), os.R_OK | os.W_OK | os.X_OK)
+_TAIL = 1 << 16  # bytes of metrics.jsonl: some forty lines
 
 
 def check_run_folder(config: Config, *, held: bool = False) -> bool:
@@ -57,10 +58,7 @@ def check_run_folder(config: Config, *, held: bool = False) -> bool:
 
 
 def _is_bare(run: Path) -> bool:
-    """Tell whether the run ended before its first step.
-
-    So does one whose start weights do not fit.
-    """
+    """Tell whether the run ended before its first step."""
     saved = ("checkpoints/*", "encoders/*", "metrics.jsonl", "submission.json")
     ended = is_dead(run) and read_status(run).get("state") not in ("done", "diverged")
     return ended and not any(next(run.glob(name), None) for name in saved)
@@ -159,11 +157,11 @@ def truncate_metrics(run: Path, step: int) -> None:
         write_atomically(path, b"".join(kept))
 
 
-def read_metrics(run: Path, *, last_bytes: int = 1 << 40) -> list[dict[str, float]]:
-    """Return `numbers_of` metrics.jsonl's last bytes. Return [] where it cannot be read."""
+def read_metrics(run: Path, *, last: bool = False) -> list[dict[str, float]]:
+    """Return `numbers_of` metrics.jsonl, or of its `last` lines alone. Return [] where it cannot be read."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL) if last else 0)
             content = file.read()
     except OSError:
         return []
@@ -200,7 +198,7 @@ def _environment(run: Path) -> dict[str, Any]:
 def _check_parts(run: Path) -> None:
     for name, mode in (_FOLDERS | _FILES).items() if run.is_dir() else ():
         path = run / name
-        what, fits = ("folder", os.path.isdir(path)) if name in _FOLDERS else ("file", os.path.isfile(path))  # noqa: PTH112, PTH113 (Path's raise where a folder above is forbidden)
+        what, fits = ("folder", os.path.isdir(path)) if name in _FOLDERS else ("file", os.path.isfile(path))
         if os.path.lexists(path) and not (fits and os.access(path, mode, effective_ids=True)):
             raise DataError(f"{path}: is no {what} that you can read and write; mend that, or move it elsewhere")
 

@@ -15,7 +15,6 @@ from simclr_dist.run.folder import newest_step, read_metrics, stored_config
 from simclr_dist.run.status import Outlook, outlook, read_ledger
 
 _MARKS = ("starts", "status.json", "submission.json")  # a run folder has one; config.yaml may lie anywhere
-_TAIL = 1 << 16  # bytes of metrics.jsonl: some forty lines
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def summarise(run: Path) -> Summary:
     end = outlook(run)
     if end.state == "running" and is_dead(run):
         end = Outlook("killed", "ended without a word; the same command goes on")
-    lines = read_metrics(run, last_bytes=_TAIL)
+    lines = read_metrics(run, last=True)
     metrics = {name: value for line in lines for name, value in line.items()}  # some are not of every line
     if speeds := [line["speed/images_per_second"] for line in lines if "speed/images_per_second" in line]:
         metrics["speed/images_per_second"] = median(speeds)

@@ -32,7 +32,7 @@ from simclr_dist.train.monitor import Stopwatch
 _DRAWS = 2**16  # views are drawn by the same function; their numbers are below
 
 MicroBatch = tuple[Tensor, Tensor]
-"""View a and view b of this rank's images in it, float [n, 3, s, s]."""
+"""View a and view b of this rank's images in it, float [n, c, s, s]."""
 
 
 class LossScale:
@@ -127,15 +127,18 @@ def kernel_problem(config: Config, size: int, world: World) -> str:
     return problem
 
 
-def build_learner(config: Config, world: World, *, resumed: bool = False) -> Learner:
-    """Build model, DDP and optimizer, the same on every rank. A `resumed` run needs its start weights no more."""
+def start_model(config: Config, world: World, *, resumed: bool = False) -> tuple[SimCLR, str]:
+    """Build the model with its start weights, the same on every rank. Returns it and what it started from.
+
+    A `resumed` run needs its start weights no more. Raises ConfigError and DataError for settings, or a file, that do not fit.
+    """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
     settle(config.precision, world.device)
     torch.manual_seed(config.seed)
-    m, o = config.model, config.optim
+    m = config.model
     model = build_model(config)
     files = {"prefix": m.init_prefix, "leave": m.init_except}
     start = "random" if resumed else m.init
@@ -143,6 +146,13 @@ def build_learner(config: Config, world: World, *, resumed: bool = False) -> Lea
     if not all_equal(init):
         cure = "put them on every node, and the run folder on a shared disk"
         raise ConfigError(f"model.init: some ranks could load the start weights and others could not; {cure}")
+    return model, init
+
+
+def build_learner(config: Config, world: World, started: tuple[SimCLR, str] | None = None) -> Learner:
+    """Build DDP and optimizer around a model, or around that of `start_model`."""
+    model, init = started or start_model(config, world)
+    o = config.optim
     model.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -161,7 +171,7 @@ def build_learner(config: Config, world: World, *, resumed: bool = False) -> Lea
 
 
 def cut(view_a: Tensor, view_b: Tensor, count: int) -> list[MicroBatch]:
-    """Cut this rank's views, float [n, 3, s, s], into `count` micro-batches."""
+    """Cut this rank's views, float [n, c, s, s], into `count` micro-batches."""
     return list(zip(view_a.chunk(count), view_b.chunk(count), strict=True))
 
 

@@ -15,7 +15,7 @@ from simclr_dist.config.together import check_fits, check_machine, doubts
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
-from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.colour import Colour, colour_views
 from simclr_dist.data.views.compiled import compile_colour
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.encoder.names import encoder_path
@@ -41,7 +41,16 @@ from simclr_dist.system.errors import ConfigError, DivergedError, SaveError, Sto
 from simclr_dist.train.agreement import StopAgreement, any_stop_signal, check_ranks_agree
 from simclr_dist.train.describe import describe, encoder_card, run_card, view_grid, view_settings
 from simclr_dist.train.images import RunImages, open_images, order
-from simclr_dist.train.learner import Learner, MicroBatch, backward, build_learner, embedding_size, kernel_problem, step_metrics
+from simclr_dist.train.learner import (
+    Learner,
+    MicroBatch,
+    backward,
+    build_learner,
+    embedding_size,
+    kernel_problem,
+    start_model,
+    step_metrics,
+)
 from simclr_dist.train.monitor import Clock, Monitor
 from simclr_dist.train.probe import OnlineProbe
 from simclr_dist.train.profiling import Profile, profiled
@@ -69,9 +78,12 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     if not all_equal((digest, config.to_dict())):
         raise ConfigError(f"data.shards: {config.data.shards!r}, or the config itself, is not the same on every rank")
     on_rank_0(lambda: check_room(config, config.total_steps(len(images)), *saved_bytes(config)))
+    # Before there is a run folder, which would hold these settings.
+    started = start_model(config, world, resumed=bool(checkpoint.saved_steps(Path(config.run_folder, "checkpoints"))))
+    colour = together(compile_colour) if config.compile and world.device.type == "cpu" else colour_views
     claim = on_rank_0(lambda: open_run(config, {**surroundings(world), "data_digest": digest}))
     with recorded(Path(config.run_folder), claim), lost_ranks_named():
-        trainer = Trainer(config, world, images, claim)
+        trainer = Trainer(config, world, images, claim, build_learner(config, world, started), colour)
         with closing(trainer.monitor):
             trainer.introduce()
             trainer.loop(profile)
@@ -120,13 +132,14 @@ class Trainer:
     the other ranks have None and write nothing.
     """
 
-    def __init__(self, config: Config, world: World, images: RunImages, claim: Claim | None) -> None:
+    def __init__(
+        self, config: Config, world: World, images: RunImages, claim: Claim | None, learner: Learner, colour: Colour
+    ) -> None:
         self.config, self.world, self.images, self.claim = config, world, images, claim
+        self.learner, self.colour = learner, colour
         self.folder = Path(config.run_folder)
         self.view_settings = view_settings(config)
         self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
-        self.colour = together(compile_colour) if config.compile and world.device.type == "cpu" else colour_views
-        self.learner = build_learner(config, world, resumed=bool(checkpoint.saved_steps(self.folder / "checkpoints")))
         self.step, self.bad_samples = resume(self.learner, config, world, len(images), data_identity(images))
         self.first = self.step  # steps that were done before this start
         check_fits(config, len(images), world.size, self.step)

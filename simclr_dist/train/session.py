@@ -70,7 +70,7 @@ def train(
         end = read_note(note) if note.stat().st_size else End("crashed", code)
     status = read_status(run)
     if code == 0:
-        metrics = (read_metrics(run, last_bytes=1 << 16) or [{}])[-1]
+        metrics = (read_metrics(run, last=True) or [{}])[-1]
         return Run(run, status.get("state", "done"), int(metrics.get("step", 0)), newest_encoder(run), metrics)
     reason = status.get("reason") if status.get("start", 0) > earlier else None
     raise _error(code, end, end.why or reason or last or f"the ranks ended with {code}")

@@ -53,3 +53,4 @@ def test_without_a_compiler_a_run_ends_in_one_line(tmp_path: Path) -> None:
             "simclr-dist: compile: true: needs a C++ compiler: 'no-such-compiler' is not found (CXX names another); install it"
         )
         assert [text for text in ranks.output.splitlines() if "compiler" in text] == [f"{line}, or set compile: false"]
+    assert not (tmp_path / "run").exists()

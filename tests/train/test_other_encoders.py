@@ -19,7 +19,7 @@ from simclr_dist.method.loss import NTXentLoss
 from simclr_dist.method.microbatch import contrastive_backward
 from simclr_dist.method.model import SimCLR, build_projector
 from simclr_dist.preflight.plan.report import make_plan, text
-from simclr_dist.train.learner import build_learner, cut
+from simclr_dist.train.learner import build_learner, cut, keyed
 from simclr_dist.train.loop import training_step
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -90,6 +90,26 @@ def test_a_step_in_every_arithmetic(encoder: str, changes: dict[str, Any]) -> No
     assert int(learner.counters["skipped"]) == 0
     moved = [not torch.equal(p, q) for p, q in zip(learner.model.parameters(), before, strict=True)]
     assert sum(moved) > 0.9 * len(moved)
+
+
+def test_what_is_dropped_belongs_to_image_view_step_and_seed() -> None:
+    model = build_learner(dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, drop_path=0.5)), ALONE).model
+    images = torch.randn(1, 3, 32, 32).expand(8, -1, -1, -1)  # eight times the same, so what differs is what was dropped
+
+    def views(seed: int, step: int, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad(), keyed(model, seed, step, torch.tensor(rows)):
+            a, b = model.encoder(images.repeat(2, 1, 1, 1)).chunk(2)
+        return a, b
+
+    rows = list(range(8))
+    a, b = views(1, 2, rows)
+    assert not torch.allclose(a[0], a[1:]), "another image"
+    assert not torch.allclose(a, b), "the other view"
+    for again in (views(1, 2, rows), [view.flip(0) for view in views(1, 2, rows[::-1])]):
+        torch.testing.assert_close(list(again), [a, b])
+    for name, others in {"step": views(1, 3, rows), "seed": views(2, 2, rows)}.items():
+        assert not torch.allclose(others[0], a), f"another {name}"
+        assert not torch.allclose(others[1], b), f"another {name}"
 
 
 def test_any_module_is_an_encoder_in_python() -> None:

@@ -237,6 +237,23 @@ def test_a_loss_without_its_kernels_is_said(shards: Path, monkeypatch: pytest.Mo
     assert line in Path("run/train.log").read_text()
 
 
+def test_each_step_draws_by_its_number_and_images(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout is keyed by what the loop hands in; a run that goes on counts from where it was."""
+    seen: list[tuple[int, list[int]]] = []
+    training_step = loop.training_step
+
+    def noted(*arguments: Any, rows: Any, step: int) -> dict[str, torch.Tensor]:
+        seen.append((step, torch.cat(list(rows)).tolist()))
+        return training_step(*arguments, rows=rows, step=step)
+
+    monkeypatch.setattr(loop, "training_step", noted)
+    assert start(shards, steps=3) == 0
+    assert start(shards, steps=5) == 0
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4]
+    first_epoch = [row for _, rows in seen[:2] for row in rows]
+    assert len(set(first_epoch)) == len(first_epoch)
+
+
 def test_a_run_from_published_weights_says_so_and_outlives_them(shards: Path) -> None:
     published = untrained_encoder(
         {"encoder": "resnet10", "width": 1, "stem": "small_stride2", "image_size": 16}, seed=5
@@ -257,10 +274,19 @@ def test_a_run_from_published_weights_says_so_and_outlives_them(shards: Path) ->
     assert load_encoder("run/encoders/step-00000003.safetensors").card["init"] == said
 
 
-def test_start_weights_that_are_not_there_leave_a_folder_that_may_go(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start(shards, model={"init": "file", "init_file": "tehirs.pth"}, steps=2) == 2
-    assert start(shards, model={"init": "file", "init_file": "theirs.pth"}, steps=2) == 2
-    assert "(model.init_file: tehirs.pth -> theirs.pth); nothing is saved in it: remove it, name" in capsys.readouterr().err
+def test_start_weights_that_do_not_fit_are_refused_before_there_is_a_run(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = untrained_encoder({"encoder": "resnet18", "width": 1, "stem": "imagenet", "image_size": 16}, seed=5)
+    torch.save(other.state_dict(), "other.pth")
+    Path("damaged.pth").write_bytes(b"PK")
+    reasons = {"absent.pth": "cannot read the weights", "damaged.pth": "no whole file", "other.pth": "of these settings has"}
+    for name, reason in reasons.items():
+        assert start(shards, model={"init": "file", "init_file": name}, steps=2) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"simclr-dist: model.init_file: {name}: ")
+        assert reason in line
+        assert not Path("run").exists()
 
 
 def test_fewer_steps_than_are_done_are_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ class ArchiveChunk:
     def read(self) -> Iterator[Original]:
         rows = zip(unpack_names(self.names), self.labels.tolist(), self.places.tolist(), strict=True)
         try:
-            with open(self.path, "rb") as file:  # noqa: PTH123 (a name need not be valid text)
+            with Path(self.path).open("rb") as file:
                 for index, (name, label, place) in enumerate(rows, self.first):
                     content, problem = _content(file.fileno(), *place)
                     path = self.path if place[4] < 0 else None  # a tar's bytes can be read again where they are

@@ -66,7 +66,7 @@ class RecordChunk:
     def read(self) -> Iterator[Original]:
         side, size = self.layout.side, self.layout.size
         try:
-            with open(self.path, "rb") as file:  # noqa: PTH123 (a name need not be valid text)
+            with Path(self.path).open("rb") as file:
                 file.seek(self.record * size)
                 for offset in range(self.records):
                     if len(record := file.read(size)) < size:
@@ -106,9 +106,9 @@ def stl_source(files: Files) -> Source:
     return _source(files, Layout(0, -1, 96, turned=True), "class_names.txt")
 
 
-def _source(files: Files, layout: Layout, class_names: str) -> Source:
+def _source(files: Files, layout: Layout, names: str) -> Source:
     labelled = files.label_column != NO_LABEL
-    classes = _class_names(files.paths[0].with_name(class_names)) if labelled else ()
+    classes = class_names(files.paths[0].with_name(names)) if labelled else ()
     chunks: list[RecordChunk] = []
     first = 0
     for path, name in zip(files.paths, files.names, strict=True):
@@ -135,7 +135,7 @@ def _labels(path: Path, count: int) -> bytes:
         raise DataError(f"{beside}: cannot be read: {error.strerror}; {cure}") from None
 
 
-def _class_names(path: Path) -> tuple[str, ...]:
+def class_names(path: Path) -> tuple[str, ...]:
     """Read class names, a line each. Returns () where there is no such file."""
     try:
         with path.open("rb") as file:

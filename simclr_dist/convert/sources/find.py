@@ -51,7 +51,7 @@ def _lance(files: Files) -> Source:
     raise DataError(f"{files.source}: is a Lance data set; make it Parquet with `pip install pylance`, and in Python: {table}")
 
 
-class Kind(NamedTuple):
+class SourceKind(NamedTuple):
     """A kind of source. A file is of the first kind that its name fits. `read` makes a source of files of one kind.
 
     Files that fit `beside` belong to it. A kind with `alone` is no kind of folder.
@@ -65,23 +65,23 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("Parquet", r"(?i)\.parquet$", _tables),
-    Kind("Arrow", r"(?i)\.arrow$", _tables),
-    Kind("ImageNet's ILSVRC2012_img_val.tar", r"^ILSVRC2012_img_val.*\.tar$", validation_source, r"\.(txt|mat)$"),
-    Kind("archive", r"(?i)\.(tar|zip)$", _archives),
-    Kind("list in CSV", r"(?i)\.csv$", _list, alone=True),
-    Kind("STL-10's binary files", r"^(train|test|unlabeled)_X\.bin$", stl_source, r"_y\.bin$|\.txt$"),
-    Kind("CIFAR's binary files", r"^(data_batch_\d|test_batch|train|test)\.bin$", cifar_source, r"\.(txt|html)$"),
-    Kind("CIFAR's Python version", r"^(data_batch_\d|test_batch|train|test)$", _pickled),
-    Kind("MedMNIST's .npz", r"\.npz$", npz_source),
-    Kind("LMDB", r"^(?!lock\.).*\.(mdb|lmdb)$", lmdb_source, r"^lock\.mdb$|-lock$"),
-    Kind("TFRecord", r"\.tfrecords?\b|-\d{5}-of-\d{5}$", tfrecord_source, r"\.(json|txt)$"),
-    Kind("MosaicML's MDS, or LitData", r"^index\.json$", indexed_source, r"\.(mds|bin)(\.\w+)?$|\.json$"),
-    Kind("Lance", r"\.lance$", _lance, r"\.(txn|manifest|json)$"),
+    SourceKind("Parquet", r"(?i)\.parquet$", _tables),
+    SourceKind("Arrow", r"(?i)\.arrow$", _tables),
+    SourceKind("ImageNet's ILSVRC2012_img_val.tar", r"^ILSVRC2012_img_val.*\.tar$", validation_source, r"\.(txt|mat)$"),
+    SourceKind("archive", r"(?i)\.(tar|zip)$", _archives),
+    SourceKind("list in CSV", r"(?i)\.csv$", _list, alone=True),
+    SourceKind("STL-10's binary files", r"^(train|test|unlabeled)_X\.bin$", stl_source, r"_y\.bin$|\.txt$"),
+    SourceKind("CIFAR's binary files", r"^(data_batch_\d|test_batch|train|test)\.bin$", cifar_source, r"\.(txt|html)$"),
+    SourceKind("CIFAR's Python version", r"^(data_batch_\d|test_batch|train|test)$", _pickled),
+    SourceKind("MedMNIST's .npz", r"\.npz$", npz_source),
+    SourceKind("LMDB", r"^(?!lock\.).*\.(mdb|lmdb)$", lmdb_source, r"^lock\.mdb$|-lock$"),
+    SourceKind("TFRecord", r"\.tfrecords?\b|-\d{5}-of-\d{5}$", tfrecord_source, r"\.(json|txt)$"),
+    SourceKind("MosaicML's MDS, or LitData", r"^index\.json$", indexed_source, r"\.(mds|bin)(\.\w+)?$|\.json$"),
+    SourceKind("Lance", r"\.lance$", _lance, r"\.(txn|manifest|json)$"),
 )
 
 
-def kind_of(name: str) -> Kind | None:
+def source_kind(name: str) -> SourceKind | None:
     """Tell a file's kind by its name."""
     return next((kind for kind in KINDS if re.search(kind.name, name.rpartition("/")[2])), None)
 
@@ -100,24 +100,24 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     others = "nor another that `simclr-dist shard --help` lists"
     unknown = DataError(f"{source}: no such folder of images, nor a .parquet, .arrow, .tar, .zip or .csv file, {others}")
     # Not Path's own: they raise for a name that is longer than any file's.
-    if not os.path.exists(source) and "*" in source.name:  # noqa: PTH110 (as said above)
+    if not os.path.exists(source) and "*" in source.name:
         paths = sorted(source.parent.glob(source.name))
-        kinds = {kind_of(path.name) for path in paths}
+        kinds = {source_kind(path.name) for path in paths}
         if len(kinds) != 1 or None in kinds or any(kind and kind.alone for kind in kinds):
             raise DataError(
                 f"{source}: this pattern must match files of one kind (Parquet, Arrow, tar ...); it matches {len(paths)} files"
             )
-    elif os.path.isfile(source) or (source.parent.suffix == NPZ and os.path.isfile(source.parent)):  # noqa: PTH113 (the same)
+    elif os.path.isfile(source) or (source.parent.suffix == NPZ and os.path.isfile(source.parent)):
         paths = [source]
-    elif os.path.isdir(source):  # noqa: PTH112 (the same)
+    elif os.path.isdir(source):
         return _folder(Files(source, source.resolve(), [], image_column, label_column))
     else:
         raise unknown
     # A link counts where it stands: its target may be a blob of a store, with no such name and with no images beside it.
     root, names = source.parent.resolve(), [path.name for path in paths]
-    if source.parent.suffix == NPZ and not os.path.isdir(source.parent):  # noqa: PTH112 (the same)
+    if source.parent.suffix == NPZ and not os.path.isdir(source.parent):
         root, names = root.parent, [f"{root.name}/{source.name}"]
-    if (kind := kind_of(names[0].partition("/")[0])) is not None:
+    if (kind := source_kind(names[0].partition("/")[0])) is not None:
         return kind.read(Files(source, root, names, image_column, label_column))
     if source.suffix.lower() in PACKED_SUFFIXES:
         raise DataError(f"{source}: is compressed; unpack that first (images are read by their place), or make it a .zip")
@@ -129,7 +129,7 @@ def _folder(files: Files) -> Source:
     names, rejected, skipped, links = walk(root)
     # datasets.map leaves such a file beside a table: a second table, made from the first.
     caches = {name for name in names if name.endswith(".arrow") and name.split("/")[-1].startswith("cache-")}
-    kinds = {name: kind for name in names if name not in caches and (kind := kind_of(name)) and not kind.alone}
+    kinds = {name: kind for name in names if name not in caches and (kind := source_kind(name)) and not kind.alone}
     tables = [name for name in kinds if name.lower().endswith(_TABLES)]
     archives = {name for name in names if name.lower().endswith((".tar", ".zip"))}
     if MANIFEST_NAME in tables and archives:
@@ -167,6 +167,6 @@ def _refuse_splits(source: Path, names: Sequence[str]) -> None:
         one = str(source / of_first[0])
         if len(of_first) > 1:
             turned = [name[::-1] for name in of_first]
-            start, end = os.path.commonprefix(of_first), os.path.commonprefix(turned)[::-1]  # noqa: RUF071 (letters count)
+            start, end = os.path.commonprefix(of_first), os.path.commonprefix(turned)[::-1]  # noqa: RUF071 (it goes by letters, as is meant)
             one = f"'{source}/{start}*{end}'"
         raise DataError(f"{source}: holds several splits ({', '.join(splits)}); name one, like {one}")

@@ -84,7 +84,7 @@ class SampleChunk:
     def read(self) -> Iterator[Original]:
         path, packed = self.file.path, self.file.packed
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 (a name need not be valid text)
+            with Path(path).open("rb") as file:
                 read = bind(_read, io.BytesIO(_unpacked(file, packed, self.file.bytes)) if packed else file)
                 starts = read(4 + 4 * self.sample, 4 * (self.samples + 1))
                 if read(0, 4) != self.file.samples.to_bytes(4, "little") or len(starts) != 4 * (self.samples + 1):
@@ -102,13 +102,8 @@ class SampleChunk:
         """Read a sample's label, image and place in the file (-1: nowhere). Or what is wrong with it."""
         columns = self.file.columns
         varying = [number for number, column in enumerate(columns) if column.size is None]
-        sizes = dict(
-            zip(
-                varying,
-                np.frombuffer(read(start, 4 * len(varying)).ljust(4 * len(varying), b"\xff"), "<u4").tolist(),
-                strict=True,
-            )
-        )
+        head = read(start, 4 * len(varying)).ljust(4 * len(varying), b"\xff")
+        sizes = dict(zip(varying, np.frombuffer(head, "<u4").tolist(), strict=True))
         at, places = start + 4 * len(varying), []
         for number, column in enumerate(columns):
             size = sizes.get(number, column.size or 0)

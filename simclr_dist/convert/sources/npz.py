@@ -25,7 +25,8 @@ _MOST_CHUNKS = 16  # an array is packed as a whole: to reach a chunk, all before
 _MOST_TIMES = 1100  # zlib packs into 1/1032 at most
 _PIECE = 1 << 20
 _DAMAGED = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError),
+    *(NotImplementedError, RuntimeError),  # zipfile: packed in another way; encrypted
     *(LookupError, SyntaxError, tokenize.TokenError),  # numpy reads a header as Python
 )
 _PIXELS = (np.dtype(np.uint8), np.dtype(np.uint16))
@@ -113,7 +114,7 @@ def npz_source(files: Files) -> Source:
     count = images.shape[0]
     numbers = np.full(count, -1) if labels is None else labels
     step = max(IMAGES_A_CHUNK, -(-count // _MOST_CHUNKS))
-    name = f"{Path(path).name}/{split}"
+    name = f"{path.name}/{split}"
     chunks = [
         ArrayChunk(str(path), name, split + _IMAGES, images, row, numbers[row : row + step]) for row in range(0, count, step)
     ]

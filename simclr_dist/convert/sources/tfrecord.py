@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from simclr_dist.convert.sources.binary import class_names
 from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
     NO_LABEL,
@@ -41,7 +42,7 @@ class Columns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RecordChunk:
+class ExampleChunk:
     """Consecutive records of the file `path`, which messages call `name`.
 
     The first is that file's `record`, and the source's image `first`. `places` int64 [n, 2]: where their bytes are, and sizes.
@@ -66,7 +67,7 @@ class RecordChunk:
     def read(self) -> Iterator[Original]:
         checksum = _checksum(self.path)
         try:
-            with open(self.path, "rb") as file:  # noqa: PTH123 (a name need not be valid text)
+            with Path(self.path).open("rb") as file:
                 for offset, (place, size) in enumerate(self.places.tolist()):
                     name = f"{self.name}#{self.record + offset}"
                     label, start, end, problem = -1, 0, 0, why_no_bytes(size)
@@ -90,7 +91,7 @@ def tfrecord_source(files: Files) -> Source:
     off, damaged between records, or compressed.
     """
     columns: Columns | None = None
-    chunks: list[RecordChunk] = []
+    chunks: list[ExampleChunk] = []
     first = 0
     for path, name in zip(files.paths, files.names, strict=True):
         try:
@@ -104,7 +105,7 @@ def tfrecord_source(files: Files) -> Source:
         for record in range(0, len(places), IMAGES_A_CHUNK):
             assert columns is not None, "there is a record"
             part = places[record : record + IMAGES_A_CHUNK]
-            chunks.append(RecordChunk(str(path), name, first + record, record, columns, part))
+            chunks.append(ExampleChunk(str(path), name, first + record, record, columns, part))
         first += len(places)
     if columns is None:
         raise DataError(f"{files.source}: has no records")
@@ -158,9 +159,7 @@ def _columns(files: Files, path: Path, record: bytes) -> Columns:
     assert label is not None
     if label not in features:
         raise DataError(f"{path}: no feature {label!r} (--label-column); {has}")
-    names = path.with_name(f"{label.replace('/', '_')}.labels.txt")
-    classes = names.read_text("utf-8", "replace").splitlines() if names.is_file() else []
-    return Columns(image, label, tuple(printable(line.strip()) for line in classes if line.strip()))
+    return Columns(image, label, class_names(path.with_name(f"{label.replace('/', '_')}.labels.txt")))
 
 
 def _values(record: bytes, columns: Columns) -> tuple[int, int, int, str | None]:
@@ -180,7 +179,7 @@ def _values(record: bytes, columns: Columns) -> tuple[int, int, int, str | None]
             label = labels[0]
     except ValueError as error:
         return -1, 0, 0, f"no tf.train.Example ({error})"
-    (start, end) = images[0]
+    start, end = images[0]
     return label, start, end, why_no_label(label, len(columns.classes)) or why_no_bytes(end - start)
 
 

@@ -14,6 +14,7 @@ from simclr_dist.data.pixels import tiff
 from simclr_dist.data.pixels.images import (
     FORMATS,
     KEPT_FORMATS,
+    PNG_CHANNELS,
     PNG_SIGNATURE,
     PreparedImage,
     bits_of,
@@ -31,7 +32,7 @@ from simclr_dist.system.errors import DataError
 
 Pixels = NDArray[Any]  # uint8 or uint16 [h, w, c]
 
-_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # a PNG's, by channels
+_COLOURS = {channels: colour for colour, channels in PNG_CHANNELS.items()}
 _MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1}
 # Pillow shows the upper bytes of 16-bit colours alone. Asked for the other byte order, it shows the lower ones; gray and alpha
 # of 16 bits are as long as four channels of 8. (13.0)
@@ -56,7 +57,7 @@ def prepare(content: bytes, kind: Kind = RGB8, *, short_side: int | None = None,
     shrink = short_side is not None and min(width, height) > short_side
     if not changes and not shrink:
         return PreparedImage(content, str(read.extension), width, height)
-    pixels = _upright(pixels, read.turn)
+    pixels = upright(pixels, read.turn)
     if short_side is not None and shrink:
         pixels = _shrunk(pixels, short_side)
         changes += (f"its shorter side exceeds {short_side} pixels",)
@@ -69,7 +70,7 @@ def convert(content: bytes, kind: Kind) -> Pixels:
     """Decode any image as `prepare` and `read` would, one after the other. Raises DataError for what does not fit."""
     with unreadable(content):
         read = _read(content, kind.channels)
-        return fitted(_upright(_converted(read, kind)[0], read.turn), kind)
+        return fitted(upright(_converted(read, kind)[0], read.turn), kind)
 
 
 def read(content: bytes, kind: Kind) -> Pixels:
@@ -102,8 +103,8 @@ def pillow_pixels(image: Image.Image, kind: Kind) -> Pixels:
     pixels = np.atleast_3d(np.asarray(image if image.mode == mode else image.convert(mode)))
     pixels = pixels.astype(np.uint16 if mode.startswith("I;16") else np.uint8)
     pixels = _to_16_bits(pixels, tiff.bits(image)) if image.format == "TIFF" else pixels
-    upright = _upright(pixels, orientation_of(image))  # now, for of a TIFF Pillow has turned it itself, and says so no more
-    return fitted(upright, Kind(kind.channels, max(kind.bit_depth, 8 * pixels.itemsize)))
+    pixels = upright(pixels, orientation_of(image))  # now, for of a TIFF Pillow has turned it itself, and says so no more
+    return fitted(pixels, Kind(kind.channels, max(kind.bit_depth, 8 * pixels.itemsize)))
 
 
 def _read(content: bytes, channels: int) -> tiff.Read:
@@ -156,7 +157,7 @@ def _changes(image: Image.Image, content: bytes, turn: int) -> Iterator[str]:
 def _pixels(image: Image.Image, content: bytes, *, convert: bool = False) -> Pixels:
     """Decode all channels and bits of an open image. `convert` takes palettes, CMYK and the like as RGB."""
     bits = bits_of(image, content)
-    if image.format == "PNG" and bits == 16 and content[25] in _COLOURS.values() and content[25] != 0:
+    if image.format == "PNG" and bits == 16 and PNG_CHANNELS.get(content[25], 1) > 1:
         return _png_of_16_bits(content)
     if image.mode in ("I", "F") or (bits > 8 and not image.mode.startswith("I;16")):
         cure = "save it as PNG or TIFF of 8 or 16 bits without sign"
@@ -180,7 +181,7 @@ def _to_16_bits(pixels: Pixels, bits: int) -> Pixels:
 
 def _png_of_16_bits(content: bytes) -> Pixels:
     """Decode a PNG of 2 to 4 channels of 16 bits."""
-    channels = {colour: count for count, colour in _COLOURS.items()}[content[25]]
+    channels = PNG_CHANNELS[content[25]]
     mode, layouts = _RAW[channels]
     parts = []
     for layout in layouts:
@@ -211,7 +212,7 @@ def _converted(read: tiff.Read, kind: Kind) -> tuple[Pixels, list[str]]:
     return pixels, changes
 
 
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
+def upright(pixels: Pixels, orientation: int) -> Pixels:
     """Turn pixels [h, w, c] as an EXIF block says."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

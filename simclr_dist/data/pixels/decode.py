@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from simclr_dist.data.pixels.channels import convert, pillow_pixels, read
+from simclr_dist.data.pixels.channels import convert, pillow_pixels, read, upright
 from simclr_dist.data.pixels.images import PNG_SIGNATURE, check_pixels, prepare_image
 from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.system.errors import DataError, reason_of
@@ -105,8 +105,4 @@ def _tensor(pixels: NDArray[Any]) -> Tensor:
 
 def turn_upright(image: Tensor, orientation: int) -> Tensor:
     """Turn an image [3, h, w] as its EXIF block says. `orientation` is 1 to 8; another changes nothing."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 2)
-    if sides := {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation):
-        image = image.flip(sides)
-    return image
+    return _tensor(upright(image.permute(1, 2, 0).numpy(), orientation))

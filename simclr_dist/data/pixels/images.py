@@ -19,6 +19,7 @@ from simclr_dist.system.errors import DataError, printable
 
 MAX_PIXELS = 100_000_000
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by its type of colour; palettes are another
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # A closed list: Pillow's other readers include formats that start programs (EPS) or name other files.
@@ -32,12 +33,11 @@ _UPRIGHT = {
 }  # fmt: skip
 _LONGEST_JPEG = 65500  # libjpeg's limit
 _PACKED_AT_ONCE = 1 << 12  # zlib makes at most 1032 times as much of it
-_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and steps
-# In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts. (Without a + after the 0xFF, which would make it quadratic.)
 _GARBAGE = (ArithmeticError, EOFError, KeyError, OSError, SyntaxError, TypeError, ValueError, struct.error)  # in a header
 _PPM_HEADER, _COMMENT = 1 << 12, re.compile(rb"#[^\r\n]*")
 _NEARLY_BLACK = 16  # of 255: where 16 bits a channel hold at most 12
+# In a JPEG's scan, 0xFF 0x00 is data and D0 to D7 are restarts. (Without a + after the 0xFF, which would make it quadratic.)
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
@@ -247,5 +247,5 @@ def _pixel_data_size(content: bytes) -> int:
     width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     sizes = ((-(-(width - x) // step_x), -(-(height - y) // step_y)) for x, y, step_x, step_y in passes)
-    pixel = _CHANNELS.get(colour, 0) * bits // 8
+    pixel = PNG_CHANNELS.get(colour, 0) * bits // 8
     return sum(rows * (1 + columns * pixel) for columns, rows in sizes if columns > 0 and rows > 0)

@@ -131,7 +131,7 @@ def read_features(path: str | Path) -> FeatureTable:
     if not path.is_file():
         raise DataError(f"{path}: no such file of features; make it with `simclr-dist embed ENCODER SRC {path}`")
     try:
-        # In one thread, for the reason that data.manifest gives.
+        # In one thread, for the reason that data.index gives.
         with path.open("rb") as content, pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True) as file:
             about = _read_about(path, file.schema_arrow)
             kind: Any = file.schema_arrow.field("embedding").type if "embedding" in file.schema_arrow.names else None

@@ -49,7 +49,7 @@ def linear_probe(
     Minimises mean cross-entropy + l2/2 * |W|^2 over weights W and an unpenalised bias, full batch, from zero, on
     features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Without
     `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then as with that l2 given.
-    Needs one float32 copy of train_h, two where l2 is chosen, in files where they are large (`features.space`); the inputs are
+    Needs one float32 copy of train_h, two where l2 is chosen, in files where they are large (`evaluate.space`); the inputs are
     left as they are.
 
     Args:

@@ -17,6 +17,8 @@ from simclr_dist.system import signals
 from simclr_dist.system.errors import ConfigError, reason_of
 from simclr_dist.system.slurm_job import job_id, restart_count
 
+JOB_NUMBER = re.compile(r"[0-9]+(_[0-9]+)?")
+"""Of a job, or of an array's task."""
 GONE, UNKNOWN = "GONE", "UNKNOWN"
 _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",

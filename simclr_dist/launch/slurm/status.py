@@ -1,7 +1,6 @@
 """Describe a submitted run: its jobs' states in SLURM, steps, and ledger. Note an end that SLURM alone knows."""
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -54,7 +53,7 @@ def note_end(run: Path, states: Mapping[str, scheduler.JobState] | None = None) 
     are killed. SLURM alone knows of both, so whoever looks at the run writes it down: a watcher, `submit status` and `cancel`.
     """
     job = outlook(run).job
-    if job is None or not re.fullmatch(r"[0-9]+(_[0-9]+)?", job) or not os.access(run / "ledger.jsonl", os.W_OK):
+    if job is None or not scheduler.JOB_NUMBER.fullmatch(job) or not os.access(run / "ledger.jsonl", os.W_OK):
         return  # nobody's job; or another user's run
     with suppress(ConfigError):  # a damaged folder of starts, which the next start refuses
         if not is_dead(run):
@@ -81,7 +80,7 @@ def _progress(run: Path, record: Mapping[str, Any]) -> str:
     if beat:
         total = _total_steps(run, record)
         parts.append(f"step {beat['step']}" + (f" of {total} ({100 * beat['step'] / total:.1f} %)" if total else ""))
-    metrics = (read_metrics(run, last_bytes=65536) or [{}])[-1]
+    metrics = (read_metrics(run, last=True) or [{}])[-1]
     if "loss/nt_xent" in metrics:
         parts.append(f"loss {metrics['loss/nt_xent']:.4f} at step {metrics['step']}")
     if beat:

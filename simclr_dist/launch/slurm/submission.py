@@ -142,7 +142,7 @@ def read_record(run: Path) -> dict[str, Any]:
     if not record:
         raise ConfigError(f"{run}: no job was submitted for this folder: it has no submission.json")
     for key in ("job_id", "eval_job_id"):  # which become words of commands: --user=me would be all of my jobs
-        if (number := record[key]) is not None and not re.fullmatch("[0-9]+(_[0-9]+)?", number):
+        if (number := record[key]) is not None and not scheduler.JOB_NUMBER.fullmatch(number):
             raise ConfigError(f"{run / 'submission.json'}: {key}: {number!r} is no job's number; submit the run anew")
     return record
 
