@@ -1,14 +1,23 @@
 """How much a run loses on a real two-node SLURM when it is preempted, runs into its time limit, is requeued, or loses a node.
 
     python benchmarks/faults_slurm.py [--rows preemption time-limit requeue node array] [--times 10]
+    python benchmarks/faults_slurm.py --photos 20000 [--times 2]
 
 Starts its own cluster on this machine (root, slurm-wlm, munge and iproute2 are needed) and trains the real trainer on it, with
 steps of 0.2 s and more, a checkpoint every 10 steps. Prints a Markdown row for each fault. The last column compares the last
 checkpoint with that of a run that nobody disturbed: parameters, buffers, momentum and counters, bit for bit.
+
+With --photos it converts so many photos (500 x 375, 84 KB each) instead, by `submit shard` on one node of two cores: by one
+task, by two, and by two of which one is killed in the middle. A task has one core; the job that writes the tars has as many as
+there are tasks. The seconds are those from the command to the end of the last job. The ways take turns, there and back.
 """
 
 import argparse
+import hashlib
+import io
+import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+from PIL import Image
 
 import training_runs
 from simclr_dist.run.claim import heartbeat
@@ -138,14 +150,85 @@ def measure_array(title: str, times: int, shards: Path, undisturbed: dict[str, A
     return f"| {title} | {times} | {', '.join(map(str, lost))} | {delays} | {', '.join(sorted(states))} | yes, of both |"
 
 
+def make_photos(folder: Path, photos: int) -> None:
+    """JPEGs of 16 pictures with some noise; a comment in each makes its bytes different."""
+    random = np.random.default_rng(0)
+    contents = []
+    for _ in range(16):
+        small, file = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)), io.BytesIO()
+        noisy = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC)) + random.normal(0, 12, (375, 500, 3))
+        Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        contents.append(file.getvalue())
+    for number in range(photos):
+        path, content = folder / f"class{number % 20:02d}" / f"{number:07d}.jpg", contents[number % 16]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content[:2] + b"\xff\xfe\0\x09%07d" % number + content[2:])
+
+
+def convert(cluster: Cluster, folder: Path, tasks: int, *, kill: bool) -> tuple[float, str, int]:
+    """Convert folder/photos. Returns the seconds, a digest of all files, and how many whole pieces were made again."""
+    for name, cores in (("part", 1), ("finish", tasks)):
+        (folder / f"{name}.yaml").write_text(f"gpus_per_node: 0\ncpus_per_task: {cores}\n")
+    words = ["submit", "shard", "photos", "out", "--parts", str(tasks)]
+    words += ["--profile", "part.yaml", "--finish-profile", "finish.yaml"]
+    begin = time.monotonic()
+    cluster.login(sys.executable, "-m", "simclr_dist", *words, cwd=folder)
+    record = json.loads((folder / "out.jobs" / "submission.json").read_text())
+    units, before = folder / "out.partial" / "units", {}
+    if kill:
+        pieces = len(list((folder / "photos").rglob("*.jpg"))) // 128 // tasks
+        cluster.until(lambda: len(list(units.glob("*[02468].arrow"))) >= pieces // 2, "part 1 has done a half", 600)
+        before = {path: path.stat().st_mtime_ns for path in units.glob("*.arrow")}
+        [rank] = cluster.network.pids("n1", "-m simclr_dist shard photos out --part 1/")
+        os.kill(rank, signal.SIGKILL)
+        cluster.until(lambda: cluster.state(f"{record['job_id']}_1") == "COMPLETED", "part 1 is done", 1200)
+    again = sum(path.stat().st_mtime_ns != when for path, when in before.items())
+    end = cluster.wait(record["eval_job_id"], "COMPLETED", "FAILED", "CANCELLED", seconds=2400)
+    seconds = time.monotonic() - begin
+    assert end == "COMPLETED", end
+    restarts = [cluster.show(f"{record['job_id']}_{part}")["Restarts"] for part in range(1, tasks + 1)]
+    assert restarts == [str(int(kill)), "0"][:tasks], restarts
+    digest = hashlib.sha256()
+    for path in sorted((folder / "out").rglob("*")):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    for name in ("out", "out.jobs"):
+        shutil.rmtree(folder / name)
+    return seconds, digest.hexdigest(), again
+
+
+def measure_conversion(photos: int, times: int) -> None:
+    """Print the table of --photos."""
+    ways = {"one task": (1, False), "two tasks": (2, False), "two tasks, one killed at its half": (2, True)}
+    done: dict[str, list[tuple[float, str, int]]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as name, Cluster(nodes=1) as cluster:
+        make_photos(Path(name) / "photos", photos)
+        for turn in range(times):
+            for way in list(ways)[:: -1 if turn % 2 else 1]:
+                tasks, kill = ways[way]
+                done[way].append(convert(cluster, Path(name), tasks, kill=kill))
+                print(f"{way}: {done[way][-1]}; load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    print("| way | seconds (each) | of one task's, in its turn | whole pieces made again | bytes |\n|---|---|---|---|---|")
+    for way, results in done.items():
+        seconds = [result[0] for result in results]
+        shares = [mine / one[0] for mine, one in zip(seconds, done["one task"], strict=True)]
+        same = "the same" if {result[1] for result in results} == {done["one task"][0][1]} else "DIFFERENT"
+        columns = (", ".join(f"{value:{form}}" for value in values) for values, form in ((seconds, ".1f"), (shares, ".2f")))
+        print(f"| {way} | {' | '.join(columns)} | {sum(result[2] for result in results)} | {same} |")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--times", type=int, help="(default: 10 preemptions, 3 of each other)")
+    parser.add_argument("--photos", type=int, metavar="N", help="convert N photos, instead of these rows")
     told = parser.parse_args()
     if reason := why_not():
         parser.exit(1, f"{reason}\n")
+    if told.photos:
+        measure_conversion(told.photos, told.times or 2)
+        return
     with tempfile.TemporaryDirectory() as folder:
         shards = training_runs.make_shards(Path(folder))
         undisturbed = alone(Path(folder) / "alone", shards, STEPS)

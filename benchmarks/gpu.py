@@ -14,7 +14,7 @@ after each part, so that a cut loses nothing; parts that were measured on the sa
     check     `simclr-dist check` on the device          against the bare encoder
     loss      N = 4096 to 65536, beside others   large   batch 4096 by micro-batches, against accumulation
     lars      beside timm's and others           resume  `deterministic`: stopped, killed, and the same bits?
-    colour    a portion of views                 kill    kill -9: what it costs
+    colour    a portion, plain and by kernels    kill    kill -9: what it costs
     images    generated JPEG shards              cifar   CIFAR-10, ResNet-18, for the rest of the time
 
 Ends with 1 when a part was cut, or something of ours has failed in it; a target that is missed is no failure.

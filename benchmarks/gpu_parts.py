@@ -40,7 +40,7 @@ from processes import end
 
 from simclr_dist.config.settings import Config, ModelConfig, OptimConfig, Stem
 from simclr_dist.convert.shards import write_shards
-from simclr_dist.data.views.colour import colour_views
+from simclr_dist.data.views.colour import Colour, colour_views
 from simclr_dist.data.views.draws import draw_views, preset_views
 from simclr_dist.encoder.names import encoder_path
 from simclr_dist.method.distributed import World
@@ -253,7 +253,7 @@ def lars(task: Task) -> None:
 
 
 def colour(task: Task) -> None:
-    """One view of a portion: time, operations, and the distance from the CPU's."""
+    """One view of a portion, by plain operations and by kernels: time, launches, and the distance from the CPU's."""
     scale = task.scale
     settings = preset_views("imagenet", {"image_size": scale.side})
     rows = np.arange(scale.views)
@@ -262,21 +262,33 @@ def colour(task: Task) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = scale.views, 3, settings.image_size, settings.image_size
     crops = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    there = crops.to(scale.device)
-    distance = float((colour_views(there, draws, settings).cpu() - colour_views(crops, draws, settings)).abs().max())
-    task.report(
-        "largest distance from the CPU's", distance, "deviations", n=scale.views, target="below 1e-4", met=distance < 1e-4
-    )
-    seconds = seconds_of(lambda: colour_views(there, draws, settings), scale.device, 4 * scale.repetitions)
-    middle = statistics.median(seconds)
-    task.report(f"{scale.views} views at {settings.image_size}", round(1000 * middle, 3), "ms", n=len(seconds))
-    task.report("views a second", round(scale.views / middle), n=len(seconds))
-    with task.attempt("launches"):
-        with torch.profiler.profile() as profile:
-            colour_views(there, draws, settings)
-            wait_for(scale.device)
-        launching = re.compile(r"(cuda|cu)LaunchKernel")
-        task.report("launches", sum(event.count for event in profile.key_averages() if launching.match(event.key)))
+    there, expected = crops.to(scale.device), colour_views(crops, draws, settings)
+    forms: dict[str, Colour] = {"plain": colour_views}
+    if scale.device == "cuda":
+        with task.attempt("kernels"):
+            forms["kernels"] = importlib.import_module("simclr_dist.data.views.colour_cuda").colour_views
+    medians = {}
+    for name, form in forms.items():
+        with task.attempt(name):
+            work = partial(form, there, draws, settings)
+            distance = float((work().cpu() - expected).abs().max())
+            target = {"target": "below 1e-4", "met": distance < 1e-4}
+            task.report(f"{name}: largest distance from the CPU's", distance, "deviations", n=scale.views, **target)
+            seconds = seconds_of(work, scale.device, 4 * scale.repetitions)
+            medians[name] = statistics.median(seconds)
+            what = f"{name}: {scale.views} views at {settings.image_size}"
+            task.report(what, round(1000 * medians[name], 3), "ms", n=len(seconds))
+            task.report(f"{name}: views a second", round(scale.views / medians[name]), n=len(seconds))
+            with torch.profiler.profile() as profile:
+                work()
+                wait_for(scale.device)
+            launching = re.compile(r"(cuda|cu)LaunchKernel")
+            launches = sum(event.count for event in profile.key_averages() if launching.match(event.key))
+            target = {"target": "4", "met": launches == 4} if name == "kernels" else {}
+            task.report(f"{name}: launches", launches, **target)
+    if "kernels" in medians:
+        times = medians["plain"] / medians["kernels"]
+        task.report("plain / kernels: time", round(times, 2), "times", target="at least 5", met=times >= 5)
 
 
 def picture(number: int, side: int, folder: str) -> None:

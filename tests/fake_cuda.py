@@ -5,8 +5,9 @@ What cannot be faked has a stand-in here:
   gradient's device, type and shape are compared with what the node before it wants, as the engine does;
 - the trial of an encoder when it is built, which reads numbers: the model is made on the host;
 - `nn.Module.to`, which swaps parameters in place: it makes new ones;
-- fused SGD and a BatchNorm's statistics, which have no kernel for tensors without memory: their tensors are compared;
-- Triton's kernels: a launch only compares its tensors (tests/method/loss/test_tiles.py runs the kernels in the interpreter);
+- fused SGD and what a BatchNorm is made of, which have no kernel for tensors without memory: their tensors are compared;
+- Triton's kernels: a launch only compares its tensors (tests/method/loss/test_tiles.py and
+  tests/data/test_colour_kernels.py run the kernels in the interpreter);
 - pinned memory, events, the generators' states, and what CUDA is asked about the card: a Hopper with bfloat16.
 Not to be had in this way: values, speed, memory, what `torch.compile` makes, DDP and NCCL.
 """
@@ -42,6 +43,12 @@ def fake_cuda() -> Iterator[list[Any]]:
             assert (tensor.device, tensor.dtype, tensor.is_contiguous()) == (DEVICE, torch.float32, True), kernel
         launched.append(kernel)
 
+    def launch_colour(kernel: Any, programs: int, *arguments: Any, **sizes: int) -> None:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        assert {tensor.device for tensor in tensors} == {DEVICE}, kernel
+        assert {tensor.dtype for tensor in tensors} <= {torch.uint8, torch.uint16, torch.float32}, kernel
+        launched.extend([kernel] * (programs > 0))
+
     def built(config: Config) -> SimCLR:
         with unset_fake_temporarily():
             return build_model(config)
@@ -64,6 +71,7 @@ def fake_cuda() -> Iterator[list[Any]]:
         "torch.cuda.get_device_capability": lambda device=None: (9, 0),
         "torch.cuda.is_bf16_supported": lambda: True,
         "simclr_dist.method.loss.fused.Similarities._launch": launch,
+        "simclr_dist.data.views.colour_cuda._launch": launch_colour,
     }
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         for name, stand_in in stands_in.items():
@@ -72,15 +80,31 @@ def fake_cuda() -> Iterator[list[Any]]:
         yield launched
 
 
+# Operations of BatchNorm, and how many numbers for each channel they give; 0: a tensor like the first.
+_NORMS = {
+    "batch_norm_update_stats": 2,
+    "batch_norm_stats": 2,
+    "batch_norm_gather_stats_with_counts": 2,
+    "batch_norm_elemt": 0,
+    "batch_norm_backward_reduce": 4,
+    "batch_norm_backward_elemt": 0,
+}
+
+
 class _WithoutMemory(TorchDispatchMode):
-    """In place of two operations that torch cannot fake."""
+    """In place of the operations that torch cannot fake."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket is torch.ops.aten.batch_norm_update_stats:
-            x, mean, var, _ = args
-            assert x.device == mean.device == var.device == DEVICE
-            return torch.empty_like(mean), torch.empty_like(var)  # on CUDA float32 also of half precision
+        if func.overloadpacket.__name__ in _NORMS:
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            assert {tensor.device for tensor in tensors} == {DEVICE}
+            results = _NORMS[func.overloadpacket.__name__]
+            if results == 0:
+                return torch.empty_like(args[0])
+            x = tensors[0]
+            kind = torch.promote_types(x.dtype, torch.float32)  # on CUDA float32 also of half precision
+            return tuple(torch.empty(x.shape[1], dtype=kind, device=DEVICE) for _ in range(results))
         if func.overloadpacket is not torch.ops.aten._fused_sgd_:
             return func(*args, **kwargs)
         for weight, *others in zip(*(tensors for tensors in args[:3] if tensors), strict=True):
@@ -90,6 +114,20 @@ class _WithoutMemory(TorchDispatchMode):
         found_inf = kwargs.get("found_inf")
         assert found_inf is None or (found_inf.device, found_inf.dtype) == (DEVICE, torch.float32)
         return None
+
+
+class Launches(TorchDispatchMode):
+    """Operations that launch something on CUDA, by name; views of memory and questions launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in ("device", "empty", "new_empty", "lift_fresh", "pin_memory")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def _module_to(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
@@ -151,9 +189,10 @@ def _backward(
             if not accumulate_grad and node.name().endswith("AccumulateGrad"):
                 continue
             made = getattr(node, "apply", node)(*there)
-            for (after, number), gradient in zip(
-                node.next_functions, made if isinstance(made, tuple) else (made,), strict=False
-            ):
+            made = made if isinstance(made, tuple) else (made,)
+            more = len(made) - len(node.next_functions)  # a Function in Python says None of what is no tensor, first or last
+            made = made[more:] if more > 0 and made[:more] == (None,) * more else made
+            for (after, number), gradient in zip(node.next_functions, made, strict=False):
                 if after is not None:
                     arrive(after, number, gradient)
                     waiting[after] -= 1

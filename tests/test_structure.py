@@ -28,11 +28,12 @@ ROOMS = (
 # What must answer at once, or runs in every reading process.
 WITHOUT_TORCH = [
     "system", "config", "run.folder", "run.claim", "run.loggers", "run.status", "run.restarts", "run.steps", "run.summary",
+    "run.commands",
     "launch", "cli", "encoder.names",
     "train.__main__", "train.profiling", "train.session",
     "preflight.demo.images", "preflight.plan.hardware", "preflight.plan.settings", "preflight.check.findings",
     "evaluate.__main__", "evaluate.settings", "evaluate.sources", "evaluate.space",
-    "evaluate.features.file", "evaluate.features.store", "evaluate.compare", "evaluate.result.picture",
+    "evaluate.features.file", "evaluate.features.store", "evaluate.compare", "evaluate.status", "evaluate.result.picture",
     "data.manifest", "data.collection", "data.remote", "data.views.draws", "data.order", "data.portions",
     "data.pixels.images", "preflight.shared_memory",
     "convert.sources.find", "convert.settings", "convert.shards", "convert.index", "convert.verify",

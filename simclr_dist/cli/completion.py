@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from simclr_dist.cli.options import add_keys, complete_with, key_values
-from simclr_dist.cli.submit import ACTIONS
+from simclr_dist.cli.submit import ACTIONS, VERBS
 from simclr_dist.config.settings import Config
 from simclr_dist.config.strict_yaml import leaves
 
@@ -30,7 +30,7 @@ def complete(parser: argparse.ArgumentParser, verbs: Mapping[str, argparse.Argum
     from argcomplete.completers import FilesCompleter
 
     configs = FilesCompleter(allowednames=("yaml", "yml"))
-    completers = {"submit": lambda **context: [*ACTIONS, *configs(**context)]}
+    completers = {"submit": lambda **context: [*ACTIONS, *VERBS, *configs(**context)]}
     texts = {**_VALUES, "arch": key_values("model.encoder")}
     for name, verb in verbs.items():
         if name in _TAKE_SETTINGS:

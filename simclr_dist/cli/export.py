@@ -1,43 +1,71 @@
-"""Run the verb `export`: write an encoder for other programs."""
+"""Run the verb `export`: write an encoder for other programs. Or take one out of a checkpoint."""
 
 import argparse
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_dist.encoder.names import PATTERN
+from simclr_dist.encoder.names import PATTERN, check_is_file, encoder_path, newest_encoder
+from simclr_dist.run.commands import evaluate, printed
+from simclr_dist.run.folder import newest_step, stored_config
+from simclr_dist.run.steps import step_name, step_of
 from simclr_dist.system import signals
 from simclr_dist.system.errors import ConfigError
 
-HELP = "write an encoder as ONNX, tried against torch, or as a folder for a model hub"
+HELP = "write an encoder as ONNX or as a folder for a model hub, or out of a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simclr-dist export`."""
     add = parser.add_argument
-    add("encoder", metavar="ENCODER", help=PATTERN)
-    add("out", metavar="OUT", help="OUT.onnx, a file; or a new folder, with weights, a model card (README.md) and results")
+    add("encoder", metavar="ENCODER", help=f"{PATTERN}; or RUN, which is its last saved step; or a checkpoint of it")
+    what = "OUT.onnx; OUT.safetensors, an encoder; or a new folder, with weights, a model card (README.md) and results"
+    add("out", metavar="OUT", nargs="?", help=f"{what} (default: {PATTERN})")
     add("--layer", default="h", help="what comes out of the ONNX file: h, z, or projector.N (default: %(default)s)")
     add("--license", default="", metavar="ID", help="licence of the folder, for its card: apache-2.0, cc-by-nc-4.0, other")
 
 
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Export an encoder; return the exit code. Print how far ONNX Runtime is from torch. Raises UserError."""
-    ending = Path(arguments.out).suffix
-    if ending[1:].isalpha() and ending != ".onnx" and not arguments.out.endswith("/"):  # a folder may be called v1.2
-        raise ConfigError(f"export: {arguments.out!r} must end in .onnx, or in / for a folder")
-    if ending == ".onnx" and arguments.license:
-        raise ConfigError(f"--license: {arguments.license!r}: has no effect on an ONNX file; leave it out")
+    source = _saved(Path(arguments.encoder))
+    out = arguments.out or str(encoder_path(source.parent.parent, step_of(source) or 0))
+    ending, files = Path(out).suffix, (".onnx", ".safetensors")
+    if ending[1:].isalpha() and ending not in files and not out.endswith("/"):  # a folder may be called v1.2
+        raise ConfigError(f"export: {out!r} must end in .onnx or .safetensors, or in / for a folder")
+    if ending in files and arguments.license:
+        raise ConfigError(f"--license: {arguments.license!r}: has no effect on a {ending} file; leave it out")
     if ending != ".onnx" and arguments.layer != "h":
-        raise ConfigError(f"--layer: {arguments.layer!r}: a folder has the encoder, which is h; leave it out")
+        raise ConfigError(f"--layer: {arguments.layer!r}: has an effect on an .onnx file alone; leave it out")
+    if ending == ".safetensors" and Path(out).exists():
+        raise ConfigError(f"export: {out!r} is there already; name a new file")
     with signals.blocked(), signals.uncollected():  # torch's import passes over what a signal raises
         from simclr_dist.encoder.onnx import export_onnx
         from simclr_dist.evaluate.publish import publish
+        from simclr_dist.train.state import export_checkpoint
 
-    if ending != ".onnx":
-        measured = publish(arguments.encoder, arguments.out, arguments.license)
-        hint = "" if measured else "; no results are in its card: `simclr-dist eval` this encoder, and export it anew"
-        print(f"written: {arguments.out}{hint}")
-        return 0
-    difference = export_onnx(arguments.encoder, arguments.out, arguments.layer)
-    print(f"written: {arguments.out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")
+    with tempfile.TemporaryDirectory() as folder:
+        if source.suffix == ".pt":
+            source = export_checkpoint(source, Path(out if ending == ".safetensors" else f"{folder}/{source.stem}.safetensors"))
+        if ending == ".safetensors":
+            for suffix in (".json", ".projector", ending):
+                if source != Path(out) and (file := source.with_suffix(suffix)).exists():
+                    shutil.copyfile(file, Path(out).with_suffix(suffix))
+            print(f"written: {out}{printed(evaluate(out, stored_config(Path(arguments.encoder))))}")
+        elif ending == ".onnx":
+            difference = export_onnx(source, out, arguments.layer)
+            print(f"written: {out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")
+        else:
+            measured = publish(source, out, arguments.license)
+            hint = "" if measured else "; no results are in its card: `simclr-dist eval` this encoder, and export it anew"
+            print(f"written: {out}{hint}")
     return 0
+
+
+def _saved(path: Path) -> Path:
+    """Return the file of a run's last step on disk. Any other path is returned as it is."""
+    encoder, step = newest_encoder(path), newest_step(path)
+    if step > (step_of(encoder) or 0 if encoder else 0):
+        return path / "checkpoints" / step_name(step, ".pt")
+    check_is_file(encoder or path)
+    return encoder or path

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from simclr_dist.cli.options import add_device, add_settings, settings_from
-from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN
+from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN, encoder_of
 from simclr_dist.evaluate.settings import FinetuneSettings, check_alone
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED, say
@@ -17,7 +17,7 @@ _STOPPED = "simclr-dist: stopped by {signal}; the same command starts the finetu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simclr-dist finetune`."""
     add = parser.add_argument
-    add("encoder", metavar="ENCODER", help=f"an exported encoder: {PATTERN}; it stays as it is")
+    add("encoder", metavar="ENCODER", type=encoder_of, help=f"an encoder, or a run (its newest): {PATTERN}; it stays as it is")
     add("--train", required=True, metavar="SHARDS", help="folder of labelled shards to train on")
     add("--test", required=True, metavar="SHARDS", help="folder of labelled shards, seen once, after the last epoch")
     add_settings(parser, FinetuneSettings, start="WEIGHTS")

@@ -5,30 +5,35 @@ Nothing imports torch before the arguments, the config and the data have been ch
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
 
-from simclr_dist.cli import check, demo, embed, eval, export, finetune, manual, neighbours, plan, runs, shard, submit, train
+from simclr_dist.cli import train
 from simclr_dist.cli.completion import SHELLS, complete, script
 from simclr_dist.cli.exits import exit_code, refused, under_torchrun
+from simclr_dist.cli.manual import fill_in, interrupted
+from simclr_dist.cli.options import Parser
 from simclr_dist.launch.slurm import rescue
 from simclr_dist.system import stdout
 from simclr_dist.system.errors import OutputError, say
 from simclr_dist.system.machine import wait_without_spinning
+from simclr_dist.system.progress import Progress
+from simclr_dist.system.ranks import TYPED
 from simclr_dist.system.version import describe
 
 _INTERRUPTED, _READER_GONE = 130, 141  # as a shell has it: 128 and SIGINT, 128 and SIGPIPE
 
-_RUN_AS_RANKS = ("eval", "finetune", "embed", "check")
+_AS_RANKS = ("eval", "finetune", "embed", "check")
+# Others start processes that speak for themselves.
+_WORK_HERE = ("shard", "eval", "finetune", "embed", "neighbours", "duplicates", "export")
 
 # Each module has `HELP`, `add_arguments(parser)`, and `run(arguments, rest)`, which returns the exit code. `rest` is what the
 # options leave: settings of a config.
-VERBS = {
-    verb.__name__.rpartition(".")[2]: verb
-    for verb in (demo, shard, train, eval, finetune, embed, neighbours, export, submit, runs, plan, check)
-}
+_NAMES = "demo shard train eval finetune embed neighbours duplicates export submit status runs plan check"
+VERBS = {name: import_module(f"simclr_dist.cli.{name}") for name in _NAMES.split()}
 
 
 def _keep_folder_off_path() -> None:
@@ -47,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return rescue.main(arguments[1:])
     if arguments[:1] == ["train"] and under_torchrun():
         return train.main(arguments[1:])
+    os.environ[TYPED] = shlex.join(["simclr-dist", *arguments])
     wait_without_spinning()
     try:
         with stdout.checked():
@@ -70,27 +76,18 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     try:
-        return exit_code(lambda: VERBS[parsed.verb].run(parsed, rest), is_rank=parsed.verb in _RUN_AS_RANKS)
+        is_rank = parsed.verb in _AS_RANKS or "measure" in parsed
+        with Progress(parsed.verb, shown=parsed.verb in _WORK_HERE and os.environ.get("RANK", "0") == "0"):
+            return exit_code(lambda: VERBS[parsed.verb].run(parsed, rest), is_rank=is_rank)
     except KeyboardInterrupt:
-        say(manual.interrupted(parsed.verb))
+        say(interrupted(parsed.verb))
         return _INTERRUPTED
-
-
-class _Parser(argparse.ArgumentParser):
-    """Parser that refuses in one line, without the usage."""
-
-    def print_help(self, file: Any = None) -> None:
-        """Print the help. Raise where the pipe is closed: argparse's own method passes over that."""
-        print(self.format_help(), end="", file=file)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"simclr-dist: {message}; see `{self.prog} --help`\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line. Also answer a shell that asks for completions."""
     about = "Distributed large-batch SimCLR on WebDataset shards."
-    parser = _Parser("simclr-dist", description=about, allow_abbrev=False)  # as unknown options may pass
+    parser = Parser("simclr-dist", description=about, allow_abbrev=False)  # as unknown options may pass
     parser.add_argument("--version", action="store_true", help="this program's version, and what it runs on")
     completion = "a script: source <(simclr-dist --print-completion bash)"
     parser.add_argument("--print-completion", choices=SHELLS, help=completion)
@@ -98,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         # The help of `train` takes a CONFIG.
         verb.add_arguments(verbs.add_parser(name, help=verb.HELP, add_help=name != "train", allow_abbrev=False))
-    manual.fill_in(parser, verbs.choices)
+    fill_in(parser, verbs.choices)
     if "_ARGCOMPLETE" in os.environ:
         complete(parser, verbs.choices)
     return parser

@@ -16,6 +16,17 @@ from simclr_dist.config.together import optimizer_names
 T = TypeVar("T")
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser that refuses in one line, without the usage."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help. Raise where the pipe is closed: argparse's own method passes over that."""
+        print(self.format_help(), end="", file=file)
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"simclr-dist: {message}; see `{self.prog} --help`\n")
+
+
 def add_settings(parser: argparse.ArgumentParser, cls: type, *, all_optional: bool = False, **metavars: str) -> None:
     """Add an option for each field of a dataclass. A field without a default must be typed, unless `all_optional`.
 

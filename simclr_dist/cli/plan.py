@@ -1,13 +1,19 @@
 """Run the verb `plan`. It prints what a config will need, before it runs."""
 
 import argparse
+import dataclasses
 import json
+import os
+import sys
 from collections.abc import Sequence
 
+from simclr_dist.cli.exits import under_torchrun
 from simclr_dist.cli.options import add_settings, settings_from
+from simclr_dist.cli.train import tell_start
 from simclr_dist.config.load import load_config
+from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.plan.settings import PlanSettings
-from simclr_dist.system.signals import uncollected
+from simclr_dist.system.signals import die_with, uncollected
 
 HELP = "what a config will need, before it runs"
 
@@ -24,9 +30,23 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     settings = settings_from(PlanSettings, arguments)
     config = load_config(arguments.config, overrides)
     machines = settings.machines(config)
+    if settings.measure and "WORLD_SIZE" not in os.environ:
+        tell_start(settings.processes)
+        return torchrun(settings.processes, ["-m", "simclr_dist", *sys.argv[1:]])
+    if under_torchrun():
+        die_with(os.getppid())  # there is nothing to save
     with uncollected():
         from simclr_dist.preflight.plan.report import make_plan, text
 
-    plan = make_plan(config, world_size=settings.processes, samples=settings.samples, machines=machines)
+    ranks = int(os.environ["WORLD_SIZE"]) if settings.measure else settings.processes
+    plan = make_plan(config, world_size=ranks, samples=settings.samples, machines=machines)
+    if settings.measure:
+        from simclr_dist.method.distributed import lost_ranks_named, process_group
+        from simclr_dist.preflight.plan.measure import measure
+
+        with lost_ranks_named(), process_group(config.device, config.first_step_timeout_minutes) as world:
+            plan = plan.on(dataclasses.replace(machines, measured=measure(plan, world)))
+        if not world.is_main:
+            return 0
     print(json.dumps(plan.values(), indent=2) if arguments.json else text(plan))
     return 0

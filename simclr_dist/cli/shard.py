@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from simclr_dist.cli.options import add_settings, at_least, settings_from
 from simclr_dist.convert.settings import ShardSettings
+from simclr_dist.run.commands import command, printed
 from simclr_dist.system.errors import ConfigError, DataError
 from simclr_dist.system.machine import cores
 
@@ -23,6 +24,7 @@ _WITH = {  # the options that each mode takes beside those
     "verify": ("verify", "decode"),
     "statistics": ("statistics",),
     "part": ("part", "strict", *(field.name for field in dataclasses.fields(ShardSettings))),
+    "parts": ("strict", *(field.name for field in dataclasses.fields(ShardSettings))),
 }
 
 
@@ -46,7 +48,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Do what the options say; return the exit code. Raises UserError."""
     for mode, work in (("index", _index), ("verify", _verify), ("statistics", _statistics)):
         if getattr(arguments, mode) is not None:
-            _refuse_others(arguments, mode)
+            refuse_others(arguments, mode)
             return work(arguments)
     if arguments.source is None or arguments.destination is None:
         raise ConfigError(
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         raise ConfigError("--decode: has an effect with --verify only")
     settings = settings_from(ShardSettings, arguments)
     if arguments.part is not None:
-        _refuse_others(arguments, "part")
+        refuse_others(arguments, "part")
         return _part(arguments, settings)
     from simclr_dist.convert import shards
 
@@ -70,9 +72,9 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _refuse_others(arguments: argparse.Namespace, mode: str) -> None:
+def refuse_others(arguments: argparse.Namespace, mode: str) -> None:
     """Refuse options that this mode would pass over."""
-    if mode != "part" and arguments.source is not None:
+    if mode not in ("part", "parts") and arguments.source is not None:
         raise ConfigError(f"--{mode}: takes its folder alone; {arguments.source!r} is one too many")
     for name, value in vars(arguments).items():
         if value is not None and value is not False and name not in _ALWAYS and name not in _WITH[mode]:
@@ -94,7 +96,10 @@ def _report(summary: "ShardSummary", destination: Path) -> None:
     if summary.copies:
         print(f"duplicates: {len(summary.copies)} in all, listed in {destination / 'duplicates.jsonl'}")
     _report_left_out(summary.rejected, summary.skipped, destination)
-    print(f"written to {', '.join(map(str, summary.destinations))}")
+    after = command(
+        "train", "CONFIG", "--data.shards", destination / summary.destinations[0].relative_to(destination.resolve())
+    )
+    print(f"written to {', '.join(map(str, summary.destinations))}{printed(after)}")
 
 
 def _report_left_out(rejected: "tuple[Problem, ...]", skipped: "tuple[Problem, ...]", folder: Path) -> None:

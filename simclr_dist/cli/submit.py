@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simclr_dist.cli.options import at_least
 from simclr_dist.config.strict_yaml import pairs
 from simclr_dist.config.sweep import read_sweep
 from simclr_dist.encoder.names import newest_encoder, result_path
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict, refuse_programs
+from simclr_dist.launch.slurm.requeue import jobs_folder
 from simclr_dist.run.status import record_event
 from simclr_dist.run.sweep import check_sweep_folder, why_left
 from simclr_dist.system.errors import ConfigError, say
@@ -27,14 +29,18 @@ from simclr_dist.train.profiling import parse_profile
 if TYPE_CHECKING:  # pyarrow and submitit, which --help need not wait for
     from simclr_dist.launch.slurm.batch import Evaluation, Submission
 
-HELP = "train on a SLURM cluster; submit status | logs | cancel | resume RUN"
+HELP = "train on a SLURM cluster, or shard, embed, eval; submit status | logs | cancel | resume RUN"
 
 ACTIONS = ("status", "logs", "cancel", "resume")
+VERBS = ("shard", "embed", "eval")
 _OF_JOBS = {"profile", "dry_run", "allow_setup", "eval", "train", "test", "eval_profile", "profile_steps", "profile_rank"}
 # What each form takes.
 _OPTIONS = {
     "submit": {"local", "sweep", *_OF_JOBS},
     "resume": _OF_JOBS,
+    "shard": {"profile", "dry_run", "allow_setup", "parts", "finish_profile"},
+    "embed": {"profile", "dry_run", "allow_setup"},
+    "eval": {"profile", "dry_run", "allow_setup", "train", "test"},
     "logs": {"follow", "eval"},
     "status": set(),
     "cancel": set(),
@@ -43,14 +49,16 @@ _FOLLOW_SECONDS = 5.0  # between two questions whether a job has ended
 
 USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eval --train SHARDS --test SHARDS]
                           [--profile-steps STEPS] [--sweep KEY=V,V] [--key value ...]
-       simclr-dist submit status | logs [-f] | cancel | resume RUN"""
+       simclr-dist submit shard SRC DST --parts N --profile FILE [--finish-profile FILE] [options of shard]
+       simclr-dist submit embed | eval ... --profile FILE [options of that verb]
+       simclr-dist submit status | logs [-f] | cancel RUN, or what the jobs write; submit resume RUN"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `simclr-dist submit`. `run` takes what they leave: the run folder and settings."""
     parser.usage = USAGE
     add = parser.add_argument
-    add("config", metavar="CONFIG", nargs="?", help="YAML file; or status, logs, cancel, resume, with a run folder")
+    add("config", metavar="CONFIG", nargs="?", help="YAML file; or shard, embed, eval; or status, logs, cancel, resume")
     add("--profile", metavar="FILE", help="what is asked of SLURM (examples: launch/profiles)")
     add("--dry-run", action="store_true", help="show the batch script and the resolved config; needs no SLURM")
     add("--local", action="store_true", help="run the same job on this machine, with the profile's ranks of one node, or one")
@@ -66,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile-steps", metavar="STEPS", help="train's --profile: trace 3 steps of each start (or 10:13) into RUN/profile")
     add("--profile-rank", metavar="R", help="with --profile-steps: the rank, or all (default: 0)")
     add("--sweep", action="append", metavar="KEY=V,V", help="a run for each value, as one job array; more give all pairs")
+    add("--parts", type=at_least(1), metavar="N", help="with shard: tasks of the job array, each with a part of the images")
+    add("--finish-profile", metavar="FILE", help="with shard: profile of the job that writes the tars (default: the same)")
     add("-f", "--follow", action="store_true", help="with logs: go on until the job has ended")
 
 
@@ -73,15 +83,20 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Do what the command line says; return the exit code. Raises UserError."""
     if arguments.config is None:
         raise ConfigError("usage: simclr-dist submit CONFIG --profile FILE, or submit status RUN; --help says more")
-    action = arguments.config if arguments.config in ACTIONS else "submit"
+    action = arguments.config if arguments.config in (*ACTIONS, *VERBS) else "submit"
     for option in sorted(set.union(*_OPTIONS.values()) - _OPTIONS[action]):
         if getattr(arguments, option):
             raise ConfigError(f"--{option.replace('_', '-')}: has no effect on {action}; leave it out")
     if action == "submit":
         return _submit(arguments, rest)
+    if action in VERBS:
+        from simclr_dist.cli import jobs
+
+        return jobs.submit(arguments, rest)
     if not rest or rest[0].startswith("-"):
         raise ConfigError(f"submit {action}: which run? Its folder comes next: simclr-dist submit {action} RUN")
     folder, overrides = Path(rest[0]).absolute(), rest[1:]
+    folder = next((one for one in (folder, jobs_folder(folder)) if (one / "submission.json").exists()), folder)
     if action == "resume":
         return _resume(arguments, folder, overrides)
     if overrides:
@@ -179,6 +194,8 @@ def _resume(arguments: argparse.Namespace, folder: Path, overrides: Sequence[str
     from simclr_dist.launch.slurm.submission import prepare, read_record
 
     record, where = read_record(folder), folder / "submission.json"
+    if "tasks" in record:
+        raise ConfigError(f"submit resume: is for runs; the same `submit {record['config']} ...` again sends what is left")
     if arguments.profile is None:
         profile = profile_from_dict(record["profile"], f"{where}: profile", allow_setup=arguments.allow_setup)
     else:
@@ -243,9 +260,9 @@ def _send(submission: "Submission", *, dry_run: bool) -> int:
 def _cancel(run: Path, record: Mapping[str, Any]) -> int:
     """Cancel the jobs of a run that have not ended. Raises ConfigError for a copy's, and where SLURM refuses."""
     from simclr_dist.launch.slurm.status import note_end
-    from simclr_dist.launch.slurm.submission import original_of
+    from simclr_dist.launch.slurm.submission import jobs_of, original_of
 
-    jobs = list(filter(None, (record["job_id"], record["eval_job_id"])))
+    jobs = list(jobs_of(record).values())
     if origin := original_of(run, record):
         original, there = origin
         cure = f"cancel it there: `simclr-dist submit cancel {shlex.quote(str(original))}`"
@@ -264,28 +281,32 @@ def _cancel(run: Path, record: Mapping[str, Any]) -> int:
     if refused := scheduler.cancel(alive):
         (run / "cancelled").unlink()
         raise ConfigError(f"{run}: not cancelled: {refused}")
-    record_event(run, "cancelled", kind="train" if record["job_id"] in alive else "eval", jobs=alive)
-    resume = f"`simclr-dist submit resume {shlex.quote(str(run))}`"
-    print(f"cancelled: job {' and '.join(alive)}; {resume} goes on from the last save")
+    kind = "work" if "tasks" in record else "train" if record["job_id"] in alive else "eval"
+    record_event(run, "cancelled", kind=kind, jobs=alive)
+    resume = f"`simclr-dist submit resume {shlex.quote(str(run))}` goes on from the last save"
+    print(f"cancelled: job {' and '.join(alive)}; {'the same command sends what is left' if kind == 'work' else resume}")
     return 0
 
 
 def _logs(run: Path, record: Mapping[str, Any], *, evaluation: bool, follow: bool) -> int:
     """Print the log of a run's job. With `follow`, go on until the job has ended."""
-    job = record["eval_job_id" if evaluation else "job_id"]
-    if job is None:
+    from simclr_dist.launch.slurm.submission import jobs_of
+
+    jobs = [number for title, number in jobs_of(record).items() if (title == "evaluation") == evaluation]
+    if not jobs:
         raise ConfigError(f"{run}: no evaluation was submitted; simclr-dist submit ... --eval does that")
     if follow:
         scheduler.require("squeue")
-    files = tails(run / "slurm", job)
+    files = [log for job in jobs for log in tails(run / "slurm", job)]
     written = [log.copy() for log in files]
-    last_question, state = -math.inf, None
-    while follow and (state is None or not state.over):
+    last_question, states = -math.inf, list[scheduler.JobState]()
+    while follow and not (states and all(state.over for state in states)):
         if time.monotonic() - last_question >= _FOLLOW_SECONDS:
-            last_question, state = time.monotonic(), scheduler.state(job)
+            last_question, states = time.monotonic(), scheduler.states(jobs)
         else:
             time.sleep(0.2)
         written += [log.copy() for log in files]  # after the question: a job that has ended has written all
     if not any(written):
-        print(f"job {job} has written nothing: {state or scheduler.state(job)}", file=sys.stderr)
+        for job, state in zip(jobs, states or scheduler.states(jobs), strict=True):
+            print(f"job {job} has written nothing: {state}", file=sys.stderr)
     return 0

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from simclr_dist.cli.exits import exit_code, under_torchrun
@@ -15,10 +16,11 @@ from simclr_dist.config.sweep import read_sweep
 from simclr_dist.config.together import check_fits, check_machine
 from simclr_dist.launch.rendezvous import Nodes
 from simclr_dist.launch.torchrun import torchrun
+from simclr_dist.run.commands import printed
 from simclr_dist.run.summary import is_run
 from simclr_dist.run.sweep import check_sweep_folder, why_left
 from simclr_dist.system import signals
-from simclr_dist.system.errors import PREEMPTED, ConfigError, PassingError, say
+from simclr_dist.system.errors import PREEMPTED, ConfigError, PassingError, UserError, say
 from simclr_dist.system.machine import wait_without_spinning
 from simclr_dist.system.ranks import read_place
 from simclr_dist.system.slurm_job import gpus_given
@@ -54,13 +56,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ConfigError("usage: simclr-dist train CONFIG [--processes N] [--key value ...]; --help lists every setting")
     read_place()  # one rank takes its place from the environment
     signals.listen()  # torch may be imported to count GPUs: seconds in which a signal would be the end
-    if parent := os.environ.pop(PARENT, ""):
+    if parent := os.environ.pop(PARENT, ""):  # which says in its own way what came of it
         signals.die_with(int(parent), signal.SIGTERM)
     if arguments.sweep:
         return _sweep(arguments, overrides)
     if arguments.dry_run:
         raise ConfigError("--dry-run: goes with --sweep, whose runs it lists; `simclr-dist plan CONFIG` says what one needs")
-    return _checked(arguments, overrides)()
+    return _checked(arguments, overrides, alone=arguments.nnodes is None and not parent)()
 
 
 def _sweep(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -95,8 +97,8 @@ def _sweep(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return worst
 
 
-def _checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Callable[[], int]:
-    """Check all that can be refused; return what starts the ranks. Raises UserError."""
+def _checked(arguments: argparse.Namespace, overrides: Sequence[str], *, alone: bool = False) -> Callable[[], int]:
+    """Check all that can be refused; return what starts the ranks. A run `alone` tells what comes next. Raises UserError."""
     profile = parse_profile(arguments.profile, arguments.profile_rank)
     config = load_config(arguments.config, overrides, options=_options(arguments.parser))
     nodes = _meeting(arguments, config)
@@ -127,7 +129,15 @@ def _checked(arguments: argparse.Namespace, overrides: Sequence[str]) -> Callabl
 
     def start() -> int:
         tell_start(processes)
-        return torchrun(processes, command, Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
+        code = torchrun(processes, command, run := Path(config.run_folder), nodes=nodes, max_restarts=arguments.max_restarts)
+        if alone and code != 2:  # the refusal has said what to do
+            from simclr_dist.evaluate.compare import compare
+            from simclr_dist.evaluate.status import next_commands
+
+            with suppress(UserError, OSError):
+                if commands := next_commands(compare([run]).rows[0]):
+                    say(printed(*commands).removeprefix("\n"), "")
+        return code
 
     return start
 

@@ -128,9 +128,9 @@ def _refusal(value: Any, hint: Any) -> str | None:
 
 @functools.cache
 def descriptions(cls: type) -> dict[str, str]:
-    """Map each setting's dotted key to its docstring. Nested dataclasses are included."""
+    """Map each setting's dotted key to its docstring. Nested and inherited dataclasses are included."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    texts = {}
+    texts = {key: text for base in cls.__bases__ if dataclasses.is_dataclass(base) for key, text in descriptions(base).items()}
     for field, after in itertools.pairwise(typing.cast(ast.ClassDef, definition).body):
         match field, after:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):

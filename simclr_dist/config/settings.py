@@ -260,8 +260,10 @@ class Config:
     """Memory order of images and weights; pays on GPUs and CPUs."""
     compile: bool = False
     """torch.compile the encoder, and colour views by C++ where they are coloured on CPUs; there it needs g++, or CXX."""
-    deterministic: bool = False
-    """CUDA: only deterministic kernels, and gradients summed in rank order; slower."""
+    deterministic: Literal[False, True, "exact"] = False
+    """true: CUDA's repeatable kernels, gradients summed in rank order; exact: the same bits at any number of ranks."""
+    exact_piece: Count = 32
+    """Images that `deterministic: exact` computes at a time; each rank has a whole number of pieces of a micro-batch."""
     max_skipped_steps: Annotated[Count, MAY_CHANGE] = 10
     """Non-finite steps in a row (each skipped) that end the run as diverged."""
     check_ranks_every: Annotated[Natural, MAY_CHANGE] = 100
@@ -289,6 +291,11 @@ class Config:
     def number_bytes(self) -> int:
         """Return the bytes of a weight, gradient, or number of z."""
         return 8 if self.precision == "fp64" else 4
+
+    @property
+    def piece(self) -> int:
+        """Return the images whose multiple each rank has of a micro-batch."""
+        return self.exact_piece if self.deterministic == "exact" else 1
 
     def steps_per_epoch(self, samples: int) -> int:
         """Count the whole global batches in `samples` images."""

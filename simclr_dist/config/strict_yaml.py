@@ -150,7 +150,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
-            raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(str, args))}{suggest(str(value), args)}")
+            raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(spell, args))}{suggest(str(value), args)}")
         return value
     if origin in (types.UnionType, typing.Union):  # the latter of `Literal[...] | None`
         return None if value is None else _convert(value, next(a for a in args if a is not types.NoneType), where)

@@ -11,7 +11,7 @@ from typing import NoReturn
 from simclr_dist.config.networks import unknown_encoder
 from simclr_dist.config.ranges import LARGEST, out_of_range
 from simclr_dist.config.settings import ENCODERS, Config, DataConfig, ModelConfig, OptimConfig, ProbeConfig
-from simclr_dist.config.strict_yaml import suggest
+from simclr_dist.config.strict_yaml import spell, suggest
 from simclr_dist.system.errors import ConfigError, redact, shown
 from simclr_dist.system.machine import cpp_compiler, memory_bytes, most_processes
 
@@ -50,9 +50,13 @@ def check(config: Config, source: str) -> None:
     if not config.data.shards:
         refuse("data.shards", "is empty; name a folder that `simclr-dist shard` wrote")
     if (config.steps is None) == (config.epochs is None):
-        raise ConfigError(f"{source}: steps: {config.steps}, epochs: {config.epochs}: set exactly one of the two")
+        cure = "" if config.steps is None else "; `--epochs null` takes a file's away"
+        raise ConfigError(f"{source}: steps: {config.steps}, epochs: {config.epochs}: set exactly one of the two{cure}")
     if config.activation_checkpointing and config.compile:
         refuse("activation_checkpointing", "does not go with compile; set one of the two")
+    for key in ("compile", "activation_checkpointing"):
+        if config.deterministic == "exact" and getattr(config, key):
+            refuse(key, "does not go with deterministic: exact; set one of the two")
     if config.global_batch_size % config.micro_batches:
         refuse("micro_batches", f"does not divide global_batch_size {config.global_batch_size}")
     model = config.model
@@ -95,6 +99,7 @@ def _check_effects(config: Config, refuse: _Refuse) -> None:
         (("views.blur_sigma",) if views.blur == 0 else ("views.blur", "views.blur_sigma"), no_blur),
         (("model.projector_hidden",), f"model.projector_depth: {depth}" if depth < 2 else ""),
         (("model.projector_dim", "model.projector_batch_norm"), "model.projector_depth: 0" if depth < 1 else ""),
+        (("exact_piece",), "" if config.deterministic == "exact" else f"deterministic: {spell(config.deterministic)}"),
         (("log.views_every_epochs",), "" if config.log.tensorboard else "log.tensorboard: false"),
     ]
     for key, other in ((key, other) for keys, other in idle for key in keys if other):
@@ -201,11 +206,12 @@ def check_fits(config: Config, samples: int, world_size: int, done: int = 0) -> 
         raise ConfigError(
             f"global_batch_size: {batch} is larger than the {samples} images of {config.data.shards}; lower it, or add images"
         )
-    pieces = config.micro_batches * world_size
+    pieces = config.micro_batches * world_size * config.piece
+    of_piece = f" x {config.piece} images of an exact_piece" if config.piece > 1 else ""
     if batch % pieces:
         raise ConfigError(
-            f"global_batch_size: {batch} is not divided by {world_size} processes x {config.micro_batches} micro_batches;"
-            f" {max(batch // pieces, 1) * pieces} would be"
+            f"global_batch_size: {batch} is not divided by {world_size} processes x {config.micro_batches} micro_batches"
+            f"{of_piece}; {max(batch // pieces, 1) * pieces} would be"
         )
     total, warmup = config.total_steps(samples), config.warmup_steps(samples)
     if total > LARGEST:
@@ -229,6 +235,8 @@ def doubts(config: Config, samples: int, world_size: int, side: int, short_side:
     `side`: of a view in pixels; `short_side`: of the median image, None where it is not known.
     """
     batch = config.global_batch_size
+    if config.warmup_steps(samples) == config.total_steps(samples):
+        yield f"optim.warmup_epochs: all {config.total_steps(samples)} steps are warm-up, so the rate never falls; lower it"
     if 2 * batch > samples:
         step = f"a step takes {100 * batch / samples:.0f} % of the {samples} images"
         yield f"global_batch_size: {batch}: {step}, so others of an image's class are most of its negatives; lower it"

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from simclr_dist.data.order import Rows
 from simclr_dist.system.errors import DataError
 
-SPLIT_NAMES = ("train", "test")
+SPLIT_NAMES = {0: ("",), 2: ("train", "test"), 3: ("train", "val", "test")}  # by the number of shares
 
 
 def find_copies(sha256: NDArray[np.bytes_]) -> tuple[Rows, Rows]:
@@ -33,12 +33,16 @@ def deal(
         return {"": shuffled}
     _, once, copy_of = np.unique(sha256, return_index=True, return_inverse=True)
     by_label = np.lexsort((index[once], sides[once], label[once]))
-    # Every 1/share-th image of the list sorted by label: each class and the whole set get the share to within one image.
-    share = round(split[1] * 1_000_000)
-    steps = np.arange(len(once) + 1, dtype=np.int64) * share // 1_000_000
-    chosen = np.zeros(len(once), dtype=bool)
-    chosen[by_label] = np.diff(steps) > 0
-    in_test = chosen[copy_of][shuffled]
-    if in_test.all() or not in_test.any():
-        raise DataError(f"split {split[0]:g}/{split[1]:g} of {len(once)} different images leaves one side empty; use another")
-    return dict(zip(SPLIT_NAMES, (shuffled[~in_test], shuffled[in_test]), strict=True))
+    # Every 1/share-th image of the list sorted by label: each class and the whole set get the share to within one image. The
+    # last side comes first, so that the test images are the same with and without a side for validation.
+    side, left = np.zeros(len(once), dtype=np.int64), 1_000_000
+    for number in range(len(split) - 1, 0, -1):
+        share = round(split[number] * 1_000_000)
+        chosen = np.diff(np.arange(len(by_label) + 1, dtype=np.int64) * share // left) > 0
+        side[by_label[chosen]], by_label, left = number, by_label[~chosen], left - share
+    dealt = side[copy_of][shuffled]
+    every = {name: shuffled[dealt == number] for number, name in enumerate(SPLIT_NAMES[len(split)])}
+    if not all(map(len, every.values())):
+        shares = "/".join(f"{share:g}" for share in split)
+        raise DataError(f"split {shares} of {len(once)} different images leaves one side empty; use another")
+    return every

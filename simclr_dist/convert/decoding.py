@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from simclr_dist.convert.partial import Partial, StaleError, put
+from simclr_dist.convert.partial import Partial, StaleError, part_of, put
 from simclr_dist.convert.sources.originals import Chunk, Original, Problem
 from simclr_dist.data.manifest import row_table
 from simclr_dist.data.pixels.channels import prepare
@@ -51,7 +51,7 @@ class Decoder:
         stamp = chunk.stamp().hex()
         if (about := _read_about(path)) is not None:
             if about["settings"] != self.settings:
-                part = f"(part {number % self.parts + 1}) " if self.parts > 1 else ""
+                part = f"(part {part_of(number, self.parts)}) " if self.parts > 1 else ""
                 raise StaleError(
                     f"{path}: {part}was made with other settings; remove that file, and its .bytes, to make it anew"
                 )

@@ -59,8 +59,8 @@ def write_record(
 def write_info(folder: Path, sides: Mapping[str, Mapping[str, int]]) -> list[Path]:
     """Write _info.json: how many images each tar has, for readers of others. Returns the paths.
 
-    `sides` has that for each side ('', train or test) by the tar's name. timm's `wds/` takes the splits, wids the list. The
-    file lies beside each manifest; the split of a side '' is train. With two sides a file above them has both.
+    `sides` has that for each side ('', train, val or test) by the tar's name. timm's `wds/` takes the splits, wids the list.
+    The file lies beside each manifest; the split of a side '' is train. With several sides a file above them has all.
     """
     splits: dict[Path, dict[str, dict[str, int]]] = {}
     for side, counts in sides.items():

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial as bind
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from simclr_dist.convert.finished import REJECTED_NAME, check_rejected, write_list
 from simclr_dist.convert.partial import disk_errors
@@ -25,6 +23,7 @@ from simclr_dist.data.pixels.channels import prepare
 from simclr_dist.data.pixels.kinds import RGB8, Kind
 from simclr_dist.system.errors import DataError, printable
 from simclr_dist.system.machine import cores
+from simclr_dist.system.progress import Progress
 
 _UNREADABLE = "a name that is no printable text"
 
@@ -59,17 +58,17 @@ def index_shards(
     """
     folder = Path(folder)
     tars, rejected, skipped = _usable_tars(folder)
-    bar = tqdm(total=len(tars), desc="reading", unit="tar", disable=not (progress and sys.stderr.isatty()))
+    shown = Progress("reading", len(tars), "tars", shown=progress)
     with disk_errors(folder):
         with tempfile.TemporaryFile(dir=folder):  # fails now, and not after hours of work
             pass
         tables: list[pa.Table] = []
-        with bar, workers(min(processes or cores(), len(tars)), (__name__,), folder) as run:
+        with shown, workers(min(processes or cores(), len(tars)), (__name__,), folder) as run:
             for table, problems, hidden in run(bind(_read_tar, kind=kind), tars):
                 tables.append(table)
                 rejected += problems
                 skipped += hidden
-                bar.update()
+                shown.done += 1
         rows = pa.concat_tables(tables)
         if strict and rejected:
             raise DataError(f"{folder}: strict, and {len(rejected)} samples cannot be used; the first: {rejected[0]}")

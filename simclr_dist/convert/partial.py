@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from simclr_dist.system.errors import DamagedError, DataError, reason_of
+from simclr_dist.system.errors import DamagedError, DataError, PassingError, reason_of
 from simclr_dist.system.files import lock, read_object, sync
 
 _FOLDERS = ("units", "out", "rows", "temporary")
@@ -38,18 +38,26 @@ class Partial:
         """Return the path of a unit's records. They are there when it is done. `kind` "bytes" is what it keeps beside them."""
         return self.units / f"{number:06d}.{kind}"
 
+    def whole_files(self, part: int = 0) -> int:
+        """Count the units of a part. 0: those of all, and the tars."""
+        if part == 0:
+            return sum(1 for folder in (self.units, self.rows) for _ in folder.glob("*.arrow"))
+        parts = read_object(self.settings, {"parts": int}).get("parts", 1)
+        return sum(part_of(int(path.stem), parts) == part for path in self.units.glob("*.arrow"))
+
     def temporary(self) -> Path:
         """Name a new file that is not whole yet. It has the process id: a killed run's last worker may still be writing."""
         return self.folder / "temporary" / f"{os.getpid()}-{secrets.token_hex(4)}"
 
-    def foreign(self) -> Path | None:
-        """Return the first thing in the way that no conversion wrote. Returns None where there is none."""
-        if self.folder.is_symlink() or not self.folder.is_dir():
-            return self.folder
+    def check_ours(self) -> None:
+        """Raise DataError for what is in the way and no conversion wrote."""
+        first: Path | None = self.folder
         # The lock comes first, then the settings, then all else; and another part may be making them right now.
-        if self._is_begun() or (first := next(self._no_beginning(), None)) is None or self._is_begun():
-            return None
-        return first
+        if (ours := self.folder.is_dir() and not self.folder.is_symlink()) and not self._is_begun():
+            first = next(self._no_beginning(), None)
+        if ours and (first is None or self._is_begun()):
+            return
+        raise DataError(f"{first}: is in the way and was not made by simclr-dist; move it elsewhere")
 
     def _is_begun(self) -> bool:
         return self.lock.exists() and self.settings.exists()
@@ -66,6 +74,11 @@ class Partial:
             for path in (self.records, *self.folder.glob("part-*.lock"), self.settings, self.lock):
                 path.unlink(missing_ok=True)
             self.folder.rmdir()
+
+
+def part_of(unit: int, parts: int) -> int:
+    """Return the number, from 1, of the part that makes a unit."""
+    return unit % parts + 1
 
 
 @contextmanager
@@ -87,21 +100,20 @@ def put(temporary: Path, path: Path) -> None:
 def hold(destination: Path, about: dict[str, object], part: int | None = None) -> Iterator[Partial]:
     """Hold DST.partial for one run alone, or for one `part`. Parts work beside each other; a stopped run's is taken over.
 
-    `about` is what two runs must agree on. Raises StaleError where they do not, DataError where another run is at work or the
-    folder is not ours.
+    `about` is what two runs must agree on. Raises StaleError where they do not, DataError where the folder is not ours, and
+    PassingError where another run is at work: in a SLURM job that is one on a lost node, whose lock its disk will take back.
     """
     partial = Partial(destination)
     if not os.path.lexists(partial.folder):
         partial.folder.mkdir(parents=True, exist_ok=True)
-    if (foreign := partial.foreign()) is not None:
-        raise DataError(f"{foreign}: is in the way and was not made by simclr-dist; move it elsewhere")
+    partial.check_ours()
     with ExitStack() as locks:
         if not lock(locks.enter_context(partial.lock.open("a")).fileno(), shared=part is not None):
-            raise DataError(f"{destination}: another run is writing it; wait for that one or stop it")
+            raise PassingError(f"{destination}: another run is writing it; wait for that one or stop it")
         if part is not None:
             path = partial.folder / f"part-{part}.lock"
             if not lock(locks.enter_context(path.open("a")).fileno()):
-                raise DataError(f"{destination}: another run works on part {part}; wait for that one or stop it")
+                raise PassingError(f"{destination}: another run works on part {part}; wait for that one or stop it")
         for name in _FOLDERS:
             (partial.folder / name).mkdir(exist_ok=True)
         if not partial.settings.exists():

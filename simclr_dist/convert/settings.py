@@ -24,8 +24,8 @@ class ShardSettings:
     """Channels of every image: 1 is gray, 3 RGB (gray fits), 4 RGB with alpha, others as TIFFs have them."""
     bit_depth: Literal[8, 16] = 8
     """Bits of a channel; with 8, images of 16 bits lose half of them."""
-    split: tuple[float, float] | None = None
-    """Two shares like 0.8/0.2: write DST/train and DST/test, stratified by label."""
+    split: tuple[float, ...] | None = None
+    """Shares like 0.8/0.2: write DST/train and DST/test; like 0.8/0.1/0.1: DST/val, too. Stratified by label."""
     image_column: str | None = None
     """Column of a table: image bytes (default: image, img, or the only one); of a list: path."""
     label_column: str | None = None
@@ -33,10 +33,11 @@ class ShardSettings:
 
     def __post_init__(self) -> None:
         if self.split is not None:
-            sums_up = len(self.split) == 2 and abs(sum(self.split) - 1) <= 1e-6  # typed shares are rounded
+            sums_up = len(self.split) in (2, 3) and abs(sum(self.split) - 1) <= 1e-6  # typed shares are rounded
             if not sums_up or min(self.split) <= 0:
                 shares = "/".join(f"{share:.9g}" for share in self.split)
-                raise ConfigError(f"split: {shares} must be two shares above 0, train and test, that add up to 1, like 0.8/0.2")
+                sides = "shares above 0 of train and test, or of train, val and test"
+                raise ConfigError(f"split: {shares} must be {sides}, that add up to 1, like 0.8/0.2 or 0.8/0.1/0.1")
         check_ranges(self)
 
     @property

@@ -7,23 +7,21 @@ files in DST.partial. So a conversion that was killed goes on, and several machi
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from simclr_dist.config.ranges import Range
 from simclr_dist.convert.dealing import SPLIT_NAMES, deal, find_copies
 from simclr_dist.convert.decoding import Decoder, Records, gather, names_of
 from simclr_dist.convert.finished import RECORD_NAME, ShardSummary, read_record, write_info, write_record
-from simclr_dist.convert.partial import Partial, StaleError, check, disk_errors, hold
+from simclr_dist.convert.partial import Partial, StaleError, check, disk_errors, hold, part_of
 from simclr_dist.convert.settings import ShardSettings
 from simclr_dist.convert.sources.find import find_source
 from simclr_dist.convert.sources.originals import Problem, ReadError, Source, split_names
@@ -33,6 +31,7 @@ from simclr_dist.data.manifest import read_manifest
 from simclr_dist.data.pixels import tiff
 from simclr_dist.system.errors import ConfigError, DamagedError, DataError
 from simclr_dist.system.files import read_object, sync
+from simclr_dist.system.progress import Progress
 
 _FORMAT = 1
 
@@ -81,6 +80,19 @@ def write_shards(
         except DataError:
             partial.remove()  # nothing to go on with
             raise
+
+
+def parts_left(source: str | Path, destination: str | Path, settings: ShardSettings, parts: int) -> list[int] | None:
+    """List the parts that are not done. Return None where the shards are. Nothing is written. Raises as `write_part`."""
+    conversion = _Conversion(source, destination, settings, parts=parts, processes=1, progress=False)
+    if conversion.finished(strict=False) is not None:
+        return None
+    partial = Partial(conversion.destination)
+    if os.path.lexists(partial.folder):
+        partial.check_ours()
+    if partial.settings.exists():
+        check(partial, conversion.about)
+    return conversion.missing_parts(partial)
 
 
 def write_part(
@@ -143,7 +155,7 @@ class _Conversion:
             _check_destination(self.destination, Path(source).resolve())
         self.source: Source = find_source(source, image_column=settings.image_column, label_column=settings.label_column)
         self.processes = processes_for(len(self.source)) if processes is None else processes
-        self.bar: Callable[..., tqdm[Any]] = bind(tqdm, unit="image", disable=not (progress and sys.stderr.isatty()))
+        self.progress = progress
         listing = hashlib.sha256(json.dumps(self.source.classes).encode())
         for chunk in self.source.chunks:
             listing.update(chunk.identity())
@@ -161,7 +173,7 @@ class _Conversion:
         done = None
         if (self.destination / RECORD_NAME).exists():  # stamps of all files take a while
             about = self._lasting(chunk.stamp().hex() for chunk in self.source.chunks)
-            done = read_record(self.destination, about, self.source, SPLIT_NAMES if self.settings.split else ("",))
+            done = read_record(self.destination, about, self.source, SPLIT_NAMES[len(self.settings.split or ())])
         if done is None:
             self.check_unused()
             return None
@@ -176,14 +188,14 @@ class _Conversion:
         kept = {name: self.about[name] for name in (*self.settings.described(), "listing", "format")}
         return kept | {"stamp": hashlib.sha256("".join(stamps).encode()).hexdigest()}
 
-    def workers(self, units: range) -> Any:
-        preload, cure = ("simclr_dist.convert.decoding", "webdataset.writer"), "use fewer processes, and it goes on from there"
+    def workers(self, units: range, *more: str) -> Any:
+        preload, cure = ("simclr_dist.convert.decoding", *more), "use fewer processes, and it goes on from there"
         return workers(min(self.processes, len(units)), preload, self.destination, cure)
 
     def missing_parts(self, partial: Partial) -> list[int]:
         """List the parts with a unit that is not there."""
         units = range(len(self.source.chunks))
-        return sorted({unit % self.parts + 1 for unit in units if not partial.unit(unit).exists()})
+        return sorted({part_of(unit, self.parts) for unit in units if not partial.unit(unit).exists()})
 
     def decode(self, partial: Partial, units: range, run: Map) -> tuple[int, int, str]:
         """Do the first pass over these units. Returns the numbers of good and bad images, and the first bad one."""
@@ -191,16 +203,16 @@ class _Conversion:
         decoder = Decoder(partial, digest, self.parts, self.settings.short_side, self.settings.quality, self.settings.kind)
         good, bad, first_bad = 0, 0, ""
         total = sum(len(self.source.chunks[unit]) for unit in units)
-        with self.bar(desc="decoding", total=total) as shown:
+        with Progress("decoding", total, "images", shown=self.progress) as shown:
             for fine, wrong, first in run(decoder, ((unit, self.source.chunks[unit]) for unit in units)):
                 good, bad, first_bad = good + fine, bad + wrong, first_bad or first
-                shown.update(fine + wrong)
+                shown.done += fine + wrong
         return good, bad, first_bad
 
     def finish(self, partial: Partial, *, strict: bool) -> ShardSummary:
         """Do what is left of both passes. Then put the destination in its place."""
         units = range(len(self.source.chunks))
-        with self.workers(units) as run:
+        with self.workers(units, "webdataset.writer") as run:
             self.decode(partial, units, run)
             records = gather(partial, len(units))
             rejected = self.source.rejected + records.rejected
@@ -211,9 +223,9 @@ class _Conversion:
             sizes = {side: {shard.name: len(shard.rows) for shard in shards if shard.side == side} for side in sides}
             for side in sides:
                 (partial.out / side).mkdir(exist_ok=True)
-            with self.bar(desc="writing", total=len(records.index)) as shown:
+            with Progress("writing", len(records.index), "images", shown=self.progress) as shown:
                 for written in run(Writer(partial, self.source.classes), shards):
-                    shown.update(written)
+                    shown.done += written
         total_bytes = write_manifests(partial, shards, self.source.classes, self.settings.kind)
         copies = self._copies(partial, records)
         about = self._lasting(records.stamps)

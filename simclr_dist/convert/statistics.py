@@ -1,18 +1,17 @@
 """Measure each channel's mean and standard deviation over a folder of shards."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from simclr_dist.convert.workers import workers
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.system.errors import DataError
 from simclr_dist.system.machine import cores
+from simclr_dist.system.progress import Progress
 
 _LEAST = 1e-6  # a step of 16 bits is 15 times as much; sums in float64 are good to a hundredth of it
 _IMAGES = 256  # a task: a shard of others may have a million
@@ -37,11 +36,11 @@ def measure(folder: str | Path, *, processes: int | None = None, progress: bool 
     manifest = load_manifest(folder)
     tasks = [(str(folder), first, min(first + _IMAGES, len(manifest))) for first in range(0, len(manifest), _IMAGES)]
     sums = np.zeros((2, manifest.kind.channels))
-    bar = tqdm(total=len(manifest), desc="measuring", unit="image", disable=not (progress and sys.stderr.isatty()))
-    with bar, workers(min(processes or cores(), len(tasks)), (__name__, "simclr_dist.data.reader"), Path(folder)) as run:
+    shown = Progress("measuring", len(manifest), "images", shown=progress)
+    with shown, workers(min(processes or cores(), len(tasks)), (__name__, "simclr_dist.data.reader"), Path(folder)) as run:
         for (_, first, end), part in zip(tasks, run(_sums, tasks), strict=True):
             sums += part
-            bar.update(end - first)
+            shown.done += end - first
     mean, square = sums / len(manifest)
     std = np.sqrt(np.maximum(square - mean**2, 0))
     if std.min() < _LEAST:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial as bind
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from simclr_dist.convert.sources.archives import is_label, parse_label, read_label, webdataset_key
 from simclr_dist.convert.sources.originals import is_image_name
@@ -23,6 +21,7 @@ from simclr_dist.data.pixels.kinds import Kind
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.system.errors import DataError, printable, reason_of
 from simclr_dist.system.machine import cores
+from simclr_dist.system.progress import Progress
 
 _COLUMNS = ("key", "offset", "size", "label", "width", "height", "sha256")
 _Members = dict[int, tuple[str, int]]  # name and size by place
@@ -64,15 +63,15 @@ def verify_shards(
         _check_indices(manifest, report)
     shards = sum(len(manifest.shards) for manifest in manifests)
     numbers, reported = np.zeros(3, dtype=np.int64), 0
-    bar = tqdm(total=sum(map(len, manifests)), unit="image", disable=not (progress and sys.stderr.isatty()))
-    with bar, workers(min(processes or cores(), shards), (__name__,), folder) as run:
+    shown = Progress("reading", sum(map(len, manifests)), "images", shown=progress)
+    with shown, workers(min(processes or cores(), shards), (__name__,), folder) as run:
         for manifest in manifests:
             results = run(bind(_check_shard, kind=manifest.kind if decode else None), _tasks(manifest))
             for images, (lines, *counted) in zip(manifest.shard_sizes.tolist(), results, strict=True):
                 for line in lines:
                     report(line)
                 numbers, reported = numbers + counted, reported + len(lines)
-                bar.update(images)
+                shown.done += images
     bad, unlisted, read = numbers.tolist()
     return VerifySummary(sum(map(len, manifests)), shards, read, bad, reported, unlisted)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from simclr_dist.config.networks import unknown_encoder
-from simclr_dist.config.ranges import Range, check_ranges
+from simclr_dist.config.ranges import Positive, Range, check_ranges
 from simclr_dist.config.settings import ENCODERS, Stem
 from simclr_dist.run.steps import step_name
 from simclr_dist.system.errors import ConfigError, DataError, shown
@@ -34,6 +34,10 @@ class Foreign:
     """With --weights: channels of the images."""
     prefix: str | None = None
     """With --weights: what the encoder's names begin with, where the file holds several."""
+    mean: tuple[float, ...] | None = None
+    """With --weights: of the images' channels, like 0.5/0.5/0.5 (default: ImageNet's)."""
+    std: tuple[Positive, ...] | None = None
+    """With --weights: deviation of the images' channels (default: ImageNet's)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -59,13 +63,21 @@ def newest_encoder(run: str | Path) -> Path | None:
     return max(encoders(run), default=None)
 
 
-def result_path(encoder: str | Path, out: str | Path | None = None, layer: str = "h") -> Path:
+def encoder_of(typed: str) -> str:
+    """Return the newest encoder of a run folder. Any other path is returned as it is."""
+    return str(newest_encoder(typed) or typed)
+
+
+def result_path(encoder: str | Path, out: str | Path | None = None, layer: str = "h", *, several: bool = False) -> Path:
     """Return the result's file: `out`, else RUN/eval/NAME.json for RUN/encoders/NAME.safetensors.
 
-    Beside an encoder in no run folder it is NAME.eval.json, as NAME.json is its card. Layers other than h follow NAME.
+    Beside an encoder in no run folder it is NAME.eval.json, as NAME.json is its card. Layers other than h follow NAME. The
+    comparison of `several` encoders lies beside the first one's, and ends in .rivals.json.
     """
     if out is not None:
         return Path(out)
+    if several:
+        return (path := result_path(encoder, layer=layer)).with_name(f"{path.stem}.rivals.json")
     encoder, of_layer = Path(encoder), "" if layer == "h" else f".{layer}"
     if len(encoder.parts) == 1:
         encoder = encoder.absolute()  # inside the folder of encoders, its name is not part of what was typed

@@ -8,14 +8,15 @@ import torch
 import torchvision
 from torch import nn
 
+from simclr_dist.config.networks import unknown_encoder
 from simclr_dist.config.settings import ENCODERS
 from simclr_dist.encoder.card import LoadedEncoder, shape_card
 from simclr_dist.encoder.file import fill, with_card
-from simclr_dist.encoder.names import Foreign
+from simclr_dist.encoder.names import Foreign, encoder_of
 from simclr_dist.encoder.preprocess import preprocess_card
 from simclr_dist.encoder.weights import File, fit, read_weights
 from simclr_dist.method.encoders import build_encoder
-from simclr_dist.system.errors import ConfigError, DataError, both_ends, printable
+from simclr_dist.system.errors import ConfigError, DataError, both_ends, printable, shown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -68,6 +69,43 @@ def load_foreign(
         },
     }  # fmt: skip
     return with_card(encoder, {**card, "preprocess": preprocess_card(card)}, device, file.sha256)
+
+
+def rival(word: str) -> str | Foreign:
+    """Find the encoder that a word names. It is a file or run of ours, ARCH=FILE, or a network of torchvision or timm.
+
+    The last one's published weights come from the cache of torch.hub or Hugging Face, else they are downloaded; image size,
+    mean and deviation are those that they were published with. Raises ConfigError, which says what to fetch, without them.
+    """
+    if Path(path := encoder_of(word)).is_file():  # it may have a = in it, as a sweep's runs have
+        return path
+    arch, equals, file = word.partition("=")
+    if equals or word.endswith(".safetensors"):
+        return Foreign(arch, file) if equals else word
+    if reason := unknown_encoder(word):
+        raise ConfigError(f"rival: {shown(word)} {reason}; or name an encoder's file, or ARCH=FILE")
+    (library, _, network), source, name = word.rpartition("/"), "", "model.safetensors"
+    try:
+        if library == "timm":
+            import huggingface_hub as hub  # it comes with timm, which is slow to import, and may not be there
+            import timm
+
+            if (about := timm.get_pretrained_cfg(network)) and (place := about.hf_hub_id):
+                source = f"https://huggingface.co/{place}/resolve/main/{name}"
+                cached = hub.try_to_load_from_cache(place, name)  # without a look at the network
+                path = cached if isinstance(cached, str) else hub.hf_hub_download(place, name)
+                return Foreign(word, path, about.input_size[-1], mean=about.mean, std=about.std)
+        elif network in torchvision.models.list_models():
+            weights = torchvision.models.get_model_weights(network).DEFAULT
+            source, how = weights.url, weights.transforms()
+            path = f"{torch.hub.get_dir()}/checkpoints/{Path(source).name}"
+            if not Path(path).is_file():
+                weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            return Foreign(word, path, how.crop_size[0], mean=tuple(how.mean), std=tuple(how.std))
+    except OSError as error:
+        why = f"its weights are in no cache here and cannot be downloaded ({type(error).__name__})"
+        raise ConfigError(f"rival: {word}: {why}; fetch {source}, and name it by --rival {word}=FILE") from None
+    raise ConfigError(f"rival: {word}: publishes no weights; name a file of them by --rival {word}=FILE")
 
 
 def _for_channels(usual: Sequence[float], channels: int) -> Sequence[float]:

@@ -13,7 +13,7 @@ from typing import Any
 from simclr_dist.config.strict_yaml import leaves, spell
 from simclr_dist.evaluate.result.charts import Series
 from simclr_dist.evaluate.result.curves import comparable, curves
-from simclr_dist.evaluate.result.file import NAMES, TRAINED, Result, read_result
+from simclr_dist.evaluate.result.file import NAMES, TRAINED, Result, read_result, title
 from simclr_dist.run.folder import read_metrics
 from simclr_dist.run.steps import step_name, steps_in
 from simclr_dist.run.summary import Summary, is_run, summarise
@@ -57,7 +57,8 @@ class Comparison:
     @property
     def protocols(self) -> list[str]:
         """Return the protocols that some run was evaluated by."""
-        return [protocol for protocol in NAMES if any(protocol in row.accuracy for row in self.rows)]
+        names = dict.fromkeys(name for row in self.rows for name in row.accuracy)
+        return [name for protocol in NAMES for name in names if name.partition("@")[0] == protocol]
 
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
@@ -137,9 +138,10 @@ def table(comparison: Comparison) -> str:
     rows, kinds = comparison.rows, {protocol: _kinds(comparison, protocol) for protocol in comparison.protocols}
     columns = [
         ("run", [row.name for row in rows]),
-        ("state", [row.summary.outlook.state for row in rows]),
+        ("state", [row.summary.state for row in rows]),
         ("steps", [f"{row.summary.step}/{'?' if row.summary.total is None else row.summary.total}" for row in rows]),
-        *((f"{NAMES[protocol]} %", [_accuracy(row, protocol, kinds[protocol]) for row in rows]) for protocol in kinds),
+        ("left", [row.summary.left for row in rows]),
+        *((f"{title(protocol)} %", [_accuracy(row, protocol, kinds[protocol]) for row in rows]) for protocol in kinds),
         *((title, [_number(row.summary.metrics.get(name), form) for row in rows]) for title, name, form in _NUMBERS),
         ("rank-h", [f"{row.summary.rank_hours:.3g}" for row in rows]),
         # Behind the results: many may differ, and a terminal breaks the lines.
@@ -149,13 +151,12 @@ def table(comparison: Comparison) -> str:
     widths = [max(map(len, (title, *cells))) for title, cells in columns]
     grid = zip(*([title, *cells] for title, cells in columns), strict=True)
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in grid]
-    ends = ((row.name, row.summary.outlook) for row in rows)
-    lines += [f"{name}: {end.state}: {end.reason}" for name, end in ends if end.reason and end.state != "done"]
+    lines += [f"{row.name}: {row.summary.standing}" for row in rows if row.summary.standing != row.summary.state]
     for protocol, letters in kinds.items():
         texts = {row.measured[protocol][0]: row.measured[protocol][1] for row in reversed(rows) if protocol in row.measured}
-        lines += [f"{f'{NAMES[protocol]} {letter}'.strip()}: {texts[how]}" for how, letter in letters.items()]
+        lines += [f"{f'{title(protocol)} {letter}'.strip()}: {texts[how]}" for how, letter in letters.items()]
         if len(letters) > 1:
-            lines.append(f"WARNING: {NAMES[protocol]}: numbers with different letters cannot be compared")
+            lines.append(f"WARNING: {title(protocol)}: numbers with different letters cannot be compared")
     return printable("\n".join([*lines, *comparison.passed_over]), keep="\n")
 
 
@@ -170,11 +171,16 @@ def _kinds(comparison: Comparison, protocol: str) -> dict[str, str]:
 
 
 def _accuracy(row: Row, protocol: str, kinds: dict[str, str]) -> str:
-    """Show the newest accuracy, and the best where that is another."""
+    """Show the newest accuracy, and the best where that is another. `kinds` has the letter of how it was measured."""
     if (steps := row.steps(protocol)) is None:
         return ""
     shown = [f"{row.accuracy[protocol][step]:.2f} @{step}" for step in dict.fromkeys(steps)]
-    return f"{', best '.join(shown)} {kinds[row.measured[protocol][0]]}".rstrip()
+    return f"{', best '.join(shown)} {kinds.get(row.measured[protocol][0], '')}".rstrip()
+
+
+def accuracies(row: Row) -> str:
+    """Show a run's accuracies in percent, by protocol."""
+    return ", ".join(f"{title(protocol)} {_accuracy(row, protocol, {})}" for protocol in row.accuracy)
 
 
 def short(key: str, comparison: Comparison) -> str:
@@ -228,8 +234,8 @@ def curves_of(comparison: Comparison, axis: str) -> Mapping[str, Series]:
         )
         nearest = {step: min((abs(logged - step), logged) for logged in places)[1] for step in by_step if places}
         accuracies[row.name] = [(places[logged], by_step[step]) for step, logged in sorted(nearest.items())]
-    title = f"{NAMES[protocol]} top-1, %" if protocol else "online kNN probe, top-1 %"
-    return {"loss": losses} | ({title: accuracies} if any(accuracies.values()) else {})
+    which = f"{title(protocol)} top-1, %" if protocol else "online kNN probe, top-1 %"
+    return {"loss": losses} | ({which: accuracies} if any(accuracies.values()) else {})
 
 
 def _places(summary: Summary, lines: Sequence[dict[str, float]], axis: str) -> dict[int, float]:

@@ -21,6 +21,7 @@ from simclr_dist.encoder.file import load_encoder
 from simclr_dist.encoder.preprocess import encoder_kind
 from simclr_dist.evaluate.features.extraction import Images, check_alike, extract, in_precision
 from simclr_dist.evaluate.features.file import About, write_features
+from simclr_dist.evaluate.map import write_map
 from simclr_dist.evaluate.sets import check_channels
 from simclr_dist.evaluate.settings import EmbedSettings
 from simclr_dist.evaluate.sources import check_out, find_images
@@ -112,10 +113,10 @@ def embed(
     an `out` that cannot be written; RankError for an image that cannot be read, unless `settings.skip_bad`.
     """
     sources = [source] if isinstance(source, str | Path) else source
-    images = find_images(sources)
-    check_out(out, sources)
+    images, settings = find_images(sources), settings or EmbedSettings()
+    check_out(out, sources, settings.map)
     with process_group(device) as world:
-        return embed_within(world, encoder, images, Path(out), settings or EmbedSettings())
+        return embed_within(world, encoder, images, Path(out), settings)
 
 
 def embed_within(
@@ -146,6 +147,9 @@ def embed_within(
         label, h, keys = label[~bad], h[~bad], [keys[row] for row in rows]
     sources = [images.source(row) for row in rows]
     on_rank_0(lambda: write_features(out, keys, label, h, about, sources), however_long=True)
+    if settings.map is not None:
+        picture = Path(settings.map)
+        on_rank_0(lambda: write_map(picture, h, label, classes, images, rows), however_long=True)
     return Embedded(len(h), h.shape[1], len(left_out), tuple(_reason(images, row) for row in left_out[:_NAMED]))
 
 

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.views.crops import normalise
 from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.data.workers import Loader
-from simclr_dist.encoder.card import Card
+from simclr_dist.encoder.card import Card, LoadedEncoder
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.encoder.names import result_path
 from simclr_dist.evaluate.features.extraction import extract
@@ -43,6 +42,7 @@ from simclr_dist.method.optim import learning_rate
 from simclr_dist.method.precision import computing
 from simclr_dist.system.errors import ConfigError, DataError, reason_of
 from simclr_dist.system.files import write_atomically
+from simclr_dist.system.progress import Progress
 
 FORMAT = "simclr_dist finetuning 1"
 MOMENTUM = 0.9
@@ -113,7 +113,7 @@ def finetune(
     """
     check_alone("finetune")
     begin, path = time.perf_counter(), finetune_path(encoder, settings, out)
-    with process_group(device) as world, computing("fp32", world.device):
+    with process_group(device) as world:
         layer = "h" if settings.start in ("encoder", "random") else settings.start
         pretrained = load_encoder(encoder, world.device, layer)
         card, digests = pretrained.card, pretrained.digests
@@ -121,22 +121,10 @@ def finetune(
         claim(path, named=out is not None)
         sets = Sets(train, test)
         sets.check_channels(card, encoder)
-        if (classes := sets.classes) < 2:
-            lack = "has one class; finetuning needs two or more"
-            lack = lack if classes else "no image has a label; finetuning needs labelled shards"
-            raise DataError(f"{sets.train.folder}: {lack}")
-        subsets = [balanced_subset(sets.train, settings.labels, classes=classes, seed=seed) for seed in range(settings.seeds)]
-        recipe, runs, scores = make_recipe(len(subsets[0]), settings), [], []
-        for seed, rows in enumerate(subsets):
-            start = untrained_encoder(card, seed, world.device) if settings.start == "random" else copy.deepcopy(pretrained)
-            model = classifier(start, classes, card, seed)
-            run, measured = _train_and_test(model, sets, rows, card, recipe, settings, seed)
-            runs.append(run)
-            scores.append(measured)
-            say(f"seed {seed}: top-1 {measured.top1:.2f} % after {run['seconds']['training']:.0f} s of training")
+        recipe, subsets, runs, scores = train_and_test(pretrained, sets, settings, say)
         described, beside = describe_subsets(sets.train, subsets, path, everything=settings.labels == 1)
         result = {
-            "format": FORMAT, "encoder": named, **sets.describe(), "test_images_in_train": sets.shared(),
+            "format": FORMAT, "encoder": named, **sets.describe(), **sets.shared(),
             "settings": {**dataclasses.asdict(settings), **recipe._asdict(), **PROTOCOL},
             "subsets": described,
             "runs": runs, "summary": spread(scores),
@@ -144,6 +132,28 @@ def finetune(
         }  # fmt: skip
     _write(path, result, beside, say)
     return result
+
+
+def train_and_test(
+    pretrained: LoadedEncoder, sets: Sets, settings: FinetuneSettings, say: Say
+) -> tuple[Recipe, list[Rows], list[dict[str, Any]], list[Scores]]:
+    """Train a copy of the encoder for each seed and test it. Returns the subsets, and of each seed its part of a result."""
+    card, classes, device = pretrained.card, sets.classes, next(pretrained.parameters()).device
+    if classes < 2:
+        lack = "has one class; finetuning needs two or more"
+        lack = lack if classes else "no image has a label; finetuning needs labelled shards"
+        raise DataError(f"{sets.train.folder}: {lack}")
+    subsets = [balanced_subset(sets.train, settings.labels, classes=classes, seed=seed) for seed in range(settings.seeds)]
+    recipe, runs, scores = make_recipe(len(subsets[0]), settings), [], []
+    for seed, rows in enumerate(subsets):
+        start = untrained_encoder(card, seed, device) if settings.start == "random" else copy.deepcopy(pretrained)
+        with computing("fp32", device):
+            model = classifier(start, classes, card, seed)
+            run, measured = _train_and_test(model, sets, rows, card, recipe, settings, seed)
+        runs.append(run)
+        scores.append(measured)
+        say(f"seed {seed}: top-1 {measured.top1:.2f} % after {run['seconds']['training']:.0f} s of training")
+    return recipe, subsets, runs, scores
 
 
 def _write(path: Path, result: Result, beside: dict[Path, bytes], say: Say) -> None:
@@ -200,7 +210,7 @@ def fit(
     model.train()
     repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     draws = torch.random.fork_rng([device] if device.type == "cuda" else [])  # of drop path and dropout
-    with draws, repeatable, tqdm(total=steps, unit=" steps", desc=f"seed {seed}", disable=None) as bar:
+    with draws, repeatable, Progress(f"seed {seed}", steps, "steps") as shown:
         torch.manual_seed(seed)
         for step, batch in enumerate(loader):
             optimizer.param_groups[0]["lr"] = learning_rate(step, peak=recipe.peak_lr, warmup_steps=0, total_steps=steps)
@@ -212,7 +222,7 @@ def fit(
             optimizer.step()
             loss_sum += loss.detach()
             right += (logits.detach().argmax(dim=1) == labels).sum()
-            bar.update()
+            shown.done += 1
             epoch, position = divmod(step + 1, recipe.steps_per_epoch)
             if position == 0:  # the host waits for the device here alone
                 last = LastEpoch(float(loss_sum) / recipe.steps_per_epoch, 100 * int(right) / (len(rows) - recipe.left_over))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from simclr_dist.encoder.card import Card, LoadedEncoder
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.encoder.names import Foreign, result_path, run_of_result
 from simclr_dist.encoder.published import load_foreign
-from simclr_dist.evaluate.classify import by_new_crops, classify
+from simclr_dist.evaluate.classify import by_new_crops, classify, row_of
 from simclr_dist.evaluate.collect import Collector
 from simclr_dist.evaluate.features.extraction import EncoderError, Features, check_alike
 from simclr_dist.evaluate.features.store import FeatureStore, features_folder
 from simclr_dist.evaluate.features.views import TrainingViews, training_views
+from simclr_dist.evaluate.finetune import train_and_test
+from simclr_dist.evaluate.map import feature_map
+from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset
 from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
 from simclr_dist.evaluate.result.earlier import Baselines, shape
 from simclr_dist.evaluate.result.file import FORMAT, TRAINED, UNTRAINED, Result, UnwrittenError, claim, write_result
@@ -24,7 +28,7 @@ from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbou
 from simclr_dist.evaluate.result.page import claim_page, page, write_page
 from simclr_dist.evaluate.result.report import Say, hardware, versions
 from simclr_dist.evaluate.sets import Sets
-from simclr_dist.evaluate.settings import Settings
+from simclr_dist.evaluate.settings import SUBSETS, FinetuneSettings, Settings
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
 from simclr_dist.method.distributed import World, on_rank_0, process_group, together
 from simclr_dist.system.errors import DataError
@@ -35,6 +39,7 @@ def evaluate(
     train: str | Path,
     test: str | Path,
     *,
+    val: str | Path | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     say: Say = lambda _: None,
@@ -42,20 +47,29 @@ def evaluate(
 ) -> Result:
     """Measure an encoder on labelled shards. Writes `names.result_path(encoder, out)` and a page beside it; returns the result.
 
-    `settings` are the fields of `settings.Settings`. Under torchrun the ranks share the extraction, rank 0 classifies and
-    writes, and the others return {}. Images without a label are counted and left out; where neither set has any, only the
-    signals that need none are measured. `say` gets a line, on rank 0, after each part of the work, and where an older result
-    of something else is kept (see `file.write_result`).
+    `settings` are the fields of `settings.Settings`. What they leave open is chosen on `val`, if there is one, before a test
+    image's label is looked at; else on training images, or it is the usual value. Under torchrun the ranks share the
+    extraction, rank 0 classifies and writes, and the others return {}. Images without a label are counted and left out; where
+    no set has any, only the signals that need none are measured. `say` gets a line, on rank 0, after each part of the work,
+    and where an older result of something else is kept (see `file.write_result`).
 
     Raises ConfigError for a setting out of range, DataError for an encoder file that is not one, a set that is empty, one
     that alone has no labels, and sets whose classes differ; UnwrittenError, which has the numbers, for a result or a page
     that cannot be written.
     """
     checked = Settings(**settings)
-    path = result_path(_file(encoder), out, checked.layer)
-    folder = (Path(checked.features) if checked.features else features_folder(path)) if checked.keep_features else None
     with process_group(device) as world:
-        result = measure(world, encoder, Sets(train, test), checked, out=out, features=folder, say=say, warn=say)
+        return measure_one(world, encoder, Sets(train, test, val), checked, out=out, say=say)
+
+
+def measure_one(
+    world: World, encoder: str | Path | Foreign, sets: Sets, settings: Settings, *, reused: Baselines | None = None,
+    out: str | Path | None = None, say: Say,
+) -> Result:  # fmt: skip
+    """Do `measure` with features that are kept, and show its result."""
+    path = result_path(file_of(encoder), out, settings.layer)
+    folder = (Path(settings.features) if settings.features else features_folder(path)) if settings.keep_features else None
+    result = measure(world, encoder, sets, settings, reused=reused, out=out, features=folder, say=say, warn=say)
     if result and (run := run_of_result(path)):
         show_curve(run, result, say)
     return result
@@ -80,18 +94,18 @@ def measure(
     """
     begin = time.perf_counter()
     trained, card, drawn = together(lambda: _load(encoder, settings.layer, world))
-    check_alike(trained, _file(encoder))
-    sets.check_channels(card, _file(encoder))
-    path = result_path(_file(encoder), out, settings.layer)
-    on_rank_0(lambda: _claim(path, named=out is not None))
-    described = _describe_encoder(_file(encoder), card, trained.digests)
+    check_alike(trained, file_of(encoder))
+    sets.check_channels(card, file_of(encoder))
+    path = result_path(file_of(encoder), out, settings.layer)
+    on_rank_0(lambda: claim_both(path, named=out is not None))
+    subsets = {share: _subsets(sets, share) for _, _, share in settings.measured if share < 1 and sets.classes}
+    described = _describe_encoder(file_of(encoder), card, trained.digests)
     reused = reused if reused and reused.shape == shape(described) else None
     fresh = settings.baselines and reused is None
     untrained = untrained_encoder(card, settings.seed, world.device) if fresh else None
     store = FeatureStore(features, say) if features is not None and world.is_main else None
     collector = Collector(world, sets, settings, trained, described["sha256"], untrained, store)
-    by_set = collector.sets(pixels=fresh and sets.classes > 0)
-    views = collector.views(drawn)
+    by_set, views = collector.sets(pixels=fresh and sets.classes > 0), collector.views(drawn)
     extracted = time.perf_counter() - begin
     epochs = settings.sgd_epochs if sets.classes and "sgd" in settings.protocols else 0
     if not world.is_main:
@@ -99,30 +113,36 @@ def measure(
             collector.crops(epoch)
         return {}
     stored = f" ({len(store.reused)} files of them in {store.folder})" if store and store.reused else ""
-    say(f"features of {len(sets.train) + len(sets.test)} images{stored}: {extracted:.0f} s")
+    say(f"features of {sum(map(len, sets.images.values()))} images{stored}: {extracted:.0f} s")
     test = by_set["test"][TRAINED]
-    sgd = by_new_crops(test, sets.classes, settings, collector.crops) if epochs else None
+    given: dict[str, dict[str, Any]] = dict(reused.protocols) if reused else {}
+    if epochs:
+        given["sgd"] = {TRAINED: by_new_crops(test, sets.classes, settings, collector.crops)}
     collector.keep()  # the other ranks, which would have waited for the disk, are done
-    general = {  # a protocol's own settings stand beside its results
-        "seed": settings.seed, "batch_size": settings.batch_size, "workers": settings.workers, "views": "one, deterministic",
-        "layer": settings.layer, "precision": settings.precision, "signal_views": drawn.describe(),
-    }  # fmt: skip
+    _finetune(given, lambda: _load(encoder, settings.layer, world)[0], fresh, sets, settings, say)
     result = {
         "format": FORMAT, "encoder": described, **sets.describe(),
-        "largest_class_percent": sets.largest_class_percent(), "test_images_in_train": sets.shared(), "settings": general,
+        "largest_class_percent": sets.largest_class_percent(), **sets.shared(),
+        "settings": _general(settings) | {"signal_views": drawn.describe()},
         "baselines_measured_for": reused.measured_for if reused else Path(described["file"]).name if fresh else None,
         "features_reused": store.reused if store else {},
-        "protocols": classify(by_set, sets.classes, settings, sgd=sgd, reused=reused.protocols if reused else {}, say=say),
+        "protocols": classify(by_set, sets.classes, settings, given=given, subsets=subsets, say=say),
         "signals": _signals(TRAINED, by_set["test"], views, sets) | _false_negatives(sets, card),
         "untrained_signals": _signals(UNTRAINED, by_set["test"], views, sets) if fresh else reused.signals if reused else {},
-        "command": _command(encoder, sets, settings), "hardware": hardware(world), "versions": versions(),
+        "command": command_of(encoder, sets, settings), "hardware": hardware(world), "versions": versions(),
         "seconds": {"features": extracted, "total": time.perf_counter() - begin},
     }  # fmt: skip
     _write(path, result, sets, test, say=say, warn=warn)
     return result
 
 
-def _claim(path: Path, *, named: bool) -> None:
+def _general(settings: Settings) -> dict[str, Any]:
+    """Return what all protocols share. A protocol's own settings stand beside its results."""
+    shared = {name: getattr(settings, name) for name in ("seed", "batch_size", "workers", "layer", "precision")}
+    return shared | {"views": "one, deterministic"}
+
+
+def claim_both(path: Path, *, named: bool) -> None:
     """Claim the result's path, and a `named` one's page."""
     claim(path, named=named)
     if named:
@@ -133,12 +153,14 @@ def _write(path: Path, result: Result, sets: Sets, test: Features, *, say: Say, 
     """Write the result, then its page and a run's projector. Those can be made again."""
     if line := write_result(path, result):
         warn(line)
-    run, sheet = run_of_result(path), None
+    run, pictures, labels = run_of_result(path), dict[str, bytes](), test.label.tolist()
     try:
         if len(test.h) > 1:
             nearest = find_neighbours(test.h, choose_queries(test.label))
-            sheet = neighbour_sheet(sets.images["test"], nearest, test.label.cpu(), classes=sets.test.classes)
-        write_page(path.with_suffix(".html"), page(result, run=run, neighbours=sheet))
+            classes = sets.test.classes
+            pictures["Nearest neighbours"] = neighbour_sheet(sets.images["test"], nearest, test.label.cpu(), classes=classes)
+            pictures["Map: the two largest principal components"] = feature_map(test.h, labels, classes)
+        write_page(path.with_suffix(".html"), page(result, run=run, pictures=pictures))
         if run is not None:
             layer = result["settings"]["layer"]
             title = f"{layer} of {len(sets.test)} test images, step {result['encoder']['step']}"
@@ -147,7 +169,29 @@ def _write(path: Path, result: Result, sets: Sets, test: Features, *, say: Say, 
         raise UnwrittenError(str(error), result, stored=path) from None
 
 
-def _file(encoder: str | Path | Foreign) -> str | Path:
+def _subsets(sets: Sets, share: float) -> list[Rows]:
+    return [balanced_subset(sets.train, share, classes=sets.classes, seed=seed) for seed in range(SUBSETS)]
+
+
+def _finetune(
+    given: dict[str, dict[str, Any]], load: Callable[[], LoadedEncoder], fresh: bool, sets: Sets, settings: Settings, say: Say
+) -> None:
+    """Add the rows of the protocol `finetune`. With `fresh` baselines they have one from random weights, too."""
+    if not sets.classes or "finetune" not in settings.protocols:
+        return
+    pretrained = load()
+    starts = {UNTRAINED: "random", TRAINED: "encoder"} if fresh else {TRAINED: "encoder"}
+    for name, protocol, share in settings.measured:
+        for kind, start in starts.items() if protocol == "finetune" else ():
+            begin, epochs = time.perf_counter(), settings.finetune_epochs
+            how = FinetuneSettings(share, start, SUBSETS, epochs, workers=settings.workers)
+            recipe, _, _, scores = train_and_test(pretrained, sets, how, say)
+            row = {**row_of(scores, [recipe._asdict()]), "seconds": time.perf_counter() - begin}
+            given[name] = {**given.get(name, {}), kind: row}
+
+
+def file_of(encoder: str | Path | Foreign) -> str | Path:
+    """Return the file that the encoder is in."""
     return encoder.weights if isinstance(encoder, Foreign) else encoder
 
 
@@ -157,12 +201,12 @@ def _load(encoder: str | Path | Foreign, layer: str, world: World) -> tuple[Load
             network = load_foreign(**dataclasses.asdict(encoder), device=world.device)
         else:
             network = load_encoder(encoder, world.device, layer)
-        return network, network.card, training_views(network.card, f"{_file(encoder)}: its card")
+        return network, network.card, training_views(network.card, f"{file_of(encoder)}: its card")
     except DataError as error:
         raise EncoderError(str(error)) from None
 
 
-def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:
+def command_of(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> list[str]:
     """Return the command that repeats the evaluation. It has the settings that differ from their defaults."""
     command, options = ["simclr-dist", "eval"], dict[str, Any](sets.named)
     chosen: tuple[Settings | Foreign, ...] = (settings, encoder) if isinstance(encoder, Foreign) else (settings,)
@@ -175,16 +219,16 @@ def _command(encoder: str | Path | Foreign, sets: Sets, settings: Settings) -> l
         if name in ("baselines", "keep_features"):
             command.append(f"--no-{name.removeprefix('keep_')}")
         else:
-            command += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+            between = "," if name == "protocols" else "/"
+            typed = between.join(map(str, value)) if isinstance(value, tuple) else str(value)
+            command += [f"--{name.replace('_', '-')}", typed]
     return command
 
 
 def _signals(kind: str, test: dict[str, Features], views: list[dict[str, Features]], sets: Sets) -> dict[str, Any]:
     """Measure the test features of one encoder without labels."""
-    measured = signals(test[kind].h, sets.test.key.tolist())
+    measured = signals(test[kind].h)
     measured["views"] = view_signals(*(view[kind].h for view in views))
-    if kind == UNTRAINED:
-        del measured["near_duplicates"]["listed"]  # nearly all pairs are
     return measured
 
 

@@ -18,7 +18,7 @@ from simclr_dist.encoder.file import export_encoder, load_encoder
 from simclr_dist.encoder.names import result_path
 from simclr_dist.encoder.preprocess import encoder_kind
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
-from simclr_dist.evaluate.result.file import NAMES, TRAINED, UNTRAINED, Result, read_result
+from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result, read_result, title
 from simclr_dist.evaluate.result.report import counts, leak, signal_rows, summary
 from simclr_dist.method.model import Encoder
 from simclr_dist.system.errors import ConfigError, DataError, SaveError, printable, reason_of
@@ -205,7 +205,7 @@ def _results(result: Result) -> Iterator[str]:
                 rows.append([name, *(f"{part[features]:.2f}" if features in part else "" for part in measured.values())])
         intervals = (part["results"][TRAINED]["interval"] for part in result["protocols"].values())
         rows.append(["its 95 % interval", *(f"{low:.2f} to {high:.2f}" for low, high in intervals)])
-        yield _table(["top-1 accuracy, %", *(NAMES[protocol] for protocol in measured)], rows)
+        yield _table(["top-1 accuracy, %", *map(title, measured)], rows)
     else:
         yield _table(["signal", "this encoder"], [[name, _number(value)] for name, value, *_ in signal_rows(result)])
     yield " ".join([f"On {counts(result)}.", *(f"{line}." for line in leak(result))])

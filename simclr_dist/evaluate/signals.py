@@ -5,7 +5,7 @@ On one process: whoever calls it has all features. A similarity matrix of all pa
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from simclr_dist.system.errors import ConfigError
 # at .95 they find 97 and 82 % of the pairs of copies with 1 and 0 false ones of 80,000, at .98 they find 78 and 52 %. Features
 # with a large common part, as an untrained network's, have nearly all pairs above either: `mean_cosine` shows it.
 DUPLICATE_COSINE = 0.95
-LISTED = 100
 
 _CHUNK = 8192  # rows that are turned into float64 at a time
 _TILE = 1024  # rows and columns of a tile of similarities
@@ -31,13 +30,14 @@ class Pairs(NamedTuple):
     """Statistics of all pairs of images. `duplicates` counts the near-duplicates; `nearest` are the nearest of those.
 
     `nearest` holds (row, later row, cosine), the largest cosine first. Where it has no place for all of equal cosines,
-    the choice is arbitrary but fixed.
+    the choice is arbitrary but fixed. `cosine` is each row's with its nearest, float32 [n].
     """
 
     mean_cosine: float
     uniformity: float
     duplicates: int
     nearest: tuple[tuple[int, int, float], ...]
+    cosine: Tensor
 
 
 class FalseNegatives(NamedTuple):
@@ -48,18 +48,14 @@ class FalseNegatives(NamedTuple):
     anchors: float
 
 
-def signals(h: Tensor, keys: Sequence[str]) -> dict[str, Any]:
-    """Measure all label-free signals of features [n, d], as JSON takes them. None for what so few images do not have.
-
-    `keys` name the images in the list of near-duplicates.
-    """
+def signals(h: Tensor) -> dict[str, Any]:
+    """Measure all label-free signals of features [n, d], as JSON takes them. None for what so few images do not have."""
     compared = pairs(h)
-    nearest = [{"keys": [keys[a], keys[b]], "cosine": cosine} for a, b, cosine in compared.nearest]
     return {
         "images": len(h), "feature_size": h.shape[1], "zero_features": int((h == 0).all(dim=1).sum()),
         "effective_rank": _json(effective_rank(h)),
         "mean_cosine": _json(compared.mean_cosine), "uniformity": _json(compared.uniformity),
-        "near_duplicates": {"threshold": DUPLICATE_COSINE, "pairs": compared.duplicates, "listed": nearest},
+        "near_duplicates": {"threshold": DUPLICATE_COSINE, "pairs": compared.duplicates},
     }  # fmt: skip
 
 
@@ -112,7 +108,7 @@ def view_signals(h_a: Tensor, h_b: Tensor) -> dict[str, Any]:
 
     SimCLR's loss weighs the two (Wang and Isola 2020). Low values are good. But where uniformity is near 0 too, it is collapse.
     """
-    uniformity = pairs(h_a, listed=0).uniformity
+    uniformity = pairs(h_a).uniformity
     return {"images": len(h_a), "alignment": _json(alignment(h_a, h_b)), "uniformity": _json(uniformity)}
 
 
@@ -141,8 +137,10 @@ def alignment(h_a: Tensor, h_b: Tensor) -> float:
     return float(total / len(h_a))
 
 
-def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTED) -> Pairs:
+def pairs(h: Tensor, others: Tensor | None = None, *, threshold: float = DUPLICATE_COSINE, listed: int = 0) -> Pairs:
     """Compare all pairs of features [n, d], exactly. The n (n - 1) / 2 cosines come a tile at a time.
+
+    With `others` [m, d] the pairs are the n m of a row and one of those.
 
     `mean_cosine` and `uniformity` are NaN for fewer than two images. Uniformity is the log of the mean over pairs of
     exp(-2 distance^2) of normalised features (Wang and Isola 2020): 0 when all are one point, about -4 when they fill a
@@ -151,11 +149,15 @@ def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTE
     0 with every other.
     """
     z = unit_copy(h)
-    side = _TILE * (_CUDA_TILES if z.is_cuda else 1)
+    columns = z if others is None else unit_copy(others)
+    largest = z.new_full((len(z),), -torch.inf)
     spread = torch.zeros((), dtype=torch.float64, device=z.device)
     duplicates = torch.zeros((), dtype=torch.int64, device=z.device)
     best: list[Tensor] = [z.new_empty(0), *(torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))]
-    for top, left, tile in _tiles(z, side):
+    for top, left, tile in _tiles(z, columns):
+        for first, values in ((top, tile.amax(1)), (left, tile.amax(0)))[: 1 + (columns is z)]:
+            rows = largest[first : first + len(values)]
+            torch.maximum(rows, values, out=rows)
         row, column = (tile > threshold).nonzero(as_tuple=True)
         duplicates += len(row)
         cosine = tile[row, column]
@@ -167,14 +169,16 @@ def pairs(h: Tensor, *, threshold: float = DUPLICATE_COSINE, listed: int = LISTE
             order = merged[0].argsort(descending=True, stable=True)[:listed]
             best = [part[order] for part in merged]
         spread += tile.sub_(1).mul_(4).exp_().sum(dtype=torch.float64)  # |a - b|^2 = 2 - 2 a.b; exp(-inf) is 0
-    count = len(z) * (len(z) - 1) // 2
+    count = len(z) * (len(z) - 1) // 2 if columns is z else len(z) * len(columns)
     if not count:
-        return Pairs(math.nan, math.nan, 0, ())
-    total = sum(part.double().sum(0) for part in z.split(_CHUNK))
-    squares = sum(part.double().square().sum() for part in z.split(_CHUNK))
-    mean = float((torch.as_tensor(total).square().sum() - squares) / (2 * count))
+        return Pairs(math.nan, math.nan, 0, (), largest)
+    sums = [torch.stack([part.double().sum(0) for part in one.split(_CHUNK)]).sum(0) for one in (z, columns)]
+    itself = sum(float(part.double().square().sum()) for part in z.split(_CHUNK))
+    mean = float(sums[0] @ sums[1])
+    mean = (mean - itself) / (2 * count) if columns is z else mean / count
     nearest = sorted(zip(*(part.tolist() for part in best), strict=True), key=lambda pair: (-pair[0], pair[1], pair[2]))
-    return Pairs(mean, float((spread / count).log()), int(duplicates), tuple((a, b, cosine) for cosine, a, b in nearest))
+    best_pairs = tuple((a, b, cosine) for cosine, a, b in nearest)
+    return Pairs(mean, float((spread / count).log()), int(duplicates), best_pairs, largest)
 
 
 def false_negatives(label: Tensor, batch: int) -> FalseNegatives:
@@ -196,12 +200,13 @@ def false_negatives(label: Tensor, batch: int) -> FalseNegatives:
     return FalseNegatives(share, (batch - 1) * share, 1 - none)
 
 
-def _tiles(z: Tensor, side: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (first row, first column, cosines) of each tile. They are on and above the diagonal; -inf except row < column."""
+def _tiles(z: Tensor, others: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (first row, first column, cosines) of each tile. Of `z` with itself, -inf except row < column."""
+    side = _TILE * (_CUDA_TILES if z.is_cuda else 1)
     for top in range(0, len(z), side):
-        for left in range(top, len(z), side):
-            tile = z[top : top + side] @ z[left : left + side].T
-            if left == top:
+        for left in range(top if others is z else 0, len(others), side):
+            tile = z[top : top + side] @ others[left : left + side].T
+            if others is z and left == top:
                 tile.masked_fill_(torch.ones_like(tile, dtype=torch.bool).tril(), -torch.inf)
             yield top, left, tile
 

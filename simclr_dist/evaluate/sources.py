@@ -12,11 +12,9 @@ from simclr_dist.system.errors import DataError, printable
 if TYPE_CHECKING:
     from simclr_dist.convert.sources.originals import Source
 
-PAGE, TABLE = "neighbours.html", "neighbours.parquet"
 
-
-def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
-    """Make the folder of `out` and try to write there. Raises DataError where the features could not, or must not, go."""
+def check_out(out: str | Path, sources: Sequence[str | Path], drawn: str | None = None) -> None:
+    """Make the folder of `out` and try to write there. Raises DataError where features or map must not go."""
     from simclr_dist.data.manifest import MANIFEST_NAME  # pyarrow: every verb's --help waits for what stands at the top
     from simclr_dist.evaluate.features.file import is_feature_file
 
@@ -24,24 +22,30 @@ def check_out(out: str | Path, sources: Sequence[str | Path]) -> None:
     if out.is_dir():
         raise DataError(f"{out}: is a folder; name the file of features, like {out / 'features.parquet'}")
     # Also a guard: when OUT is forgotten, the last image stands in its place.
-    if out.suffix != ".parquet":
-        raise DataError(f"{out}: the file of features comes last, and must end in .parquet")
+    if out.suffix not in (".parquet", ".npz"):
+        raise DataError(f"{out}: the file of features comes last, and must end in .parquet or .npz")
     if out.exists() and not is_feature_file(out):
         raise DataError(f"{out}: is there, and is no file of features; it is not overwritten: name another one")
     for source in map(Path, sources):
         # A folder that holds Parquet files is read as one of images inside Parquet files.
         if source.is_dir() and not (source / MANIFEST_NAME).is_file() and out.resolve().is_relative_to(source.resolve()):
             raise DataError(f"{out}: is inside {source}, whose images it would be taken for; name a file outside of it")
+        if drawn is not None and Path(drawn).resolve().is_relative_to(source.resolve()):
+            raise DataError(f"{drawn}: is one of the images, or would be taken for one; name a file elsewhere with --map")
     _try_to_write(out, out.parent)
 
 
-def check_page_folder(out: str | Path) -> Path:
-    """Make the folder `out` and try to write there. Raises DataError where it cannot be, or holds other things than ours."""
+def check_page_folder(out: str | Path, verb: str) -> tuple[Path, Path]:
+    """Make the folder `out` and try to write there. Returns the paths of its page and its table, which are named as the verb.
+
+    Raises DataError where it cannot be, or holds other things than ours.
+    """
     out = Path(out)
-    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {PAGE, TABLE})):
+    names = f"{verb}.html", f"{verb}.parquet"
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {*names})):
         raise DataError(f"{out}: is there, and holds other things, like {printable(others[0])}; name another folder with --out")
     _try_to_write(out, out)
-    return out
+    return out / names[0], out / names[1]
 
 
 def _try_to_write(out: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from simclr_dist.evaluate.features.extraction import EncoderError
 from simclr_dist.evaluate.job import measure
 from simclr_dist.evaluate.result.board import Curves, board_folder, watchers_lock
 from simclr_dist.evaluate.result.earlier import Baselines, baselines, difference
-from simclr_dist.evaluate.result.file import NAMES, TRAINED, UNTRAINED, Result, UnwrittenError, read_result
+from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result, UnwrittenError, read_result, title
 from simclr_dist.evaluate.result.report import Say
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
@@ -26,6 +26,7 @@ from simclr_dist.method.distributed import World, all_gather_objects, process_gr
 from simclr_dist.run.status import outlook, record_event
 from simclr_dist.system.errors import DamagedError, DataError
 from simclr_dist.system.files import lock
+from simclr_dist.system.progress import Progress
 from simclr_dist.system.slurm_job import job_id
 
 
@@ -35,6 +36,7 @@ def watch(
     test: str | Path,
     settings: Settings | None = None,
     *,
+    val: str | Path | None = None,
     poll: float = POLL,
     device: str = "auto",
     say: Say = lambda _: None,
@@ -52,7 +54,7 @@ def watch(
     settings, run = settings or Settings(), Path(run)
     check_watch(run, poll)
     with process_group(device) as world:
-        sets, orders = Sets(train, test), Orders(world)
+        sets, orders = Sets(train, test, val), Orders(world)
         if world.is_main:
             pause = _Pause(run, poll, say, note_end)
             with _alone(run, pause, say):
@@ -113,8 +115,9 @@ class _Pause:
         if line != self._said:
             self._say(line)
         self._said = line
-        self._note_end(self._run)
-        time.sleep(self._poll)
+        with Progress(line):
+            self._note_end(self._run)
+            time.sleep(self._poll)
 
 
 def _lead(world: World, run: Path, sets: Sets, settings: Settings, orders: Orders, pause: _Pause, say: Say) -> int:
@@ -155,7 +158,7 @@ class _Encoders:
 
     def __init__(self, run: Path, sets: Sets, settings: Settings, say: Say) -> None:
         self._run, self._settings, self._say = run, settings, say
-        self._digests = {"train": sets.train.digest, "test": sets.test.digest}
+        self._digests = sets.digests
         self._folder = board_folder(run, settings.layer)
         self._curves = Curves(self._folder)
         self._files: dict[Path, tuple[int, ...]] = {}  # as they were when they were last looked at
@@ -203,7 +206,7 @@ class _Encoders:
         except OSError as error:
             self._say(f"{self._folder}: cannot be written ({error.strerror}); tried again at the next encoder")
         parts = result["protocols"].items()
-        tops = [f"{NAMES[name]} {part['results'][TRAINED]['top1']:.2f} %" for name, part in parts]
+        tops = [f"{title(name)} {part['results'][TRAINED]['top1']:.2f} %" for name, part in parts]
         line = f"{path.stem}: {', '.join(tops) or 'signals, without labels'}"
         if self._settings.baselines:
             self.baselines = self.baselines or baselines(result)

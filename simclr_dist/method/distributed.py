@@ -148,21 +148,40 @@ def first_derivative_only(backward: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(backward)
     def first(*arguments: Any) -> T:
         if torch.is_grad_enabled():
-            raise RuntimeError("there is no second derivative of NT-Xent and global BatchNorm; leave create_graph out")
+            raise RuntimeError(
+                "there is no second derivative of NT-Xent, global BatchNorm and exact sums; leave create_graph out"
+            )
         return backward(*arguments)
 
     return first
 
 
-def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over the ranks in rank order. An element's bits do not depend on its place in a buffer."""
-    return _sum_in_order(all_gather(tensor)) if world_size() > 1 else tensor
+def all_sum(*parts: Tensor) -> Tensor:
+    """Sum tensors of one shape in order, rank after rank. All ranks pass equally many.
+
+    An element's bits do not depend on its place in a buffer.
+    """
+    return _sum_in_order(all_gather(torch.stack(parts)).flatten(0, 1))
 
 
-def _sum_in_order(ranks: Tensor) -> Tensor:
-    # Not .sum(0): from 5 ranks up its order of summation depends on where an element stands.
-    total = ranks[0].clone()
-    for part in ranks[1:]:
+def sum_integers(tensor: Tensor) -> Tensor:
+    """Sum int64 over the ranks in place, in any order."""
+    if world_size() > 1:
+        with record_function("all-reduce"):
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Give every rank the tensor of rank 0, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
+def _sum_in_order(parts: Tensor) -> Tensor:
+    # Not .sum(0): from 5 parts up its order of summation depends on where an element stands.
+    total = parts[0].clone()
+    for part in parts[1:]:
         total += part
     return total
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from simclr_dist.method.batch_norm import frozen_running_statistics
 from simclr_dist.method.dropout import TRIAL_IMAGES, UnfitError, key_random_layers, tried
-from simclr_dist.method.model import Encoder, ResNet, SimCLR, build_projector, frozen_running_statistics
+from simclr_dist.method.model import Encoder, ResNet, SimCLR, build_projector
 from simclr_dist.system.errors import ConfigError, reason_of
 
 

@@ -1,17 +1,13 @@
-"""Build encoder, projector, and BatchNorm over the global micro-batch."""
+"""Build encoder and projector."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from simclr_dist.method.distributed import all_gather, all_sum, first_derivative_only, world_size
 from simclr_dist.method.dropout import Keys
-from simclr_dist.system.errors import ConfigError
 
 _SHAPES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int], int]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1), 16),
@@ -105,124 +101,3 @@ class SimCLR(nn.Module):
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             z: Tensor = self.projector(self.encoder(x))
         return z
-
-
-class _GlobalNorm(torch.autograd.Function):
-    """Batch normalisation with statistics over all ranks, stable in float32.
-
-    The ranks' means and centred sums of squares are merged in float64 in rank order (Chan et al. 1983). E[x^2] - E[x]^2
-    would lose every digit where the mean is large against the deviation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.zeros_like(weight)  # with it, the statistics of a bfloat16 input come in the weight's precision
-        mean, var = torch.ops.aten.batch_norm_update_stats(x, unused, unused, 0.0)
-        count = x.numel() / x.shape[1]
-        stats = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.float64)])
-        means, variances, counts = all_gather(stats).split([len(mean), len(mean), 1], dim=1)
-        total = counts.sum()
-        merged = (means * counts).sum(0) / total
-        variance = ((variances + (means - merged) ** 2) * counts).sum(0) / total
-        mean, var = merged.to(weight.dtype), variance.to(weight.dtype)
-        ctx.save_for_backward(x, weight, mean, var, total)
-        ctx.eps = eps
-        y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-        unbiased = (variance * (total / (total - 1).clamp_min(1))).to(weight.dtype)
-        ctx.mark_non_differentiable(mean, unbiased)
-        return y, mean, unbiased
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        x, weight, mean, var, total = ctx.saved_tensors
-        if x.is_contiguous(memory_format=torch.channels_last):
-            grad = grad.contiguous(memory_format=torch.channels_last)
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-        )
-        # dx holds weight * invstd * grad. The statistics depend on x too: that part needs the sums of all ranks.
-        sums = all_sum(torch.stack([d_bias, d_weight]).double())
-        mean_grad, mean_grad_xhat = (sums / total).to(weight.dtype)
-        invstd = (var + ctx.eps).rsqrt()
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        scale = (weight * invstd).view(shape)
-        dx -= scale * mean_grad.view(shape)
-        dx.addcmul_(x - mean.view(shape), scale * (invstd * mean_grad_xhat).view(shape), value=-1)
-        return dx, d_weight, d_bias, None
-
-
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """SyncBatchNorm for the CPU too. Weight and bias get this rank's part of the gradient, as DDP expects."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        like = torch.promote_types(x.dtype, torch.float32)  # the statistics are of the weight's precision
-        weight = x.new_ones(x.shape[1], dtype=like) if self.weight is None else self.weight
-        bias = torch.zeros_like(weight) if self.bias is None else self.bias
-        y: Tensor
-        y, mean, var = _GlobalNorm.apply(x, weight, bias, self.eps)
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-                self.running_var.lerp_(var.to(self.running_var.dtype), share)
-        return y
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-class _ThenActivation:
-    """The rest of timm's BatchNormAct2d, whose own forward normalises over one rank."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc, attr-defined]  # of the other base class
-        return y
-
-
-class GlobalBatchNormAct(_ThenActivation, GlobalBatchNorm):
-    """BatchNormAct2d on the CPU."""
-
-
-class SyncBatchNormAct(_ThenActivation, nn.SyncBatchNorm):
-    """BatchNormAct2d on CUDA."""
-
-
-_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FIXED_NORMS = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's and timm's: their statistics never move
-
-
-def use_global_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Let each BatchNorm, in place, see all ranks. On CUDA it becomes torch's SyncBatchNorm, on the CPU ours.
-
-    Raises ConfigError for a layer that keeps statistics of batches and is none that is understood, at any world size.
-    """
-    kinds = (nn.SyncBatchNorm, SyncBatchNormAct) if device.type == "cuda" else (GlobalBatchNorm, GlobalBatchNormAct)
-    for name, module in model.named_modules():
-        has_activation = type(module).__name__ == "BatchNormAct2d"
-        if type(module) in _PLAIN_NORMS or has_activation:
-            if world_size() > 1:
-                module.__class__ = kinds[has_activation]
-                module.process_group = None  # torch's SyncBatchNorm asks for it
-        elif type(module) not in kinds and type(module).__name__ not in _FIXED_NORMS:
-            keeps = [buffer for buffer, _ in module.named_buffers(recurse=False) if buffer.startswith("running_")]
-            if keeps or isinstance(module, nn.modules.batchnorm._BatchNorm):
-                cure = "only torch's BatchNorm and timm's BatchNormAct2d can be taken over all ranks"
-                raise ConfigError(f"model.encoder: {name} is a {type(module).__name__}, with statistics of its batch; {cure}")
-
-
-@contextmanager
-def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are. In training mode it still uses the batch's."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    for norm, name, buffer in buffers:
-        setattr(norm, name, buffer.clone())  # moves in its place
-    try:
-        yield
-    finally:
-        for norm, name, buffer in buffers:
-            setattr(norm, name, buffer)

@@ -67,27 +67,33 @@ def load_newest(folder: Path, *, report: Callable[[str], None]) -> State | None:
     """
     sealed = saved_steps(folder)
     for step in sorted({*sealed, *steps_in(folder, ".pt")}, reverse=True):
-        path = folder / step_name(step, ".pt")
         try:
-            content = _verified(path)
-        except (OSError, ValueError, DamagedError) as error:
-            report(f"{path}: damaged checkpoint passed over: {error}")
-            continue
-        # It is what was sealed. An older one in its place would throw work away, and the next save remove it.
-        try:
-            state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            number = state.get("format")
-        except Exception as error:  # of a foreign file torch may raise anything
-            raise misfit(path, f"is no checkpoint of simclr-dist ({type(error).__name__})") from None
-        if number != FORMAT:
-            why = f"checkpoint format {number}, this simclr-dist reads {FORMAT}"
-            raise DataError(f"{path}: {why}; go on with the one that wrote it")
-        if state.get("step") != step:
-            raise misfit(path, f"holds step {state.get('step')!r:.40}, not that of its name")
-        return state
+            return load(folder / step_name(step, ".pt"))
+        except DamagedError as error:
+            report(f"{error}; passed over")
     if sealed:
         raise DataError(f"{folder}: none of its {len(sealed)} checkpoints is whole; move the folder away to start anew")
     return None
+
+
+def load(path: Path) -> State:
+    """Load one checkpoint, its tensors on the CPU. Raises DamagedError, and DataError for a whole one that is not ours."""
+    try:
+        content = _verified(path)
+    except (OSError, ValueError, DamagedError) as error:
+        raise DamagedError(f"{path}: damaged checkpoint: {error}") from None
+    # It is what was sealed. An older one in its place would throw work away, and the next save remove it.
+    try:
+        state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        number = state.get("format")
+    except Exception as error:  # of a foreign file torch may raise anything
+        raise misfit(path, f"is no checkpoint of simclr-dist ({type(error).__name__})") from None
+    if number != FORMAT:
+        why = f"checkpoint format {number}, this simclr-dist reads {FORMAT}"
+        raise DataError(f"{path}: {why}; go on with the one that wrote it")
+    if state.get("step") != step_of(path):
+        raise misfit(path, f"holds step {state.get('step')!r:.40}, not that of its name")
+    return state
 
 
 def misfit(path: Path, why: str) -> DataError:

@@ -109,7 +109,7 @@ def claim_run(run: Path) -> Claim:
 def check_newest(run: Path, generation: int) -> None:
     """Raise TakenOverError when a later start than `generation` holds the folder."""
     if (newest := newest_start(run)) > generation:
-        who = f"{str(run)!r} was taken over by {_describe(_holder(run, newest))}"
+        who = f"{str(run)!r} was taken over by {describe_start(signature(run, newest))}"
         raise TakenOverError(f"run_folder: {who}; this start ends without writing")
 
 
@@ -126,7 +126,7 @@ def is_held(run: Path) -> bool:
 
 def refuse_if_held(run: Path) -> None:
     """Raise ConfigError while another start holds the folder: the early, cheap check."""
-    if is_held(run) and _restarts_ahead(_holder(run, newest_start(run))) <= 0:
+    if is_held(run) and _restarts_ahead(signature(run, newest_start(run))) <= 0:
         raise _in_use(run, newest_start(run))
 
 
@@ -143,11 +143,11 @@ def _wait_for_end(run: Path, generation: int) -> None:
     began, first = time.monotonic(), _last_sign(run, generation)
     announced = False
     while True:
-        holder, waited = _holder(run, generation), time.monotonic() - began
+        holder, waited = signature(run, generation), time.monotonic() - began
         if (restarts := _restarts_ahead(holder)) > 0:
             return
         if restarts < 0:
-            raise TakenOverError(f"run_folder: {str(run)!r} was taken over by {_describe(holder)}; this start ends")
+            raise TakenOverError(f"run_folder: {str(run)!r} was taken over by {describe_start(holder)}; this start ends")
         if not holder and waited < 5 and time.time() - _signed_at(run, generation) < 5:
             time.sleep(0.1)  # it has been created, and is about to be locked and signed
             continue
@@ -163,7 +163,7 @@ def _wait_for_end(run: Path, generation: int) -> None:
             return
         elif not announced and waited > 1:
             announced = True
-            silent = f"{_describe(holder)}, has not said that it ended; waiting {left:.0f} s for a sign of life"
+            silent = f"{describe_start(holder)}, has not said that it ended; waiting {left:.0f} s for a sign of life"
             say(f"run_folder: {str(run)!r}: its last start, {silent}", "")
         time.sleep(0.2)
 
@@ -181,7 +181,7 @@ def _has_ended(run: Path, generation: int) -> bool | None:
     beat = heartbeat(run)
     if beat.get("generation") == generation and beat.get("ended"):
         return True
-    same_machine = _file_system(run) in _ONE_MACHINE or _holder(run, generation).get("host") == socket.gethostname()
+    same_machine = _file_system(run) in _ONE_MACHINE or signature(run, generation).get("host") == socket.gethostname()
     return True if locked is False and same_machine else None
 
 
@@ -189,7 +189,7 @@ def _path(run: Path, generation: int) -> Path:
     return run / "starts" / f"{generation:08d}.json"
 
 
-def _holder(run: Path, generation: int) -> dict[str, Any]:
+def signature(run: Path, generation: int) -> dict[str, Any]:
     """Return what a start signed with. Return {} for one that was killed before it could, or whose file is damaged."""
     with contextlib.suppress(DamagedError):
         return files.read_object(_path(run, generation), _HOLDER)
@@ -241,11 +241,12 @@ def _file_system(path: Path) -> str:
 
 
 def _in_use(run: Path, generation: int) -> ConfigError:
-    holder = _describe(_holder(run, generation))
+    holder = describe_start(signature(run, generation))
     return ConfigError(f"run_folder: {str(run)!r} is in use by {holder}; stop that one first, or name another folder")
 
 
-def _describe(holder: dict[str, Any]) -> str:
+def describe_start(holder: dict[str, Any]) -> str:
+    """Describe who made a start, by its signature."""
     job = f", SLURM job {holder['job']}" if holder.get("job") else ""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("time", 0.0)))
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}{job}, since {since}"

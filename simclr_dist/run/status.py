@@ -16,8 +16,9 @@ from simclr_dist.system.slurm_job import job_id, restart_count
 
 _STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | float, "reason?": str, "disk?": bool}
 _EVENT = {
-    "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "steps_lost?": int, "lost?": bool,
-    "disk?": bool, "job?": str | None, "launcher_job?": str | None, "cluster?": str | None, "restart?": str,
+    "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "total?": int | None,
+    "steps_lost?": int, "lost?": bool, "disk?": bool, "job?": str | None,
+    "launcher_job?": str | None, "cluster?": str | None, "restart?": str,
 }  # fmt: skip
 _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "stop": {"state": str, "exit_code": int, "why": str | None},
@@ -141,7 +142,7 @@ def outlook(run: Path) -> Outlook:
     state, reason, start = status.get("state", "not started"), status.get("reason"), status.get("start", 0)
     for entry in reversed(read_ledger(run)):
         match entry:
-            case {"kind": "eval"}:
+            case {"kind": "eval" | "work"}:
                 continue
             case {"event": "cancelled"}:
                 return Outlook(state, "cancelled", over=True)
@@ -205,8 +206,8 @@ def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": entry["state"], "exit_code": entry["exit_code"], **{name: value for name, value in more.items() if value}}
 
 
-def record_start(claim: Claim, step: int, world_size: int) -> None:
-    """Record that a start goes on from `step`. Also record what was lost since the last sign of life before.
+def record_start(claim: Claim, step: int, world_size: int, total: int | None = None) -> None:
+    """Record that a start goes on from `step` of `total`. Also record what was lost since the last sign of life before.
 
     Raises TakenOverError when a later start holds the folder.
     """
@@ -215,7 +216,7 @@ def record_start(claim: Claim, step: int, world_size: int) -> None:
     record_event(
         claim.run, "start", generation=claim.generation, host=socket.gethostname(), pid=os.getpid(),
         job=job_id(), cluster=os.environ.get("SLURM_CLUSTER_NAME"), restart=str(restart_count()),
-        world_size=world_size, step=step,
+        world_size=world_size, step=step, total=total,
         steps_lost=max(0, before.get("step", 0) - step), seconds_down=time.time() - before["time"] if before else 0.0,
     )  # fmt: skip
     claim.beat(step)

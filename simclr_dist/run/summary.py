@@ -13,7 +13,9 @@ from simclr_dist.config.strict_yaml import read_settings
 from simclr_dist.run.claim import heartbeat, is_dead
 from simclr_dist.run.folder import newest_step, read_metrics, stored_config
 from simclr_dist.run.status import Outlook, outlook, read_ledger
+from simclr_dist.system.progress import clock
 
+_WORDS = {"submitted": "waiting", "requeued": "waiting", "preempted": "paused"}
 _MARKS = ("starts", "status.json", "submission.json")  # a run folder has one; config.yaml may lie anywhere
 
 
@@ -31,6 +33,29 @@ class Summary:
     total: int | None
     metrics: dict[str, float]  # the newest, and the median speed of the last
     rank_hours: float
+    ranks: int  # of the last start; 0 before the first
+
+    @property
+    def standing(self) -> str:
+        """Return the state in a word, with its reason behind a colon."""
+        end, word = self.outlook, _WORDS.get(self.outlook.state, self.outlook.state)
+        if end.over and end.reason and end.reason.startswith(("cancelled", "given up")):
+            return end.reason
+        reason = end.reason or (word == "waiting" and f"SLURM job {end.job}")
+        return f"{word}: {reason}" if reason else word
+
+    @property
+    def state(self) -> str:
+        """Return the word alone."""
+        return self.standing.partition(":")[0]
+
+    @property
+    def left(self) -> str:
+        """Return the time left at the last speed, if it is known."""
+        speed = self.metrics.get("speed/images_per_second", 0.0)
+        if self.outlook.state != "running" or self.total is None or self.config is None or speed <= 0:
+            return ""
+        return clock((self.total - self.step) * self.config.global_batch_size / speed)
 
 
 def is_run(folder: Path) -> bool:
@@ -51,10 +76,11 @@ def summarise(run: Path) -> Summary:
     if speeds := [line["speed/images_per_second"] for line in lines if "speed/images_per_second" in line]:
         metrics["speed/images_per_second"] = median(speeds)
     step = max(int(heartbeat(run).get("step", 0)), newest_step(run))
-    total = step if end.state == "done" else None if config is None else config.steps
-    if total is None and metrics.get("speed/step_ms") and "speed/seconds_left" in metrics:
-        total = round(metrics["step"] + 1000 * metrics["speed/seconds_left"] / metrics["speed/step_ms"])
-    return Summary(run, config, end, step, total, metrics, _rank_seconds(run, read_ledger(run)) / 3600)
+    ledger = read_ledger(run)
+    last: dict[str, Any] = next((entry for entry in reversed(ledger) if entry["event"] == "start"), {})
+    total = step if end.state == "done" else last.get("total") or (config.steps if config else None)
+    ranks = round(_number(last, "world_size") or bool(last))
+    return Summary(run, config, end, step, total, metrics, _rank_seconds(run, ledger) / 3600, ranks)
 
 
 def _rank_seconds(run: Path, ledger: Sequence[dict[str, Any]]) -> float:

@@ -9,6 +9,8 @@ import reprlib
 import sys
 from contextlib import suppress
 
+from simclr_dist.system import progress
+
 PREEMPTED = 75
 LAYOUT = "\n\t"  # what text of several lines keeps, when what it has from files must not reach a terminal as it is
 # Variable with the path, less `.RANK`, of the note that a rank leaves for its launcher: torchrun loses exit codes.
@@ -116,6 +118,7 @@ def crash_summary(error: BaseException) -> str:
 
 def say(line: str, before: str = "simclr-dist: ") -> None:
     """Print a line on standard error. It is lost where nothing can be written, as on a terminal that has gone."""
+    progress.clear()
     with suppress(OSError):
         print(f"{before}{printable(line, keep=LAYOUT)}", file=sys.stderr, flush=True)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from simclr_dist.system.errors import RankError
 
+TYPED = "SIMCLR_DIST_TYPED"  # variable with the command line that was typed, for the ranks it starts
 TO_RUN_ALONE = "to run alone, unset RANK, WORLD_SIZE and LOCAL_RANK"
 _CURE = f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT go together, torchrun sets them; {TO_RUN_ALONE}"
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from simclr_dist.system import progress
 from simclr_dist.system.errors import LAST_WORD, say
 
 # `sbatch --signal` sends SIGUSR1 or SIGUSR2 before a time limit; preemption and requeue send SIGTERM only. A terminal that
@@ -59,6 +60,7 @@ def importing(code: int, line: str) -> Iterator[None]:
     """
 
     def leave(number: int, _: FrameType | None) -> None:
+        progress.clear()
         with suppress(OSError):  # the terminal may have gone
             os.write(sys.stderr.fileno(), (line.format(signal=name(number)) + "\n").encode())
         os._exit(code)

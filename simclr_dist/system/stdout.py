@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar, cast
 
+from simclr_dist.system import progress
 from simclr_dist.system.errors import LAYOUT, OutputError, printable
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class _Checked:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        progress.clear()
         return self._try(self._stream.write, printable(text, keep=LAYOUT))
 
     def flush(self) -> None:

@@ -1,6 +1,7 @@
 """Describe a run: its first lines, first pictures, and encoder's card."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from typing import Any
@@ -17,7 +18,7 @@ from simclr_dist.data.views.crops import visible
 from simclr_dist.data.views.draws import ViewSettings, preset_views
 from simclr_dist.method.distributed import World
 from simclr_dist.method.optim import learning_rate
-from simclr_dist.train.images import RunImages
+from simclr_dist.system.ranks import TYPED
 from simclr_dist.train.learner import Learner
 
 
@@ -27,23 +28,22 @@ def view_settings(config: Config) -> ViewSettings:
     return preset_views(values.pop("preset"), values)
 
 
-def encoder_card(config: Config, learner: Learner, step: int, images: RunImages) -> dict[str, Any]:
-    """List what users of the encoder need to know."""
+def encoder_card(config: Config, feature_size: int, init: str, step: int, images: dict[str, Any]) -> dict[str, Any]:
+    """List what users of the encoder need to know. `images`: their number, and "data_digest"."""
     settings, model = view_settings(config), config.model
     return {
         "encoder": model.encoder,
         "width": model.width,
         "stem": model.stem,
         "channels": config.data.channels,
-        "feature_size": learner.model.encoder.feature_size,
+        "feature_size": feature_size,
         "image_size": settings.image_size,
         "mean": list(settings.mean),
         "std": list(settings.std),
         "step": step,
         "images_seen": step * config.global_batch_size,
-        "init": learner.init,
-        "images": len(images),
-        "data_digest": images.digest,
+        "init": init,
+        **images,
         "config": config.to_dict(),
     }
 
@@ -119,13 +119,17 @@ def run_card(config: Config, described: str) -> str:
     settings = write_yaml(config.to_dict())
     return "\n\n".join(
         f"**{title}**\n\n```\n{body.strip()}\n```"
-        for title, body in (("run", described), ("command", shlex.join(sys.orig_argv)), ("settings", settings))
+        for title, body in (
+            ("run", described),
+            ("command", os.environ.get(TYPED) or shlex.join(sys.orig_argv)),
+            ("settings", settings),
+        )
     )
 
 
 def view_grid(view_a: Tensor, view_b: Tensor, settings: ViewSettings) -> Tensor:
-    """Draw both views of the first 16 images side by side. Returns float [3, h, w] in 0..1."""
-    pairs = torch.stack([view_a[:16], view_b[:16]], 1).flatten(0, 1).cpu()
+    """Draw the views of the first 16 images, white between pairs. Returns float [3, h, w] in 0..1."""
+    pairs = torch.cat([view_a[:16], view_b[:16]], dim=3).cpu()  # the two touch
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
-    grid: Tensor = make_grid(visible((pairs * std + mean).clamp(0, 1)), nrow=8)
+    grid: Tensor = make_grid(visible((pairs * std + mean).clamp(0, 1)), nrow=4, padding=8, pad_value=1)
     return grid

@@ -1,6 +1,9 @@
-"""Open a run's images and plan their order, from the config."""
+"""Open a run's images, plan their order, choose their colouring."""
+
+import warnings
 
 import numpy as np
+import torch
 
 from simclr_dist.config.settings import Config
 from simclr_dist.data.order import Plan
@@ -9,7 +12,10 @@ from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.data.remote.fetch import Patience
 from simclr_dist.data.stream import StreamImages, StreamPlan
+from simclr_dist.data.views.colour import Colour, colour_views
+from simclr_dist.data.views.compiled import compile_colour
 from simclr_dist.method.distributed import World
+from simclr_dist.method.loss import triton_problem
 
 RunImages = ShardDataset | StreamImages
 
@@ -40,3 +46,15 @@ def order(config: Config, images: RunImages, world: World, step: int = 0) -> Pla
     batch, pieces = config.global_batch_size, config.micro_batches
     cut = {"global_batch_size": batch, "micro_batches": pieces, "window": config.data.window}
     return kind(sizes, seed=config.seed, rank=world.rank, world_size=world.size, **cut)
+
+
+def choose_colour(config: Config, device: torch.device) -> Colour:
+    """Choose what colours views on this device."""
+    if device.type == "cpu":
+        return compile_colour() if config.compile else colour_views
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a run says it among its first lines
+        if triton_problem(device):
+            return colour_views
+    from simclr_dist.data.views import colour_cuda  # needs Triton
+
+    return colour_cuda.colour_views

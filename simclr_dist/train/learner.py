@@ -1,6 +1,7 @@
 """Build the learner: model, gradient exchange, optimizer. Compute its gradient and its numbers."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -17,13 +18,15 @@ from simclr_dist.config.settings import Config
 from simclr_dist.data.views.colour import to_device
 from simclr_dist.data.views.draws import uniforms, view_side
 from simclr_dist.encoder.published import start_weights
+from simclr_dist.method.batch_norm import frozen_running_statistics, use_global_batch_norm
 from simclr_dist.method.distributed import World, all_equal, data_parallel, together
 from simclr_dist.method.dropout import Keys
 from simclr_dist.method.encoders import build_simclr, checkpoint_blocks
+from simclr_dist.method.exact import ExactNTXentLoss, InPieces
 from simclr_dist.method.loss import NTXentLoss, for_kernels, triton_problem
 from simclr_dist.method.loss.statistics import embedding_statistics
 from simclr_dist.method.microbatch import LossFunction, contrastive_backward
-from simclr_dist.method.model import SimCLR, frozen_running_statistics, use_global_batch_norm
+from simclr_dist.method.model import SimCLR
 from simclr_dist.method.optim import build_optimizer, parameter_groups
 from simclr_dist.method.precision import AUTOCAST, settle
 from simclr_dist.system.errors import ConfigError
@@ -68,7 +71,7 @@ class Learner:
     model: SimCLR
     parallel: nn.Module  # DDP around the model, or the model itself
     optimizer: torch.optim.Optimizer
-    loss: LossFunction
+    loss: NTXentLoss
     loss_scale: LossScale | None  # of fp16
     counters: dict[str, Tensor]  # int64 device scalars
     init: str  # what the encoder really started from
@@ -135,6 +138,10 @@ def start_model(config: Config, world: World, *, resumed: bool = False) -> tuple
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # 4 to 7 % of a step on a CPU, for who reads what nobody has written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+    if config.deterministic == "exact" and world.device.type == "cpu":
+        torch.set_num_threads(1)  # of two threads each sums its half
     torch.backends.cudnn.benchmark = not config.deterministic
     settle(config.precision, world.device)
     torch.manual_seed(config.seed)
@@ -156,18 +163,29 @@ def build_learner(config: Config, world: World, started: tuple[SimCLR, str] | No
     model.to(world.device, torch.float64 if config.precision == "fp64" else torch.float32)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    use_global_batch_norm(model, world.device)
+    use_global_batch_norm(model, in_pieces=config.deterministic == "exact")
     groups = parameter_groups(model, o.weight_decay)
     how: dict[str, Any] = {"momentum": o.momentum, "trust_coefficient": o.trust_coefficient, "betas": o.betas}
     optimizer = build_optimizer(o.name, groups, lr=config.peak_lr, **how)
     if config.compile:
         model.encoder.compile()
-    parallel = data_parallel(model, world, in_rank_order=world.device.type == "cpu" or config.deterministic)
+    if config.deterministic == "exact":
+        parallel: nn.Module = InPieces(model, config.exact_piece)
+    else:
+        parallel = data_parallel(model, world, in_rank_order=world.device.type == "cpu" or config.deterministic)
     counted = ("skipped", "skipped_in_a_row", "longest_skip", "clipped")
     counters = {name: torch.zeros((), dtype=torch.int64, device=world.device) for name in counted}
-    loss = NTXentLoss(config.loss.temperature, decoupled=config.loss.decoupled, scale=config.loss.scale)
     loss_scale = LossScale(world.device) if config.precision == "fp16" else None
-    return Learner(model, parallel, optimizer, loss, loss_scale, counters, init, Stopwatch(world.device), config.seed)
+    timer = Stopwatch(world.device)
+    return Learner(model, parallel, optimizer, build_loss(config), loss_scale, counters, init, timer, config.seed)
+
+
+def build_loss(config: Config) -> NTXentLoss:
+    """Build the loss that trains."""
+    how = dataclasses.asdict(config.loss)
+    if config.deterministic == "exact":
+        return ExactNTXentLoss(**how, micro_batches=config.micro_batches, images=config.exact_piece)
+    return NTXentLoss(**how)
 
 
 def cut(view_a: Tensor, view_b: Tensor, count: int) -> list[MicroBatch]:
@@ -223,7 +241,7 @@ def step_metrics(
         f"loss/{'dcl' if config.loss.decoupled else 'nt_xent'}": float(outcome["loss"]) / config.loss.scale,
         "loss/chance": math.log(negatives + (not config.loss.decoupled)) if negatives else 0.0,
         "loss/negatives_an_anchor": negatives,
-        **embedding_statistics(outcome["z_a"], outcome["z_b"]),
+        **embedding_statistics(outcome["z_a"], outcome["z_b"], learner.loss.cut),
         "optim/learning_rate": lr,
         "optim/gradient_norm": float(outcome["gradient_norm"]),
         "optim/clipped_share": counters["clipped"] / step,

@@ -15,8 +15,7 @@ from simclr_dist.config.together import check_fits, check_machine, doubts
 from simclr_dist.data.memory import held_in_memory
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps
-from simclr_dist.data.views.colour import Colour, colour_views
-from simclr_dist.data.views.compiled import compile_colour
+from simclr_dist.data.views.colour import Colour
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.encoder.names import encoder_path
 from simclr_dist.method.distributed import (
@@ -29,6 +28,7 @@ from simclr_dist.method.distributed import (
     set_timeout,
     together,
 )
+from simclr_dist.method.loss import triton_problem
 from simclr_dist.method.optim import learning_rate, step_unless
 from simclr_dist.run import checkpoint
 from simclr_dist.run.claim import Claim
@@ -40,7 +40,7 @@ from simclr_dist.system import signals
 from simclr_dist.system.errors import ConfigError, DivergedError, SaveError, StoppedError
 from simclr_dist.train.agreement import StopAgreement, any_stop_signal, check_ranks_agree
 from simclr_dist.train.describe import describe, encoder_card, run_card, view_grid, view_settings
-from simclr_dist.train.images import RunImages, open_images, order
+from simclr_dist.train.images import RunImages, choose_colour, open_images, order
 from simclr_dist.train.learner import (
     Learner,
     MicroBatch,
@@ -80,7 +80,7 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     on_rank_0(lambda: check_room(config, config.total_steps(len(images)), *saved_bytes(config)))
     # Before there is a run folder, which would hold these settings.
     started = start_model(config, world, resumed=bool(checkpoint.saved_steps(Path(config.run_folder, "checkpoints"))))
-    colour = together(compile_colour) if config.compile and world.device.type == "cpu" else colour_views
+    colour = together(lambda: choose_colour(config, world.device))
     claim = on_rank_0(lambda: open_run(config, {**surroundings(world), "data_digest": digest}))
     with recorded(Path(config.run_folder), claim), lost_ranks_named():
         trainer = Trainer(config, world, images, claim, build_learner(config, world, started), colour)
@@ -91,26 +91,20 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
 
 
 def training_step(
-    learner: Learner,
-    micro_batches: Sequence[MicroBatch],
-    config: Config,
-    lr: float,
-    *,
-    rows: Sequence[Tensor] = (),
-    step: int = 0,
-) -> dict[str, Tensor]:
+    learner: Learner, micro_batches: Sequence[MicroBatch], config: Config, lr: float,
+    *, rows: Sequence[Tensor] = (), step: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
     """Update the parameters by this rank's micro-batches. A non-finite loss or gradient changes nothing.
 
-    `rows` and `step` key the draws of dropout and drop path, as of `backward`.
-
-    No host sync of ours (torch's SyncBatchNorm has one). All ranks decide alike: the loss is that of the global batch, and
-    the gradient is averaged already.
+    `rows` and `step` key the draws of random layers, as of `backward`. No host sync of ours. All ranks decide alike: the loss
+    is that of the global batch, and the gradient is averaged already.
     """
     parameters, optimizer = list(learner.model.parameters()), learner.optimizer
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    statistics = [(buffer, buffer.clone()) for buffer in learner.model.buffers() if buffer.is_floating_point()]
+    buffers = [buffer for buffer in learner.model.buffers() if buffer.is_floating_point()]
+    before = torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
     loss, z_a, z_b = backward(learner, micro_batches, rows=rows, step=step)  # z of all ranks, NT-Xent, and the mean gradient
     with learner.local_timer, record_function("optimizer"):
         if learner.loss_scale:
@@ -119,8 +113,10 @@ def training_step(
         norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
         bad = ~(loss.isfinite() & norm.isfinite())
         step_unless(optimizer, bad)  # LARS
-        for buffer, before in statistics:
-            buffer.copy_(torch.where(bad, before, buffer))  # a non-finite batch must not stay in the running statistics
+        if before is not None:  # a non-finite batch must not stay in the running statistics
+            kept = torch.where(bad, before, torch.cat([buffer.flatten() for buffer in buffers]))
+            parts = zip(kept.split([buffer.numel() for buffer in buffers]), buffers, strict=True)
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in parts])
         learner.count_step(loss, bad, clipped=norm > clip_norm)
     return {"loss": loss, "gradient_norm": norm, "z_a": z_a, "z_b": z_b}
 
@@ -137,7 +133,7 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.images, self.claim = config, world, images, claim
         self.learner, self.colour = learner, colour
-        self.folder = Path(config.run_folder)
+        self.folder, self.of_images = Path(config.run_folder), {"images": len(images), "data_digest": images.digest}
         self.view_settings = view_settings(config)
         self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
         self.step, self.bad_samples = resume(self.learner, config, world, len(images), data_identity(images))
@@ -209,8 +205,10 @@ class Trainer:
             for doubt in doubts(config, len(self.images), self.world.size, self.view_settings.image_size, short_side):
                 self.monitor.say(f"WARNING: {doubt}")
             problem = together(lambda: kernel_problem(config, embedding_size(config, self.learner.model), self.world))
+            if self.world.device.type == "cuda":
+                problem = triton_problem(self.world.device)  # found when colour was chosen, which needs it in any case
             for why in sorted(set(all_gather_objects(problem)) - {""}):
-                self.monitor.say(f"WARNING: the loss is computed by plain torch operations, which are slower: {why}")
+                self.monitor.say(f"WARNING: colour and loss are computed by plain torch operations, which are slower: {why}")
         self.monitor.card(run_card(config, described))
         if config.probe.every_epochs:
             assert isinstance(self.images, ShardDataset), "checked"
@@ -233,7 +231,7 @@ class Trainer:
 
     def _begin(self) -> None:
         assert self.claim is not None, "only rank 0 begins"
-        record_start(self.claim, self.step, self.world.size)
+        record_start(self.claim, self.step, self.world.size, self.total)
         truncate_metrics(self.folder, self.step)
 
     def _end_if_stopped_early(self) -> None:
@@ -289,6 +287,7 @@ class Trainer:
             return
         began, digest = time.perf_counter(), data_identity(self.images)
         state = full_state(self.learner, self.config, self.world, self.step, self.bad_samples, digest)
+        state["images"] = self.of_images
         folder, keep, allowed = self.folder / "checkpoints", self.config.checkpoint, self.claim.check
         path = checkpoint.save(folder, self.step, state, keep_last=keep.keep_last, keep_every=keep.keep_every, allowed=allowed)
         self.checkpoint_seconds = time.perf_counter() - began
@@ -298,7 +297,7 @@ class Trainer:
         if self.claim is None:
             return
         model, path = self.learner.model, encoder_path(self.folder, self.step)
-        card = encoder_card(self.config, self.learner, self.step, self.images)
+        card = encoder_card(self.config, model.encoder.feature_size, self.learner.init, self.step, self.of_images)
         at_end = self.step == self.total > self.first
         elsewhere = (Path.cwd(), tempfile.gettempdir()) if at_end else ()  # it is what all the steps were for
         export_encoder(path, model.encoder, card, model.projector, elsewhere=elsewhere)

@@ -11,6 +11,7 @@ from simclr_dist.config.load import config_from_dict
 from simclr_dist.config.settings import Config
 from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.data.stream import StreamImages
+from simclr_dist.encoder.file import export_encoder
 from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
 from simclr_dist.method.optim import OPTIMIZER_BUFFERS
 from simclr_dist.run import checkpoint
@@ -18,9 +19,9 @@ from simclr_dist.run.folder import check_same_images
 from simclr_dist.run.steps import step_name
 from simclr_dist.system.errors import DataError, reason_of, say
 from simclr_dist.system.files import fitting, write_atomically
-from simclr_dist.train.describe import rate_doubt
+from simclr_dist.train.describe import encoder_card, rate_doubt
 from simclr_dist.train.images import RunImages
-from simclr_dist.train.learner import Learner, build_shapes
+from simclr_dist.train.learner import Learner, build_model, build_shapes
 from simclr_dist.train.monitor import Monitor
 
 
@@ -99,11 +100,28 @@ def resume(learner: Learner, config: Config, world: World, samples: int, digest:
     if step >= config.total_steps(samples):
         return step, dict(state["bad_samples"])
     for name, new in surroundings(world).items():
-        if (old := state["environment"].get(name, new)) != new:
+        is_free = name == "world_size" and config.deterministic == "exact"
+        if (old := state["environment"].get(name, new)) != new and not is_free:
             report(f"{name} was {old} and is {new}: the run goes on, and may differ from an uninterrupted one in the last bits")
     if doubt := rate_doubt(config_from_dict(state["config"], str(folder / step_name(step, ".pt"))), config, samples, step):
         report(doubt)
     return step, dict(state["bad_samples"])
+
+
+def export_checkpoint(path: Path, out: Path) -> Path:
+    """Write a checkpoint's encoder to `out`, as its run would have. Returns that. Raises DataError for what is none."""
+    state = checkpoint.load(path)
+    try:
+        fitting(state, {"config": dict, "model": dict, "init": str, "images?": dict})
+        images = fitting(state.get("images", {"data_digest": None}), {"images?": int, "data_digest": str | None})
+        config = config_from_dict(state["config"], str(path))
+        model = build_model(config)
+        model.load_state_dict(state["model"])
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: does not fit its own settings ({reason_of(error)})") from None
+    card = encoder_card(config, model.encoder.feature_size, state["init"], state["step"], images)
+    export_encoder(out, model.encoder, card, model.projector)
+    return out
 
 
 def _restore(learner: Learner, state: checkpoint.State, path: Path) -> None:

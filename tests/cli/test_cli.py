@@ -31,7 +31,22 @@ from simclr_dist.system.errors import PREEMPTED, UserError
 from terminal import terminal
 
 IMAGES = 24
-VERBS = ("demo", "shard", "train", "eval", "finetune", "embed", "neighbours", "export", "submit", "runs", "plan", "check")
+VERBS = (
+    "demo",
+    "shard",
+    "train",
+    "eval",
+    "finetune",
+    "embed",
+    "neighbours",
+    "duplicates",
+    "export",
+    "submit",
+    "status",
+    "runs",
+    "plan",
+    "check",
+)
 
 CONFIG = """
 run_folder: run
@@ -138,10 +153,11 @@ def test_a_text_file_that_is_called_jpg(here: Path, command: Command) -> None:
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("split", ["0.8", "0.8/0.3", "nan/0.5", "0.5/0.3/0.2", "1/0"])
+@pytest.mark.parametrize("split", ["0.8", "0.8/0.3", "nan/0.5", "0.5/0.3/0.1", "1/0"])
 def test_a_bad_split(here: Path, command: Command, split: str) -> None:
     line = refused(command("shard", "images", "new", "--split", split))
-    assert line == f"split: {split} must be two shares above 0, train and test, that add up to 1, like 0.8/0.2"
+    sides = "shares above 0 of train and test, or of train, val and test"
+    assert line == f"split: {split} must be {sides}, that add up to 1, like 0.8/0.2 or 0.8/0.1/0.1"
     for text in ("x/y", ""):
         line = refused(command("shard", "images", "new", "--split", text))
         assert f"argument --split: invalid /-separated value: {text!r}" in line
@@ -244,7 +260,7 @@ def test_a_foreign_safetensors_file(here: Path, command: Command, card: str) -> 
         (["check", "--only", "shards"], "--only shards: has nothing to look at without a CONFIG"),
         (
             ["plan", "config.yaml", "--device", "auto", "--gpu", "h100", "--utilisation", "0.3", "--images-per-second", "9"],
-            "--utilisation: has no effect with --images-per-second",
+            "--utilisation, --images-per-second, --measure: each says how fast a rank is; give one of them",
         ),
         (
             ["plan", "config.yaml", "--latency", "5us"],
@@ -296,6 +312,8 @@ def test_examples_are_commands_that_are_understood(verb: str, line: str, monkeyp
     assert (program, known.verb) == ("simclr-dist", verb)
     if getattr(known, "config", None) is None:
         assert not rest
+    elif known.config in ("shard", "embed", "eval"):
+        cli.make_parser().parse_args([known.config, *rest])
     elif known.config not in ("status", "logs", "cancel", "resume"):
         config = Path(known.config) if known.config != "my.yaml" else Path("configs/cifar10_cpu.yaml")
         load_config(config, rest)
@@ -406,6 +424,12 @@ def test_a_file_on_a_full_disk_is_not_taken_for_the_output(capfd: pytest.Capture
     with stdout.checked():
         print("taken")
     assert capfd.readouterr().out == "taken\n"
+
+
+def test_shard_ends_with_what_comes_next(here: Path, command: Command) -> None:
+    code, out, _ = command("shard", "images", "data/mine", "--split", "0.5/0.5", "--processes", "1")
+    assert (code, Path("data/mine/train/manifest.parquet").exists()) == (0, True)
+    assert out.partition("\n\nNext:\n  ")[2].endswith("simclr-dist train CONFIG --data.shards data/mine/train\n")
 
 
 @pytest.mark.parametrize("setting", [{}, {"NO_COLOR": "1"}])

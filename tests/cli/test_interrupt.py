@@ -106,17 +106,34 @@ def test_one_line_and_the_code(here: Path, arguments: list[str], when: str, code
         assert read_status(here / "new")["state"] == "preempted"
 
 
-def test_check(here: Path) -> None:
-    arguments = ["check", "config.yaml", "--global_batch_size", "20000", "--micro_batches", "100", "--processes", "2"]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "config.yaml", "--global_batch_size", "20000", "--micro_batches", "100", "--processes", "2"],
+        ["plan", "config.yaml", "--measure", "--processes", "2"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_ranks_that_have_nothing_to_save(here: Path, arguments: list[str]) -> None:
+    """They do not outlive their parent either."""
     with terminal([PROGRAM, *arguments], here, {"PYTHONVERBOSE": ""}) as shell:
-        runs.until(lambda: "libtorch" in maps(shell) or shell.process.poll() is not None)
+        runs.until(lambda: any("libtorch" in maps(rank) for rank in ranks(shell)) or shell.process.poll() is not None)
+        started = ranks(shell)
         assert stopped(shell) == (130, "interrupted; the same command starts again")
+        runs.until(lambda: not any(map(maps, started)))
 
 
-def maps(shell: Terminal) -> str:
-    """What the children of a program have loaded."""
-    found = [Path(f"/proc/{process}/maps") for process in runs.children(shell.process.pid)]
-    return "".join(path.read_text() for path in found if path.exists())
+def ranks(shell: Terminal) -> list[int]:
+    """What torchrun has started."""
+    return [rank for agent in runs.children(shell.process.pid) for rank in runs.children(agent)]
+
+
+def maps(process: int) -> str:
+    """What it has loaded: nothing when it has ended, even if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{process}/maps").read_text()
+    except OSError:
+        return ""
 
 
 def test_the_demo_goes_on_where_it_was(here: Path, trained: Path) -> None:

@@ -11,7 +11,7 @@ from simclr_dist.cli.options import add_settings, settings_from
 from simclr_dist.config.ranges import setting_types
 from simclr_dist.convert.settings import ShardSettings
 from simclr_dist.encoder.names import Foreign
-from simclr_dist.evaluate.settings import EmbedSettings, FinetuneSettings, NeighbourSettings, Settings
+from simclr_dist.evaluate.settings import DuplicateSettings, EmbedSettings, FinetuneSettings, NeighbourSettings, Settings
 from simclr_dist.preflight.plan.settings import PlanSettings
 from simclr_dist.system.errors import ConfigError
 
@@ -23,29 +23,38 @@ VERBS: dict[type, list[str]] = {
     FinetuneSettings: ["finetune", "e", *SETS],
     EmbedSettings: ["embed", "e", "a.jpg", "f.parquet"],
     NeighbourSettings: ["neighbours", "e", "a.jpg", "--among", "s"],
+    DuplicateSettings: ["duplicates", "e", "s"],
     PlanSettings: ["plan", "none.yaml"],
 }
 REQUIRED: dict[type, dict[str, Any]] = {FinetuneSettings: {"labels": 0.5}, Foreign: {"arch": "resnet18", "weights": "w.pth"}}
 ANY_TEXT = {"image_column", "label_column", "layer", "weights", "prefix", "gpu", "bandwidth", "latency"}  # refused later
-WITHOUT_VALUE = {"baselines", "keep_features", "skip_bad"}
+WITHOUT_VALUE = {"baselines", "keep_features", "skip_bad", "measure"}
+SEARCH: dict[str, list[Any]] = {
+    "batch_size": [0], "workers": [-1], "precision": ["fp64"], "features": ["", __file__],
+}  # fmt: skip
 REFUSED: dict[type, dict[str, list[Any]]] = {
     ShardSettings: {
         "shard_size": [0, -1], "seed": [-1, 2**64], "short_side": [5, 7, 0], "quality": [0, 101],
         "channels": [0, 65], "bit_depth": [1, 12],
-        "split": [(0.8, 0.3), (0.8, 0.20001), (1.0, 0.0), (0.5, float("nan")), (0.5, 0.3, 0.2), (0.5,)],
+        "split": [(0.8, 0.3), (0.8, 0.20001), (1.0, 0.0), (0.5, float("nan")), (0.5, 0.3, 0.1), (0.4, 0.2, 0.2, 0.2), (0.5,)],
     },
     Settings: {
         "k": [0], "temperature": [0.0, -1.0, float("inf")], "l2": [-1.0, float("nan")], "max_iter": [0], "batch_size": [0],
         "workers": [-1], "seed": [-1, 2**63], "protocols": [("svm",), ("knn", "knn"), ("",)], "sgd_epochs": [0],
         "mlp_epochs": [0], "precision": ["fp16"], "features": ["", __file__],
+        "labels": [(0.0,), (1.5,), (0.1, 0.1)], "finetune_epochs": [0],
     },
-    Foreign: {"arch": ["vgg16"], "image_size": [7, 5000], "width": [3], "stem": ["large"], "channels": [0, 1025]},
+    Foreign: {
+        "arch": ["vgg16"], "image_size": [7, 5000], "width": [3], "stem": ["large"], "channels": [0, 1025],
+        "mean": [(float("nan"),)], "std": [(0.0,)],
+    },
     FinetuneSettings: {
         "labels": [0.0, 10.0, float("nan")], "start": ["z", "projector.0"], "seeds": [0], "epochs": [0], "batch_size": [1],
         "base_lr": [0.0, float("inf")], "workers": [-1],
     },
-    EmbedSettings: {"batch_size": [0], "workers": [-1], "precision": ["fp64"]},
-    NeighbourSettings: {"k": [0], "batch_size": [0], "workers": [-1], "precision": ["fp64"], "features": ["", __file__]},
+    EmbedSettings: {"batch_size": [0], "workers": [-1], "precision": ["fp64"], "map": ["", "x.jpg"]},
+    NeighbourSettings: {"k": [0], **SEARCH},
+    DuplicateSettings: {"above": [0.0, 1.0], **SEARCH},
     PlanSettings: {"processes": [0], "samples": [0], "utilisation": [0.0, 1.5], "images_per_second": [0.0, float("nan")]},
 }  # fmt: skip
 CASES = [(cls, name, value) for cls, names in REFUSED.items() for name, values in names.items() for value in values]
@@ -53,7 +62,7 @@ CASES = [(cls, name, value) for cls, names in REFUSED.items() for name, values i
 
 def words(settings: dict[str, Any]) -> list[str]:
     """What is typed for these values."""
-    separator = {name: "/" if name == "split" else "," for name in settings}
+    separator = {name: "," if name == "protocols" else "/" for name in settings}
     return [
         f"--{name.replace('_', '-')}={separator[name].join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in settings.items()

@@ -37,7 +37,7 @@ LEAST = "run_folder: runs/x\nsteps: 20\ndata: {shards: data/x}\n"
 # Every knob is an interface that someone has to keep: a new one is added here on purpose.
 OPTIONS = [
     "run_folder", "seed", "global_batch_size", "micro_batches", "epochs", "steps", "device", "precision",
-    "activation_checkpointing", "channels_last", "compile", "deterministic",
+    "activation_checkpointing", "channels_last", "compile", "deterministic", "exact_piece",
     "max_skipped_steps", "check_ranks_every", "timeout_minutes",
     "first_step_timeout_minutes", "data.shards", "data.reader", "data.channels", "data.bit_depth",
     "data.workers", "data.window",

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pictures import encoded
 from simclr_dist.convert.dealing import deal
@@ -106,6 +107,39 @@ def test_a_side_without_images_is_refused() -> None:
         assert str(caught.value) == message
     sides = deal(few, few, hashes([0, 1, 1]), total=3, seed=0, split=(0.5, 0.5))
     assert sorted(map(len, sides.values())) == [1, 2]
+    with pytest.raises(DataError, match=r"^split 0[.]5/0[.]1/0[.]4 of 3 different images leaves one side"):
+        deal(few, few, hashes([0, 1, 2]), total=3, seed=0, split=(0.5, 0.1, 0.4))
+
+
+def test_three_shares_are_stratified_and_have_the_test_images_of_two() -> None:
+    rng = np.random.default_rng(0)
+    index, label = np.arange(1000), rng.permutation(np.repeat(np.arange(-1, 4), 200))
+    pictures = np.arange(1000) % 950  # some come twice
+    sides = deal(index, label, hashes(pictures.tolist()), total=1000, seed=3, split=(0.7, 0.1, 0.2))
+    assert list(sides) == ["train", "val", "test"]
+    assert np.array_equal(np.sort(np.concatenate(list(sides.values()))), index)
+    named = {name: set(pictures[rows].tolist()) for name, rows in sides.items()}
+    assert not named["train"] & named["val"] | named["val"] & named["test"] | named["train"] & named["test"]
+    for name, share in (("val", 0.1), ("test", 0.2)):
+        assert len(named[name]) == pytest.approx(950 * share, abs=1)
+        of_class = np.bincount(label[np.flatnonzero(np.isin(index, list(named[name])))] + 1)
+        first = np.bincount(label[:950] + 1)
+        assert of_class.tolist() == pytest.approx((first * share).tolist(), abs=1.5)
+    two = deal(index, label, hashes(pictures.tolist()), total=1000, seed=3, split=(0.8, 0.2))
+    assert two["test"].tolist() == sides["test"].tolist()
+
+
+def test_a_conversion_writes_three_sides_and_knows_them_again(tmp_path: Path) -> None:
+    for number in range(40):
+        path = tmp_path / "src" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    summary = write_shards(tmp_path / "src", tmp_path / "out", processes=1, split=(0.5, 0.2, 0.3))
+    assert [folder.name for folder in summary.destinations] == ["train", "val", "test"]
+    assert [len(load_manifest(folder)) for folder in summary.destinations] == [20, 8, 12]
+    assert list(json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]) == ["train", "val", "test"]
+    again = write_shards(tmp_path / "src", tmp_path / "out", processes=1, split=(0.5, 0.2, 0.3))
+    assert (again.already, again.destinations) == (True, summary.destinations)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pictures import contents, encoded
+from simclr_dist.cli.main import main
 from simclr_dist.convert import decoding, writing
 from simclr_dist.convert.partial import Partial, hold
 from simclr_dist.convert.shards import ShardSettings, _Conversion, finish_shards, write_part, write_shards
@@ -335,6 +336,29 @@ def test_a_part_that_begins_while_another_makes_the_folder(
 
     monkeypatch.setattr(Path, "exists", exists)
     write_part(source, tmp_path / "out", ShardSettings(), 1, 2, processes=1)
+
+
+def test_a_part_does_not_wait_for_torch(tmp_path: Path, source: Path) -> None:
+    """Which the writer of tars brings along: a second of each task's start, and its memory."""
+    code = (
+        "import sys; from simclr_dist.cli.main import main; assert main(sys.argv[1:]) == 0; assert 'torch' not in sys.modules"
+    )
+    words = ["shard", source, tmp_path / "out", "--part", "1/2", "--processes", "1"]
+    subprocess.run([sys.executable, "-c", code, *words], check=True)
+
+
+@pytest.mark.parametrize("part", [1, None])
+def test_a_lock_of_a_lost_node_may_pass(
+    tmp_path: Path, source: Path, part: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that SLURM has started again elsewhere is started once more; what is typed is refused."""
+    out, words = tmp_path / "out", ["--part", "1/1"] if part else ["--finish"]
+    about = _Conversion(source, out, ShardSettings(), parts=1, processes=1, progress=False).about
+    with hold(out, about, part):
+        for job, code in ((None, 2), ("7", 1)):
+            monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+            assert main(["shard", str(source), str(out), *words]) == code
+            assert capsys.readouterr().err.startswith(f"simclr-dist: {out}: another run ")
 
 
 def test_strict_parts(tmp_path: Path, source: Path) -> None:

@@ -643,7 +643,7 @@ def test_a_folder_that_only_looks_like_a_leftover_is_left_alone(tmp_path: Path) 
         ({"processes": 0}, "processes: 0"),
         ({"split": (0.8, 0.3)}, "split: 0.8/0.3"),
         ({"split": (1.0, 0.0)}, "split: 1/0"),
-        ({"split": (0.5, 0.3, 0.2)}, "split: 0.5/0.3/0.2"),
+        ({"split": (0.5, 0.3, 0.1, 0.1)}, "split: 0.5/0.3/0.1/0.1"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any], says: str) -> None:

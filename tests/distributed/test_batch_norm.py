@@ -1,7 +1,9 @@
 """BatchNorm over all ranks on the CPU, against torch's own over the whole batch in one process."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import ranks
+from simclr_dist.method import batch_norm
+from simclr_dist.method.batch_norm import frozen_running_statistics, use_global_batch_norm
 from simclr_dist.method.distributed import World, rank, world_size
-from simclr_dist.method.model import frozen_running_statistics, use_global_batch_norm
 from simclr_dist.system.errors import ConfigError
 
 SHAPES = {"4-d": (12, 5, 4, 3), "2-d": (12, 5)}
@@ -61,12 +64,109 @@ def _pass(norm: nn.Module, x: Tensor, upstream: Tensor, dtype: torch.dtype) -> d
     }
 
 
-def _on_ranks(world: World) -> list[dict[str, Tensor]]:
+def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = x.transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    return y.mean(1), (y.var(1, correction=0) + eps).rsqrt()
+
+
+def _gather_stats(
+    x: Tensor,
+    means: Tensor,
+    invstds: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    counts, total = counts[:, None], counts.sum()
+    mean = (means * counts).sum(0) / total
+    var = ((invstds**-2 - eps + (means - mean) ** 2) * counts).sum(0) / total
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * total / (total - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def _by_channel(x: Tensor, *numbers: Tensor) -> list[Tensor]:
+    return [value.view(1, -1, *[1] * (x.dim() - 2)) for value in numbers]
+
+
+def _elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    mean, scale, bias = _by_channel(x, mean, invstd * weight, bias)
+    return ((x - mean) * scale + bias).to(x.dtype)
+
+
+def _reduce(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
+    dims = [0, *range(2, x.dim())]
+    sum_dy = grad.to(mean.dtype).sum(dims)
+    sum_dy_xmu = (grad.to(mean.dtype) * (x - _by_channel(x, mean)[0])).sum(dims)
+    return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy
+
+
+def _backward_elemt(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, sum_dy: Tensor, sum_dy_xmu: Tensor, counts: Tensor
+) -> Tensor:
+    assert counts.dtype == torch.int32
+    total = counts.sum()
+    mean, of_dy, of_xmu, scale = _by_channel(x, mean, sum_dy / total, invstd**2 * sum_dy_xmu / total, invstd * weight)
+    return ((grad - of_dy - (x - mean) * of_xmu) * scale).to(x.dtype)
+
+
+# The operations that torch has for CUDA alone, by their definition.
+_CUDA = {
+    "batch_norm_stats": _stats,
+    "batch_norm_gather_stats_with_counts": _gather_stats,
+    "batch_norm_elemt": _elemt,
+    "batch_norm_backward_reduce": _reduce,
+    "batch_norm_backward_elemt": _backward_elemt,
+}
+
+
+def _of_cuda(eps: float, count: int, *tensors: Tensor) -> Any:
+    return batch_norm._CudaGlobalNorm.apply(eps, *tensors)
+
+
+def _on_ranks(world: World, form: str) -> list[dict[str, Tensor]]:
+    with contextlib.ExitStack() as stack:
+        if form == "CUDA's":
+            stack.enter_context(_cuda_operations())
+            stack.enter_context(mock.patch.object(batch_norm._GlobalNorm, "apply", _of_cuda))
+        return _of_cases(world)
+
+
+@contextlib.contextmanager
+def _cuda_operations() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for name, function in _CUDA.items():
+            stack.enter_context(mock.patch.object(torch, name, function))
+        yield
+
+
+def test_the_form_for_cuda_alone() -> None:
+    """On a GPU by torch's operations, elsewhere by their definition."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for case in CASES:
+        x, upstream, norm = _case(*case)
+        truth = _pass(norm.double(), x.double(), upstream.double(), torch.float64)
+        x, upstream, norm = _case(*case)
+        norm, moved = norm.to(device), x.detach().to(device).requires_grad_()
+        with contextlib.nullcontext() if device.type == "cuda" else _cuda_operations():
+            _, _, y = batch_norm._CudaGlobalNorm.apply(norm.eps, moved, norm.weight, norm.bias)
+            y.backward(upstream.to(device, y.dtype))
+        assert moved.grad is not None
+        assert norm.weight.grad is not None
+        found = {"output": y, "input gradient": moved.grad, "weight gradient": norm.weight.grad}
+        for name, value in found.items():
+            error = float((value.detach().cpu().double() - truth[name]).norm() / truth[name].norm())
+            assert error < (1e-11 if case[3] == torch.float64 else 1e-4), f"{case}, {name}: relative error {error:.2e}"
+
+
+def _of_cases(world: World) -> list[dict[str, Tensor]]:
     found = []
     for case in CASES:
         x, upstream, norm = _case(*case)
         wrapped = nn.Sequential(norm)
-        use_global_batch_norm(wrapped, world.device)
+        use_global_batch_norm(wrapped)
         mine = _my_rows(len(x), world.rank, world.size)
         result = _pass(wrapped[0], x[mine], upstream[mine], torch.float64)
         wrapped.eval()
@@ -77,7 +177,7 @@ def _on_ranks(world: World) -> list[dict[str, Tensor]]:
 
 def _second_derivative(world: World) -> str:
     wrapped = nn.Sequential(nn.BatchNorm1d(5))
-    use_global_batch_norm(wrapped, world.device)
+    use_global_batch_norm(wrapped)
     x = torch.randn(4, 5, requires_grad=True)
     try:
         torch.autograd.grad(wrapped(x).sum(), x, create_graph=True)
@@ -88,12 +188,13 @@ def _second_derivative(world: World) -> str:
 
 def test_there_is_no_second_derivative() -> None:
     for said in ranks.run(_second_derivative, 2):
-        assert said == "there is no second derivative of NT-Xent and global BatchNorm; leave create_graph out"
+        assert said == "there is no second derivative of NT-Xent, global BatchNorm and exact sums; leave create_graph out"
 
 
+@pytest.mark.parametrize("form", ["the CPU's", "CUDA's"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_equals_torch_on_the_whole_batch(size: int) -> None:
-    by_rank = ranks.run(_on_ranks, size)
+def test_equals_torch_on_the_whole_batch(size: int, form: str) -> None:
+    by_rank = ranks.run(_on_ranks, size, form)
     for i, case in enumerate(CASES):
         x, upstream, norm = _case(*case)
         truth = _pass(norm.double(), x.double(), upstream.double(), torch.float64)
@@ -118,7 +219,7 @@ def _other_uses(world: World) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.randn(6, 3, 8, 8, generator=generator)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3), nn.BatchNorm1d(3))
-    use_global_batch_norm(model, world.device)
+    use_global_batch_norm(model)
     for parameter in model.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
 
@@ -186,7 +287,7 @@ def _whole_batch() -> Tensor:
 def _of_each_kind(world: World) -> list[list[Tensor]]:
     x = _whole_batch()[_my_rows(12, world.rank, world.size)]
     wrapped = nn.Sequential(*_kinds())
-    use_global_batch_norm(wrapped, world.device)
+    use_global_batch_norm(wrapped)
     return [[norm(x).detach(), *norm.buffers()] for norm in wrapped]
 
 
@@ -209,7 +310,7 @@ def _without_weights(world: World) -> dict[str, Tensor]:
     only_weight = nn.BatchNorm2d(5)
     only_weight.bias = None  # as `bias=False` leaves it, which not every torch has
     norms = nn.Sequential(nn.BatchNorm2d(5, affine=False), only_weight)
-    use_global_batch_norm(norms, world.device)
+    use_global_batch_norm(norms)
     halved = [norm(x.bfloat16()) for norm in norms]
     sum(y.float().square().sum() for y in halved).backward()
     return {str(i): norm.running_var for i, norm in enumerate(norms)}
@@ -227,5 +328,5 @@ def test_statistics_of_bfloat16_are_float32s_without_weights_too() -> None:
 def test_statistics_that_would_stay_local_are_refused() -> None:
     for unknown in (EvoNorm2dB0(4), nn.InstanceNorm2d(4, track_running_stats=True)):
         with pytest.raises(ConfigError, match=r"stem\.0 is a \w+Norm\w+, with statistics of its batch"):
-            use_global_batch_norm(nn.ModuleDict({"stem": nn.Sequential(unknown)}), torch.device("cpu"))
-    use_global_batch_norm(nn.Sequential(FrozenBatchNorm2d(4), nn.InstanceNorm2d(4)), torch.device("cpu"))
+            use_global_batch_norm(nn.ModuleDict({"stem": nn.Sequential(unknown)}))
+    use_global_batch_norm(nn.Sequential(FrozenBatchNorm2d(4), nn.InstanceNorm2d(4)))

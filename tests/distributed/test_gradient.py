@@ -106,6 +106,9 @@ def _cases() -> Iterator[tuple[str, Config, bool, str]]:
         config = dataclasses.replace(CONFIG, micro_batches=micro_batches)
         yield f"float64, ReLU, {micro_batches} micro-batches", config, False, ""
         yield f"float32, SiLU, {micro_batches} micro-batches", dataclasses.replace(config, precision="fp32"), True, ""
+        exact = dataclasses.replace(config, deterministic="exact", exact_piece=4 // micro_batches)
+        yield f"float64, exact, {micro_batches} micro-batches", exact, False, ""
+        yield f"float32, exact, {micro_batches} micro-batches", dataclasses.replace(exact, precision="fp32"), True, ""
     for fault in BREAKS:
         yield fault, CONFIG, False, fault
 
@@ -174,16 +177,19 @@ def truths() -> dict[str, Tensor]:
     found = {}
     for name, config, smooth, _ in _cases():
         # The float32 gradient is held against float64's: two float32 results could be wrong alike.
-        exact = dataclasses.replace(config, precision="fp64")
-        learner = _learner(exact, ALONE, smooth=smooth)
-        views = _views(exact, ALONE, step=1)
+        precise = dataclasses.replace(config, precision="fp64", deterministic=False)
+        learner = _learner(precise, ALONE, smooth=smooth)
+        views = _views(precise, ALONE, step=1)
         found[name] = _definition(learner, *views, config.micro_batches, config.loss.temperature)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
-@pytest.mark.parametrize(("kind", "tolerance"), [("float64, ReLU", 1e-12), ("float32, SiLU", 5e-5)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [("float64, ReLU", 1e-12), ("float32, SiLU", 5e-5), ("float64, exact", 1e-12), ("float32, exact", 5e-5)],
+)
 def test_gradient_is_that_of_one_process(
     results: dict[int, Any], truths: dict[str, Tensor], kind: str, tolerance: float, micro_batches: int
 ) -> None:
@@ -192,7 +198,8 @@ def test_gradient_is_that_of_one_process(
         errors = [_error(result["gradients"][name].double(), truths[name]) for result in by_rank]
         print(f"{name}, {size} processes: relative error {max(errors):.2e}")
         assert max(errors) < tolerance, f"{size} processes"
-        assert all(torch.equal(result["gradients"][name], by_rank[0]["gradients"][name]) for result in by_rank)
+        same = results[1] if "exact" in kind else by_rank
+        assert all(torch.equal(result["gradients"][name], same[0]["gradients"][name]) for result in by_rank)
 
 
 def test_micro_batches_are_another_objective(truths: dict[str, Tensor]) -> None:

@@ -427,7 +427,7 @@ def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     path = tmp_path / "e.safetensors"
     exported(path)
     assert cli.main(["export", str(path), str(path)]) == 2
-    assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} must end in .onnx, or in / for a folder\n"
+    assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} is there already; name a new file\n"
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
     assert capsys.readouterr().err == f"simclr-dist: export: ONNX needs onnxscript; {onnx.CURE}\n"

@@ -1,5 +1,6 @@
 """Features on disk: what is written is read, by us and by others; what is not ours, damaged or of something else is refused."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,27 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'none' / 'f.parquet'}: cannot write the features")):
         write_features(tmp_path / "none" / "f.parquet", KEYS, LABELS, H, ABOUT)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_for_numpy(tmp_path: Path) -> None:
+    """Read without pickle; the same names as in Parquet; the same bytes again."""
+    path = tmp_path / "f.npz"
+    write_features(path, KEYS, LABELS, H, ABOUT, ["one.jpg", None, "two.jpg"])
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    assert list(arrays) == ["simclr_dist", "key", "class_name", "source", "label", "embedding"]
+    assert arrays["key"].tolist() == KEYS
+    assert arrays["class_name"].tolist() == ["cat", "", "dog"]
+    assert arrays["source"].tolist() == ["one.jpg", "", "two.jpg"]
+    assert np.array_equal(arrays["label"], LABELS)
+    assert (arrays["embedding"].dtype, arrays["embedding"].tobytes()) == (np.float32, H.tobytes())
+    assert json.loads(str(arrays["simclr_dist"]))["encoder_sha256"] == ABOUT.encoder_sha256
+    before = path.read_bytes()
+    assert is_feature_file(path)
+    write_features(path, KEYS, LABELS, H, ABOUT, ["one.jpg", None, "two.jpg"])
+    assert path.read_bytes() == before
+    np.savez(foreign := tmp_path / "x.npz", embedding=H)
+    assert not is_feature_file(foreign)
+    assert not is_feature_file(tmp_path / "none.npz")
+    with pytest.raises(DataError, match="cannot write the features"):
+        write_features(tmp_path / "no" / "f.npz", KEYS, LABELS, H, ABOUT)

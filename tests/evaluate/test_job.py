@@ -119,7 +119,7 @@ def test_without_baselines(make_encoder: Make, sets: tuple[Path, Path], capsys: 
     assert "trained encoder, step 1200" in out
     assert "raw pixels" not in out
     assert "k=91 (all training images; 200 asked)" in out
-    assert out.splitlines()[-1].endswith("run/eval/step-00001200.json and step-00001200.html")
+    assert "run/eval/step-00001200.json and step-00001200.html\n" in out
 
 
 def test_unlabelled_and_shared_images_are_counted(make_encoder: Make, make_shards: Make) -> None:
@@ -156,9 +156,9 @@ def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]
     assert "SGD: 3 epochs of new crops; the paper's 90" in text
     assert "weighted avg" in text
     page = (encoder.parent.parent / "eval" / "step-00001200.html").read_text()
-    assert "knn: untrained encoder" in page
+    assert "kNN: untrained encoder" in page
     assert (
-        f"simclr-dist eval {encoder} --train {sets[0]} --test {sets[1]} --k 10 --workers 0 --protocols knn,linear,sgd,mlp"
+        f"simclr-dist eval {encoder} --train {sets[0]} --test {sets[1]} --workers 0 --k 10 --protocols knn,linear,sgd,mlp"
         in page
     )
     assert "data:image/png;base64," in page

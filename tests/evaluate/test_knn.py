@@ -97,7 +97,7 @@ def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
     train, test = (Features(h, y, torch.arange(len(h))) for h, y in ((train_h, train_y), (test_h, test_y)))
     by_kind = {"train": {TRAINED: train}, "test": {TRAINED: test}}
     settings = Settings(protocols=("knn",), k=1)
-    row = classify(by_kind, 9, settings, sgd=None, reused={}, say=print)["knn"]["results"][TRAINED]
+    row = classify(by_kind, 9, settings, given={}, say=print)["knn"]["results"][TRAINED]
     assert row["top5"] == row["top1"] < 50
 
 

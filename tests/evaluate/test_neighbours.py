@@ -14,7 +14,7 @@ from simclr_dist.evaluate.result.neighbours import Neighbours, choose_queries, f
 from simclr_dist.system.errors import ConfigError
 
 GREEN, RED, GRAY = (0x2A, 0x8F, 0x3C), (0xC4, 0x3C, 0x35), (0x99, 0x99, 0x99)
-COLUMN, ROW = 102, 120
+COLUMN, ROW = 102, 133
 
 
 class Colours:
@@ -83,6 +83,13 @@ def test_the_sheet_shows_each_image_in_its_place() -> None:
             frame = GRAY if other < 0 else GREEN if own == other else RED
             assert tuple(sheet[top - 2, left + 48]) == (frame if column else (255, 255, 255))
     assert sheet.shape == (24 + 2 * ROW + 6, 6 + 4 * COLUMN + 12 + 6, 3)
+
+
+def test_a_row_with_fewer_neighbours_stays_empty_there() -> None:
+    near = Neighbours(torch.tensor([1, 2]), torch.tensor([[4, -1], [5, 3]]), torch.zeros(2, 2))
+    sheet = pixels(neighbour_sheet(Colours(), near, torch.zeros(50).long()))
+    assert (sheet[24:120, 18 + 2 * COLUMN : 18 + 3 * COLUMN] == 255).all()
+    assert not (sheet[24 + ROW : 120 + ROW, 18 + 2 * COLUMN : 18 + 3 * COLUMN] == 255).all()
 
 
 def test_words_depend_on_labels_and_the_same_input_gives_the_same_bytes() -> None:

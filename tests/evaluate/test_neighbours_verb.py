@@ -16,7 +16,6 @@ from evaluated import CLASSES, draw_images
 from simclr_dist.cli.main import main
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.encoder.file import export_encoder, load_encoder
-from simclr_dist.evaluate import neighbours as verb
 from simclr_dist.evaluate.result import neighbours as search
 from simclr_dist.method.model import ResNet
 
@@ -44,7 +43,7 @@ def test_the_nearest_images(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(search, "ROWS_AT_ONCE", 7)  # so that a search is of several parts
-    monkeypatch.setattr(verb, "_A_SHEET", 2)
+    monkeypatch.setattr(search, "_A_SHEET", 2)
     images, labels = draw_images(30, seed=0)
     shards, encoder = make_shards("set", images, [-1, *labels[1:]]), make_encoder()
     assert typed(encoder, pictures, shards, "--k", "4") == 0
@@ -70,7 +69,7 @@ def test_the_nearest_images(
     sheets = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(sheets) == 2
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheets[0]))))
-    asked_for, nearest_one, next_one = (sheet[30:110, left : left + 80] for left in (14, 128, 230))
+    asked_for, nearest_one, next_one = (sheet[30:100, left : left + 80] for left in (14, 128, 230))
     assert np.array_equal(asked_for, nearest_one), "the first picture is a copy of its nearest"
     assert not np.array_equal(asked_for, next_one)
     assert not re.search(r"(src|href)=\"(?!data:)", page)

@@ -38,7 +38,7 @@ def _result(step: int = 40) -> dict[str, Any]:
         "settings": {"layer": "h", "precision": "fp32", "seed": 0},
         "classes": 2,
         "class_names": ["cat & dog", "<script>alert(1)</script>"],
-        "protocols": {"knn": {"settings": {"k": 200}, "results": results}},
+        "protocols": {"knn": {"settings": {"k": 200, "k_used": 20, "temperature": 0.1}, "results": results}},
         "hardware": {"device": "a CPU"},
         "versions": {"torch": "2"},
         "seconds": {"total": 3.5},
@@ -77,7 +77,7 @@ class _Tags(HTMLParser):
 
 
 def test_everything_is_there(tmp_path: Path) -> None:
-    text = page(_result(), run=_run(tmp_path), neighbours=b"\x89PNG")
+    text = page(_result(), run=_run(tmp_path), pictures={"Nearest neighbours": b"\x89PNG", "Map": b"\x89PNG"})
     tags = _Tags()
     tags.feed(text)
     assert tags.open == []
@@ -86,7 +86,10 @@ def test_everything_is_there(tmp_path: Path) -> None:
     assert "71.25" in text
     assert "69.25 to 73.25" in text
     assert "simclr-dist eval &#x27;my encoder.safetensors&#x27; --train data/train" in text
-    assert "cat &amp; dog" in text
+    assert text.count("<th>&lt;script&gt;alert(1)&lt;/script&gt;</th>") == 2, "a class's name is whole"
+    assert text.count(">step</text>") == 3
+    assert "kNN: k=20 (of 100 training images), temperature 0.1" in text
+    assert "<h2>Map</h2>" in text
     assert 'src="data:image/png;base64,' in text
     assert "url(" not in text
 

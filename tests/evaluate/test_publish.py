@@ -186,9 +186,9 @@ def test_what_cannot_be_published(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(DataError, match="cannot be written: Not a directory"):
         publish(path, tmp_path / "file" / "a")
     for words, said in (
-        (["e.onx"], "export: 'e.onx' must end in .onnx, or in / for a folder"),
-        (["e.onnx", "--license", "mit"], "--license: 'mit': has no effect on an ONNX file; leave it out"),
-        (["folder", "--layer", "z"], "--layer: 'z': a folder has the encoder, which is h; leave it out"),
+        (["e.onx"], "export: 'e.onx' must end in .onnx or .safetensors, or in / for a folder"),
+        (["e.onnx", "--license", "mit"], "--license: 'mit': has no effect on a .onnx file; leave it out"),
+        (["folder", "--layer", "z"], "--layer: 'z': has an effect on an .onnx file alone; leave it out"),
     ):
         assert main(["export", str(path), *words]) == 2
         assert capsys.readouterr().err == f"simclr-dist: {said}\n"

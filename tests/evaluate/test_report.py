@@ -76,7 +76,7 @@ def test_the_table_says_what_a_reader_must_know() -> None:
 
 def test_an_l2_at_the_end_of_its_grid_is_said() -> None:
     odd = result()
-    choice = {"l2": 0.001, "grid": [10.0, 1.0, 0.001], "at_edge": True}
+    choice = {"l2": 0.001, "grid": [10.0, 1.0, 0.001], "at_edge": True, "chosen_on": "a fifth of the training images"}
     odd["protocols"]["linear"]["results"]["raw_pixels"]["choice"] = choice
     odd["protocols"]["linear"]["results"]["trained"]["choice"] = choice | {"at_edge": False}
     lines = table(odd).splitlines()
@@ -85,15 +85,21 @@ def test_an_l2_at_the_end_of_its_grid_is_said() -> None:
 
 def test_how_sure_the_choice_is_stands_below_it() -> None:
     sure = result()
-    choice = {"grid": [10.0, 1.0, 0.1], "at_edge": False, "folds": 5, "validation_rows": 256}
+    choice = {"grid": [10.0, 1.0, 0.1], "at_edge": False, "folds": 5, "validation_rows": 256, "by": "cross-entropy"}
+    choice |= {"chosen_on": "training images, each held out once in 5 folds"}
     choice |= {"runner_up": 0.1, "margin": 0.0326, "margin_error": 0.0237}
     for kind in ("untrained", "trained"):
         sure["protocols"]["linear"]["results"][kind]["choice"] = choice
     how = "linear: l2 by cross-entropy, each of 256 images held out once in 5 folds; next best, with the standard error: "
     behind = "worse by 0.033 ± 0.02)"
     assert f"{how}0.1 (untrained, {behind}, 0.1 (trained, {behind}" in table(sure).splitlines()
-    choice |= {"folds": 1, "validation_rows": 10000}
+    choice |= {"folds": 1, "validation_rows": 10000, "by": "top-1", "chosen_on": "a fifth of the training images"}
     assert "linear: l2 by top-1 of 10000 images held out; next best" in table(sure)
+    choice |= {"validation_rows": 500, "by": "cross-entropy", "chosen_on": "validation images"}
+    assert "linear: l2 by cross-entropy of 500 validation images; next best" in table(sure)
+    assert ", chosen on validation images" in table(sure)
+    del choice["by"], choice["chosen_on"]  # as in results of older versions, whose baselines are reused
+    assert "linear: l2 by top-1 of 500 images held out; next best" in table(sure)
     sure["protocols"]["knn"]["settings"] |= {"k": 200, "k_used": 12}
     assert "kNN: k=12 (of 100 training images), temperature 0.1" in table(sure)
 

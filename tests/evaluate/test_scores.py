@@ -109,7 +109,7 @@ def test_every_protocol_sends_a_tie_to_the_lower_class(protocol: str, monkeypatc
     settings = Settings(protocols=(protocol,), **how)  # type: ignore[arg-type]
     by_kind = {"train": {TRAINED: train}, "test": {TRAINED: test}}
     sgd = by_new_crops(test, 8, settings, lambda _: (train.h, train.label))
-    row = classify(by_kind, 8, settings, sgd=sgd, reused={}, say=print)[protocol]["results"][TRAINED]
+    row = classify(by_kind, 8, settings, given={"sgd": {TRAINED: sgd}}, say=print)[protocol]["results"][TRAINED]
     assert (row["top1"], row["top5"]) == (25, 75)
     assert [counts[0] for counts in row["confusion"]] == [1, 1, 0, 0, 1, 1, 0, 0]
 
@@ -176,7 +176,7 @@ def test_the_dict_is_plain() -> None:
     plain = measured.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert sum(map(sum, plain["confusion"])) == 50
-    assert set(plain) == {"images", "top1", "interval", "top5", "mean_per_class", "per_class", "confusion"}
+    assert set(plain) == {"images", "top1", "interval", "top5", "mean_per_class", "right", "per_class", "confusion"}
     assert set(plain["per_class"][0]) == {"precision", "recall", "f1", "support"}
 
 

@@ -88,6 +88,20 @@ def test_uniformity_and_near_duplicates() -> None:
 
 
 @pytest.mark.usefixtures("tile")
+def test_pairs_between_two_sets_and_each_rows_nearest() -> None:
+    h, others = features(50, 4), features(31, 4, seed=1)
+    unit = [torch.nn.functional.normalize(one.double(), dim=1).numpy() for one in (h, others)]
+    expected, within = unit[0] @ unit[1].T, unit[0] @ unit[0].T - 3 * np.eye(50)
+    found = pairs(h, others, threshold=0.9, listed=10_000)
+    assert found.mean_cosine == pytest.approx(expected.mean(), rel=1e-6)
+    assert found.uniformity == pytest.approx(np.log(np.exp(4 * (expected - 1)).mean()), rel=1e-6)
+    assert found.duplicates == (expected > 0.9).sum() > 20
+    assert {(a, b) for a, b, _ in found.nearest} == set(zip(*map(list, np.nonzero(expected > 0.9)), strict=True))
+    np.testing.assert_allclose(found.cosine, expected.max(1), atol=1e-6)
+    np.testing.assert_allclose(pairs(h).cosine, within.max(1), atol=1e-6)
+
+
+@pytest.mark.usefixtures("tile")
 def test_only_so_many_are_listed_but_all_are_counted() -> None:
     h = features(50, 4)
     whole, some = pairs(h, threshold=0.5, listed=10_000), pairs(h, threshold=0.5, listed=9)
@@ -111,7 +125,7 @@ def test_collapsed_features_and_too_few() -> None:
 def test_a_feature_of_zeros_is_near_to_none() -> None:
     h = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert pairs(h, threshold=0.5).duplicates == 0
-    assert signals(h, "abc")["zero_features"] == 2
+    assert signals(h)["zero_features"] == 2
 
 
 def test_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +146,11 @@ def test_no_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_signals_as_json() -> None:
     h = features(10, 4)
     h[7] = h[2]
-    found = signals(h, [f"{i}.jpg" for i in range(10)])
+    found = signals(h)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["images"], found["feature_size"]) == (10, 4)
     assert found["near_duplicates"]["pairs"] == 1
-    assert found["near_duplicates"]["listed"][0]["keys"] == ["2.jpg", "7.jpg"]
-    alone = signals(torch.zeros(1, 4), ["a"])
+    alone = signals(torch.zeros(1, 4))
     assert alone["uniformity"] is None
     assert alone["effective_rank"] is None
     views = view_signals(h, features(10, 4, seed=1))
@@ -189,7 +202,7 @@ def test_uniformity_of_random_directions(d: int) -> None:
 def test_what_is_good_is_said_of_each_signal() -> None:
     """Of each that can be good, under its own name; and the bounds that it names are the real ones."""
     n, d = 40, 6
-    found = signals(features(n, d), [str(k) for k in range(n)])
+    found = signals(features(n, d))
     found["views"] = view_signals(features(n, d), features(n, d, seed=1))
     found["false_negatives"] = {"batch": 8, **false_negatives(torch.arange(n) % 3, 8)._asdict()}
     good, names = meanings(found), set(flat(found))

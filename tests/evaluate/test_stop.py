@@ -173,7 +173,7 @@ def test_during_the_linear_probe_and_twice(begin: Start, make_encoder: Make, mak
     process = begin(encoder, "--train", train, "--test", test, "--device", "cpu")
     assert process.stderr.readline().startswith("features of 331 images")
     assert process.stderr.readline().startswith("features kept in ")
-    assert process.stderr.readline().startswith("raw_pixels: kNN")
+    assert process.stderr.readline().startswith("raw pixels, kNN")
     time.sleep(random.uniform(0.1, 0.3))
     send(process, signal.SIGTERM, group=True)
     send(process, signal.SIGTERM, group=True)

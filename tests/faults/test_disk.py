@@ -148,6 +148,11 @@ def shown(run: Path) -> list[int]:
     return [scalar.step for scalar in scalars]
 
 
+def shown_beside(run: Path) -> list[int]:
+    """Steps of the second curve, which has a file of its own."""
+    return [scalar.step for scalar in EventAccumulator(str(run / "tb" / "second")).Reload().Scalars("loss/chance")]
+
+
 @pytest.mark.parametrize("kind", ["full", "read-only"])
 def test_the_monitor_goes_on(small_disk: SmallDisk, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     """Nothing half is left in its files, what is lost is said once for each and counted, and later it writes again."""
@@ -164,10 +169,12 @@ def test_the_monitor_goes_on(small_disk: SmallDisk, capsys: pytest.CaptureFixtur
     lost = monitor.lost.total()
     warnings = capsys.readouterr().err.splitlines()
     why = {"full": "No space left on device", "read-only": "Read-only file system"}[kind]
-    tb = next((run / "tb").iterdir())
-    for path in (run / "train.log", run / "metrics.jsonl", tb):
+    (tb,), (second,) = ((run / folder).glob("events*") for folder in ("tb", "tb/second"))
+    for path in monitor.lost:
         assert f"WARNING: {path}: cannot be written: {why}; what it cannot take is lost, and training goes on" in warnings
-    assert len(warnings) == 3
+    assert len(warnings) == len(monitor.lost)
+    files = {str(path) for path in (run / "train.log", run / "metrics.jsonl", tb)}
+    assert files <= set(monitor.lost) <= {*files, str(second)}
     if kind == "full":
         small_disk.clear()
     else:
@@ -177,15 +184,15 @@ def test_the_monitor_goes_on(small_disk: SmallDisk, capsys: pytest.CaptureFixtur
     assert monitor.lost.total() == lost
     monitor.close()
     missing = 0
-    for steps in (logged(run), shown(run)):
+    for steps in (logged(run), shown(run), shown_beside(run)):
         assert steps == sorted(set(steps))
-        assert {1, 2, 3, 61, 62, 63} <= set(steps) < set(range(1, 64))
+        assert {1, 2, 3, 61, 62, 63} <= set(steps) <= set(range(1, 64))
         missing += 63 - len(steps)
     lines = (run / "train.log").read_text().splitlines()
     assert (lines[0], lines[-1]) == ("begin", "end")
     assert all(line.startswith("step ") and line.endswith("ETA 0:00:09") for line in lines[1:-1])
     assert missing + 65 - len(lines) == lost
-    assert len(list((run / "tb").iterdir())) == 1
+    assert {path.name for path in (run / "tb").iterdir()} == {tb.name, "second"}
     (said,) = capsys.readouterr().err.splitlines()
     assert f"{run / 'train.log'}: {65 - len(lines)} times nothing could be written" in said
 

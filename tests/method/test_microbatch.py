@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import ranks
 from host_sync import no_host_sync
 from simclr_dist.config.settings import Config, LossConfig, ModelConfig, OptimConfig
+from simclr_dist.method.batch_norm import frozen_running_statistics
 from simclr_dist.method.distributed import World
 from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
 from simclr_dist.method.microbatch import contrastive_backward
-from simclr_dist.method.model import frozen_running_statistics
 from simclr_dist.train.learner import Learner, build_learner, cut, step_metrics
 from simclr_dist.train.loop import training_step
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from networks import images, randomised
 from simclr_dist.config.settings import ENCODERS, STEMS
-from simclr_dist.method.model import ResNet, SimCLR, build_projector, frozen_running_statistics
+from simclr_dist.method.batch_norm import frozen_running_statistics
+from simclr_dist.method.model import ResNet, SimCLR, build_projector
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

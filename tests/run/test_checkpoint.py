@@ -375,7 +375,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_reported(tmp_path: Path, damage
     assert state is not None
     assert state["step"] == 1
     assert len(lines) == 1
-    assert lines[0].startswith(f"{pt(tmp_path, 2)}: damaged checkpoint passed over: ")
+    assert lines[0].startswith(f"{pt(tmp_path, 2)}: damaged checkpoint: ")
     assert "\n" not in lines[0]
     if damage == "a folder":
         pt(tmp_path, 2).rmdir()

@@ -93,7 +93,7 @@ def test_each_kind_of_quota(
     [
         pytest.param(["simclr_dist", "train", "config.yaml", "--processes", "2"], marks=pytest.mark.slow),
         ["simclr_dist.train", "config.yaml", "--data.shards", "elsewhere"],
-        ["simclr_dist", "eval", "none.safetensors", "--train", "shards", "--test", "shards"],
+        ["simclr_dist", "eval", "config.yaml", "--train", "shards", "--test", "shards"],
     ],
 )
 def test_threads_that_wait_do_not_spin(command: list[str], tmp_path: Path) -> None:

@@ -9,15 +9,18 @@ import torch
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fake_cuda import DEVICE, _backward, fake_cuda
+from fake_cuda import DEVICE, Launches, _backward, fake_cuda
 from host_sync import NoSync
 from simclr_dist.config.settings import Config, LossConfig, ModelConfig, OptimConfig, ViewsConfig
 from simclr_dist.data.steps import Portion, Views, coloured
+from simclr_dist.data.views import colour_cuda
+from simclr_dist.data.views.colour import colour_views
 from simclr_dist.data.views.draws import draw_views
+from simclr_dist.method.batch_norm import GlobalBatchNorm
 from simclr_dist.method.distributed import World
 from simclr_dist.method.loss import fused
-from simclr_dist.method.model import GlobalBatchNorm
 from simclr_dist.method.optim import learning_rate
+from simclr_dist.train import images
 from simclr_dist.train.describe import view_settings
 from simclr_dist.train.learner import build_learner
 from simclr_dist.train.loop import training_step
@@ -76,7 +79,8 @@ def test_a_step(changes: dict[str, Any]) -> None:
         with NoSync():
             for step in range(2):  # the second has the optimizer's buffers
                 launched.clear()
-                micro_batches = coloured(views, view_settings(config), DEVICE, timed=learner.local_timer)
+                kernels = {"colour": colour_cuda.colour_views} if step else {}
+                micro_batches = coloured(views, view_settings(config), DEVICE, timed=learner.local_timer, **kernels)
                 assert {(view.device, view.dtype) for pair in micro_batches for view in pair} == {(DEVICE, torch.float32)}
                 lr = learning_rate(step, peak=config.peak_lr, warmup_steps=1, total_steps=4)
                 outcome = training_step(learner, micro_batches, config, lr, rows=rows, step=step)
@@ -91,12 +95,37 @@ def test_a_step(changes: dict[str, Any]) -> None:
         state = [value for of in learner.optimizer.state.values() for value in of.values()]
         assert {tensor.device for tensor in [*learner.model.buffers(), *learner.counters.values(), *state]} == {DEVICE}
     wide = config.model.projector_dim > 256
-    assert launched == ([] if wide else [fused._log_sum_exp, fused._weighted_sum])
+    assert launched.count(colour_cuda._colour) == 4 * len(views.portions), "two a view"
+    others = [kernel for kernel in launched if kernel not in (colour_cuda._colour, colour_cuda._blur)]
+    assert others == ([] if wide else [fused._log_sum_exp, fused._weighted_sum])
+
+
+def test_what_a_step_adds_is_few_launches() -> None:
+    """Running statistics are kept and restored all at once; each had three launches, and a ResNet-50 has 106."""
+    views = _views(CONFIG)
+    with fake_cuda():
+        learner = build_learner(CONFIG, World(0, 1, 0, DEVICE))
+        micro_batches = coloured(views, view_settings(CONFIG), DEVICE)
+        with Launches() as launches:
+            training_step(learner, micro_batches, CONFIG, 0.1, rows=views.rows_of_each)
+    assert sum("running" in name for name, _ in learner.model.named_buffers()) > 20
+    assert launches.names.count("_foreach_copy_") == 1
+    assert launches.names.count("where") < 5, "of all statistics, of the trust ratios, and of the scale"
+
+
+def test_what_colours_views_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on CUDA; plain operations where Triton cannot compile, and on CPUs."""
+    for device, problem, expected in (
+        ("cuda", "", colour_cuda.colour_views),
+        ("cuda", "Triton cannot compile: gcc fails", colour_views),
+        ("cpu", "not asked", colour_views),
+    ):
+        monkeypatch.setattr(images, "triton_problem", lambda device, problem=problem: problem)
+        assert images.choose_colour(CONFIG, torch.device(device)) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_batch_norm_over_two_ranks_waits_for_nobody(dtype: torch.dtype) -> None:
-    """On CUDA it is not in use yet. torch's SyncBatchNorm, which is, cannot be faked."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         with fake_cuda():

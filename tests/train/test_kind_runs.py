@@ -86,7 +86,7 @@ def test_from_tiffs_to_features(sharded: tuple[Kind, Path], tmp_path: Path, caps
     assert main(["finetune", str(encoder), *where, "--labels", "1", "--epochs", "1", "--seeds", "1"]) == 0
     assert "top-1" in capsys.readouterr().out
     assert main(["eval", str(encoder), *where, "--protocols", "knn,sgd", "--sgd-epochs", "1"]) == 0
-    assert len(re.findall(r"^(?:raw_pixels|untrained|trained): kNN \d", capsys.readouterr().err, re.MULTILINE)) == 3
+    assert len(re.findall(r"^(?:raw pixels|untrained|trained), kNN: \d", capsys.readouterr().err, re.MULTILINE)) == 3
 
     assert main(["embed", str(encoder), str(folder / "images"), str(tmp_path / "out.parquet"), "--device", "cpu"]) == 0
     features = read_features(tmp_path / "out.parquet")

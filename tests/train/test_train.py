@@ -23,6 +23,7 @@ from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.train import loop, state
+from simclr_dist.train.monitor.board import SECOND
 
 METRICS = [
     "step",
@@ -230,10 +231,10 @@ def test_the_same_images_in_other_shards_are_another_order(shards: Path, capsys:
     assert files("*.*", "checkpoints/*") == before
 
 
-def test_a_loss_without_its_kernels_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_its_kernels_says_so(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "kernel_problem", lambda *_: "Triton cannot compile: gcc fails")
     assert start(shards, steps=2) == 0
-    line = "WARNING: the loss is computed by plain torch operations, which are slower: Triton cannot compile: gcc fails"
+    line = "WARNING: colour and loss are computed by plain torch operations, which are slower: Triton cannot compile: gcc fails"
     assert line in Path("run/train.log").read_text()
 
 
@@ -361,18 +362,20 @@ def test_tensorboard_goes_on_where_the_checkpoint_was(shards: Path) -> None:
     assert start(shards, steps=12, log={"tensorboard": True}) == 0
     go_back_to(5)
     assert start(shards, steps=12, log={"tensorboard": True}) == 0
-    assert len(list(Path("run/tb").iterdir())) == 2
+    assert [len(list(Path("run/tb").glob(files))) for files in ("events*", "second/events*")] == [2, 2]
+    second = EventAccumulator("run/tb/second", size_guidance={"scalars": 0}).Reload()
     events = EventAccumulator("run/tb", size_guidance={"scalars": 0, "images": 0}).Reload()
-    assert set(events.Tags()["scalars"]) == {*METRICS[1:-1], *TIMING}
+    assert set(events.Tags()["scalars"]) == {*METRICS[1:-1], *TIMING} - SECOND
+    assert set(second.Tags()["scalars"]) == {*METRICS[1:-1], *TIMING} & SECOND
     lines = runs.metrics(Path("run"))
     for name in ("loss/nt_xent", "loss/chance", "optim/learning_rate", "optim/gradient_norm"):
-        scalars = events.Scalars(name)
+        scalars = (second if name in SECOND else events).Scalars(name)
         assert [scalar.step for scalar in scalars] == list(range(1, 13))
         assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in lines], rel=1e-6)
     (views,) = events.Images("views")
     assert views.step == 0
-    # 16 images, each with its two views side by side: 8 a row, 4 rows.
-    assert (views.width, views.height) == (8 * 18 + 2, 4 * 18 + 2)
+    # 16 images, each with its two views side by side: 4 a row, 4 rows.
+    assert (views.width, views.height) == (4 * (2 * 16 + 8) + 8, 4 * (16 + 8) + 8)
 
 
 def test_tensorboard_has_the_steps_before_an_error(shards: Path) -> None:

@@ -8,8 +8,6 @@ element-wise ones, sums over one sample, and on the CPU matrix products of one s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -62,28 +60,22 @@ def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings, out: T
     count, channels, size, _ = crops.shape
     assert len(draws.jitter) == count, "one draw for each crop"
     views = torch.empty(crops.shape, dtype=torch.float32, device=crops.device) if out is None else out
-    terms = _terms(draws, size)
-    with _one_thread_fewer():
+    terms = view_terms(draws, size)
+    threads = torch.get_num_threads()
+    # A core is left to the reading process. In passes that are so short a second thread costs more than it brings.
+    torch.set_num_threads(max(1, threads - 1))
+    try:
         step = count if crops.is_cuda else _CACHE_FLOATS * torch.get_num_threads() // (channels * size * size)
         step = max(step, 1)
         for start in range(0, count, step):
             part = slice(start, start + step)
             _colour(crops[part], terms.part(part), settings, views[part])
+    finally:
+        torch.set_num_threads(threads)
     return views
 
 
-@contextmanager
-def _one_thread_fewer() -> Iterator[None]:
-    """Leave a core to the reading process. In passes that are so short a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _terms(draws: ViewDraws, size: int) -> _Terms:
+def view_terms(draws: ViewDraws, size: int) -> _Terms:
     hue_at = np.where(draws.factors[:, _HUE] != 0, (draws.order == _HUE).argmax(axis=1), 4)
     factor = np.take_along_axis(draws.factors, draws.order, axis=1)
     kept = np.where(draws.order == _HUE, np.float32(1), factor)

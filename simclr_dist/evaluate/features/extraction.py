@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 from simclr_dist.data.pixels.kinds import kind_of
 from simclr_dist.data.reader import Sample
@@ -18,6 +17,7 @@ from simclr_dist.evaluate.rows import ROWS_AT_ONCE, copied, space_for
 from simclr_dist.method.distributed import all_equal, all_gather, rank, world_size
 from simclr_dist.method.precision import computing
 from simclr_dist.system.errors import DataError
+from simclr_dist.system.progress import Progress
 
 RAW_PIXELS = "raw_pixels"
 _PIXEL_SIZE = 32
@@ -94,7 +94,7 @@ def extract(
             shapes[RAW_PIXELS] = (kind.channels * sizes[-1] ** 2, torch.uint8 if kind.bit_depth == 8 else torch.float32)
         features = {name: space_for(len(mine), *shape, device) for name, shape in shapes.items()}
         labels, done = torch.empty(len(mine), dtype=torch.int64), 0
-        with tqdm(total=len(mine), unit=" images", desc=title, disable=None if rank() == 0 else True) as bar:
+        with Progress(title, len(mine), "images", shown=rank() == 0) as shown:
             for views, label, row in loader:
                 part = slice(done, done + len(row))
                 assert row.tolist() == list(mine[part]), "each row exactly once"
@@ -106,7 +106,7 @@ def extract(
                 if pixels:
                     features[RAW_PIXELS][part] = views[-1].flatten(1).to(device, non_blocking=True)
                 labels[part], done = label, part.stop
-                bar.update(len(row))
+                shown.done += len(row)
         assert done == len(mine), "each row exactly once"
         label = _gathered(labels[:, None].to(device), len(images))[:, 0]
         rows = torch.arange(len(images), device=device)

@@ -1,6 +1,6 @@
 """Write and read features as a Parquet file, without torch. It has each image's key, label and embedding, and their `About`.
 
-Those that a user asked for have its class and source, too.
+Those that a user asked for have its class and source, too. They may go into a .npz, which is only written.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ FORMAT = "simclr_dist features 1"
 
 Embedding = NDArray[np.float32] | NDArray[np.uint8]
 
-_METADATA_KEY = b"simclr_dist"
+_MARK = "simclr_dist"  # what describes the features: metadata of a Parquet file, or an array
 _ROW_GROUP_BYTES = 64 * 2**20
 
 
@@ -79,7 +79,8 @@ def write_features(
 
     With `source`, names of files, two more follow: class_name and source (strings or null).
     `label` is [n], `embedding` [n, d] (uint8 stays uint8); `about` goes into the schema's metadata as JSON, under
-    "simclr_dist". The same input gives the same bytes. It goes to disk 64 MiB at a time.
+    "simclr_dist". The same input gives the same bytes. It goes to disk 64 MiB at a time. A `path` that ends in .npz gets
+    arrays of the same names, "" for null; nothing in it is pickled.
 
     Raises DataError for no image, for two images of one key, and when the disk does not take the file.
     """
@@ -93,10 +94,18 @@ def write_features(
     double, times = Counter(key).most_common(1)[0]
     if times > 1:
         raise DataError(f"{path}: the key {double!r} stands for two images; rename one of them")
+    described = json.dumps({"format": FORMAT, **asdict(about)})
     classes = dict(enumerate(about.classes))
+    if path.suffix == ".npz":
+        texts = (
+            {"key": key} if source is None else {"key": key, "class_name": map(classes.get, label.tolist()), "source": source}
+        )
+        arrays = {name: np.array([text or "" for text in column]) for name, column in texts.items()}
+        _write_arrays(path, {_MARK: np.array(described), **arrays, "label": label, "embedding": embedding})
+        return
     rows, size = max(1, _ROW_GROUP_BYTES // embedding[0].nbytes), embedding.shape[1]
     schema = _schema(size, pa.from_numpy_dtype(embedding.dtype), named=source is not None)
-    schema = schema.with_metadata({_METADATA_KEY: json.dumps({"format": FORMAT, **asdict(about)}).encode()})
+    schema = schema.with_metadata({_MARK: described})
     packed = "none" if embedding.dtype == np.float32 else "zstd"  # which gains nothing on floats
     compression = dict.fromkeys(schema.names, "zstd") | {"embedding.list.element": packed}
     del compression["embedding"]
@@ -118,6 +127,14 @@ def write_features(
                     columns.append(pa.array([classes.get(number) for number in label[part].tolist()], pa.string()))
                     columns.append(pa.array(source[part], pa.string()))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
+    except OSError as error:
+        raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
+
+
+def _write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    try:
+        with replacing(path) as target:
+            np.savez(target, allow_pickle=False, **arrays)
     except OSError as error:
         raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
 
@@ -172,7 +189,11 @@ def read_about(path: str | Path) -> About:
 
 
 def is_feature_file(path: str | Path) -> bool:
-    """Tell by the schema whether `path` is a file of `write_features`. Returns False where nothing is."""
+    """Tell whether `path` is a file of `write_features`. Its header says it."""
+    if Path(path).suffix == ".npz":
+        with suppress(OSError), Path(path).open("rb") as file:
+            return file.read(64)[30:].startswith(f"{_MARK}.npy".encode())  # a zip's first name comes after 30 bytes
+        return False
     with suppress(DataError):
         read_about(path)
         return True
@@ -188,7 +209,7 @@ def _schema(size: int, kind: pa.DataType, *, named: bool) -> pa.Schema:
 
 def _read_about(path: Path, schema: pa.Schema) -> About:
     try:
-        about = fitting(json.loads((schema.metadata or {})[_METADATA_KEY]), {"format": str})
+        about = fitting(json.loads((schema.metadata or {})[_MARK.encode()]), {"format": str})
         version = about.pop("format")
         if not version.startswith("simclr_dist features"):
             raise KeyError(version)

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from simclr_dist.evaluate.settings import Settings
 from simclr_dist.evaluate.space import IN_MEMORY_BYTES
 from simclr_dist.method.loss.tiles import unit_rows
 
@@ -14,6 +13,8 @@ from simclr_dist.method.loss.tiles import unit_rows
 _WEIGHT_ONE = 2**40
 _SIMILARITIES_AT_ONCE = 2**25
 _KEYS_AT_ONCE = 8192
+TEMPERATURE = 0.1
+GRID = {"k": (10, 20, 50, 100, 200), "temperature": (0.03, 0.07, 0.1, 0.2, 0.5)}  # that validation images choose from
 MOST_NEIGHBOURS = 200  # the protocol's k; of few images it would be nearly all, and 256 of CIFAR-10 lose 4 to 6 points to 20
 
 
@@ -28,7 +29,7 @@ def weighted_knn(
     test_h: Tensor,
     *,
     k: int = MOST_NEIGHBOURS,
-    temperature: float = Settings.temperature,
+    temperature: float = TEMPERATURE,
     classes: int,
 ) -> Tensor:
     """Count the votes of each test row's k nearest training rows. There is a column for each class.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simclr_dist.evaluate.protocols.scores import AT_ONCE, Predict, top1
+from simclr_dist.evaluate.protocols.scores import AT_ONCE, ON_VALIDATION, Predict, top1
 from simclr_dist.evaluate.rows import copied
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.system.errors import DataError
@@ -25,6 +25,7 @@ VALIDATION_SHARE = 0.2
 # the best value, in the mean. Five folds and the cross-entropy lose .4. From here on both do equally well.
 FEW = 5000
 FOLDS = 5
+FEW_HELD_OUT = int(FEW * VALIDATION_SHARE)
 _OVERFIT = 3  # values in a row behind the best one: the weaker penalties, which take longest, are left out
 TOLERANCE = 1e-4  # what no entry of the gradient may pass for `converged` (scikit-learn's default tol)
 _ROWS_AT_ONCE = 4096
@@ -41,6 +42,7 @@ def linear_probe(
     *,
     classes: int,
     l2: float | None = None,
+    val: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
     max_iter: int = Settings.max_iter,
 ) -> tuple[Predict, dict[str, Any]]:
@@ -48,7 +50,7 @@ def linear_probe(
 
     Minimises mean cross-entropy + l2/2 * |W|^2 over weights W and an unpenalised bias, full batch, from zero, on
     features standardised by the training rows' mean and standard deviation. scikit-learn's C is 1 / (l2 * n). Without
-    `l2`, `choose_l2` chooses it among training rows; the fit on all training rows is then as with that l2 given.
+    `l2`, `choose_l2` chooses it on `val`, else among training rows; the fit on all training rows is then as with that l2 given.
     Needs one float32 copy of train_h, two where l2 is chosen, in files where they are large (`evaluate.space`); the inputs are
     left as they are.
 
@@ -70,7 +72,7 @@ def linear_probe(
         raise ValueError("there are no training rows to fit")
     choice = None
     if l2 is None:
-        choice = choose_l2(train_h, train_y, classes=classes, seed=seed, max_iter=max_iter)
+        choice = choose_l2(train_h, train_y, classes=classes, val=val, seed=seed, max_iter=max_iter)
         l2 = float(choice["l2"])
     problem = _standardised(copied(train_h, dtype=torch.float32), train_y, classes)
     fit = _fit(problem, l2, max_iter, _FINISHED)
@@ -89,28 +91,32 @@ def choose_l2(
     *,
     classes: int,
     grid: Sequence[float] = L2_GRID,
+    val: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
     max_iter: int = Settings.max_iter,
 ) -> dict[str, Any]:
-    """Choose the l2 that is best on held-out training rows.
+    """Choose the l2 that is best on `val`, or held-out training rows.
 
-    `stratified_split` holds a fifth of the rows out, and top-1 decides. With fewer rows than `FEW` each is held out once, in
-    folds, and the cross-entropy decides. Each fit starts from the solution of the next stronger penalty. Of equally good values
-    the strongest is taken.
+    The top-1 of `val` (features and labels) decides, of fewer than `FEW_HELD_OUT` rows the cross-entropy. Without, a fifth of
+    the rows is held out by `stratified_split`, and top-1 decides; of fewer than `FEW` each is held out once, in folds, and the
+    cross-entropy decides. Fits start from the next stronger penalty's. Of equally good values the strongest is taken.
 
     Returns:
-        `l2`, `grid` (what was tried, descending), `validation_top1` in percent and `validation_loss` for each of it,
-        `validation_rows`, `folds`, `share`, `seed`, `runner_up` (the next best value), `margin` (by how much its top-1 or loss
-        is worse), `margin_error` (the margin's standard error over rows), and `at_edge`: whether the best value is the first or
-        last of `grid` as given, so that a better one may lie outside.
+        `l2`, `chosen_on` (in words), `by` ("top-1" or "cross-entropy"), `grid` (what was tried, descending), `validation_top1`
+        in percent and `validation_loss` for each of it, `validation_rows`, `folds`, `share`, `seed`, `runner_up` (the next best
+        value), `margin` (by how much its top-1 or loss is worse), `margin_error` (the margin's standard error over rows), and
+        `at_edge`: whether the best value is the first or last of `grid` as given, so that a better one may lie outside.
 
     Raises DataError where the split leaves no rows to validate on.
     """
-    train_y = train_y.to(train_h.device)
-    parts: list[tuple[_Problem, Tensor, Tensor]] = []
-    count, values = folds(len(train_y)), sorted(map(float, grid), reverse=True)
-    by = 1 if count == 1 else 0  # what `_judged` has there
+    train_y, parts = train_y.to(train_h.device), list[tuple[_Problem, Tensor, Tensor]]()
+    count, values = folds(len(train_y)) if val is None else 1, sorted(map(float, grid), reverse=True)
+    by = 1 if count == 1 and (val is None or len(val[1]) >= FEW_HELD_OUT) else 0  # what `_judged` has there
     for fold in range(count):
+        if val is not None:
+            problem = _standardised(copied(train_h, dtype=torch.float32), train_y, classes)
+            parts.append((problem, problem.like(val[0]), val[1].to(train_h.device)))
+            break
         split = stratified_split(train_y, share=VALIDATION_SHARE, seed=seed, fold=fold)
         fit_rows, held_out = (rows.to(train_h.device) for rows in split)
         if len(held_out):
@@ -126,17 +132,22 @@ def choose_l2(
         judged.append(torch.cat([_judged(fits[at], *part) for at, part in enumerate(parts)], dim=1))
         worse.append(float(judged[-1][by].mean()))
         best = worse.index(min(worse))
-        if count > 1 and len(worse) - best > _OVERFIT:
+        if by == 0 and len(worse) - best > _OVERFIT:
             break
     second = min((cost, at) for at, cost in enumerate(worse) if at != best)[1] if len(worse) > 1 else best
     margins = judged[second][by] - judged[best][by]
     loss, wrong = torch.stack(judged).mean(dim=2).T.tolist()
     return {
         "l2": values[best], "grid": values[: len(worse)], "validation_top1": [100 - share for share in wrong],
-        "validation_loss": loss, "validation_rows": len(margins), "folds": count,
-        "share": VALIDATION_SHARE, "seed": seed, "runner_up": values[second], "margin": float(margins.mean()),
+        "validation_loss": loss, "validation_rows": len(margins), "folds": count, "by": ("cross-entropy", "top-1")[by],
+        "chosen_on": ON_VALIDATION if val is not None else _held_out(count), "seed": seed,
+        "share": VALIDATION_SHARE if val is None else None, "runner_up": values[second], "margin": float(margins.mean()),
         "margin_error": float(margins.std(correction=0)) / math.sqrt(len(margins)), "at_edge": best in (0, len(values) - 1),
     }  # fmt: skip
+
+
+def _held_out(count: int) -> str:
+    return "a fifth of the training images" if count == 1 else f"training images, each held out once in {count} folds"
 
 
 def folds(rows: int) -> int:

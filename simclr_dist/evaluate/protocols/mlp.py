@@ -19,6 +19,7 @@ from simclr_dist.evaluate.settings import Settings
 HIDDEN = 128
 DROPOUT = 0.2
 LR = 1e-4
+GRID = (1e-4, 3e-4, 1e-3)  # of learning rates that validation images choose from
 BATCH_SIZE = 128
 SEEDS = (0, 1, 2)
 _ROWS_AT_ONCE = 8192
@@ -30,6 +31,7 @@ def mlp_probe(
     *,
     classes: int,
     epochs: int = Settings.mlp_epochs,
+    lr: float = LR,
     batch_size: int = BATCH_SIZE,
     seeds: Sequence[int] = SEEDS,
 ) -> tuple[list[Predict], dict[str, Any]]:
@@ -57,11 +59,11 @@ def mlp_probe(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for seed in seeds:
             torch.manual_seed(seed)
-            network, loss = _fit(x, y, classes, epochs, batch_size)
+            network, loss = _fit(x, y, classes, epochs, batch_size, lr)
             predict.append(partial(_logits, network))
             losses.append(loss)
     info = {
-        "layers": [x.shape[1], HIDDEN, HIDDEN, classes], "dropout": DROPOUT, "optimizer": "Adam", "lr": LR,
+        "layers": [x.shape[1], HIDDEN, HIDDEN, classes], "dropout": DROPOUT, "optimizer": "Adam", "lr": lr,
         "features": "as they are", "epochs": epochs, "batch_size": batch_size, "seeds": list(seeds),
         "steps": epochs * -(-len(x) // batch_size), "loss": losses,
         "train_top1": [top1(one, x, y, classes) for one in predict],
@@ -78,10 +80,10 @@ def classifier(features: int, classes: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def _fit(x: Tensor, y: Tensor, classes: int, epochs: int, batch_size: int) -> tuple[nn.Module, float]:
+def _fit(x: Tensor, y: Tensor, classes: int, epochs: int, batch_size: int, lr: float) -> tuple[nn.Module, float]:
     """Train the network; return it in eval mode, with its loss. That is the last epoch's mean. Uses the global random state."""
     network = classifier(x.shape[1], classes).to(x.device)
-    optimizer, total = torch.optim.Adam(network.parameters(), lr=LR), torch.zeros((), device=x.device)
+    optimizer, total = torch.optim.Adam(network.parameters(), lr=lr), torch.zeros((), device=x.device)
     for _ in range(epochs):
         total = torch.zeros_like(total)
         for rows in torch.randperm(len(x)).split(batch_size):

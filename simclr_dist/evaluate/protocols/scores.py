@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simclr_dist.system.errors import DataError
 
+ON_VALIDATION = "validation images"
 DENSE = 100  # classes, up to which every cell of a confusion matrix is written
 TOP = 5
 AT_ONCE = 2**26  # scores that are in memory at a time: those of all rows and 21,000 classes would take gigabytes
@@ -40,6 +41,7 @@ class Scores:
     `top5` is None up to five classes, where it would always be right. `mean_per_class` is the mean recall of the
     classes that the test set has. `interval` is the 95 % interval of top1 (`wilson_interval`): it holds what other test
     images would change, not what another training run would.
+    `right` has a 1 for each image whose prediction is right, else 0, in the order of the set.
     `confusion` has a row for each class: its images by predicted class. With more than `DENSE` classes a row has only counts
     that are not 0, as {"predicted class": count}. `confusions` reads both.
     """
@@ -49,6 +51,7 @@ class Scores:
     interval: tuple[float, float]
     top5: float | None
     mean_per_class: float
+    right: str
     per_class: tuple[ClassScores, ...]
     confusion: list[list[int]] | list[dict[str, int]]
 
@@ -101,6 +104,7 @@ def score(scores: Tensor | Iterable[Tensor], labels: Tensor, *, votes: bool = Fa
         interval=wilson_interval(hits, start),
         top5=100 * int((rank < TOP).sum()) / start if classes > TOP else None,
         mean_per_class=100 * float(np.mean([one.recall for one in per_class if one.recall is not None])),
+        right="".join("01"[hit] for hit in (rank == 0).tolist()),
         per_class=per_class,
         confusion=_confusion(labels, prediction, classes),
     )
@@ -127,6 +131,22 @@ def wilson_interval(right: int, images: int) -> tuple[float, float]:
     centre, half = share + z * z / (2 * images), z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
     low, high = ((centre + side) / (1 + z * z / images) for side in (-half, half))
     return 100 * low if right else 0.0, 100 * high if right < images else 100.0
+
+
+def paired_difference(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
+    """Compare two classifiers on the same test images. `ours` and `theirs` are `Scores.right`, a text a run.
+
+    Returns `points` (ours minus theirs, in percentage points), `interval` (95 %, by 10,000 resamples of the images, each with
+    its two answers), and on how many images ours is `better` and `worse`. What another training would change is not in it.
+    """
+    mine, other = (
+        np.mean([np.frombuffer(run.encode(), dtype=np.uint8) == ord("1") for run in runs], axis=0) for runs in (ours, theirs)
+    )
+    values, counts = np.unique(mine - other, return_counts=True)
+    drawn = np.random.Generator(np.random.PCG64(0)).multinomial(len(mine), counts / len(mine), size=10_000)
+    low, high = np.quantile(100 * drawn @ values / len(mine), (0.025, 0.975)).tolist()
+    sides = {"better": int((mine > other).sum()), "worse": int((mine < other).sum())}
+    return {"points": 100 * float(np.mean(mine - other)), "interval": [low, high], **sides}
 
 
 def spread(runs: Sequence[Scores]) -> dict[str, Any]:

@@ -47,5 +47,5 @@ def curves(result: Result) -> dict[str, dict[str, Any]]:
 
 def _images(result: Result) -> dict[str, Any]:
     settings = result["settings"]
-    images = {f"{name} images": result[name]["digest"] for name in ("train", "test")}
+    images = {f"{name} images": result[name]["digest"] for name in ("train", "test", "val") if name in result}
     return {"layer": settings["layer"], "precision": settings["precision"], **images}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simclr_dist.evaluate.classify import protocol_settings
-from simclr_dist.evaluate.result.file import SHAPE, TRAINED, Result
+from simclr_dist.evaluate.result.file import SETS, SHAPE, TRAINED, Result
 from simclr_dist.evaluate.settings import Settings
 
 
@@ -22,20 +22,20 @@ class Baselines(NamedTuple):
     signals: dict[str, Any]
 
 
-def difference(result: Result, settings: Settings, *, encoder: str, train: str, test: str) -> str:
+def difference(result: Result, settings: Settings, *, encoder: str, **sets: str) -> str:
     """Say why an evaluation now could differ from `result`. Returns text like "k 200, now 20"; '' when it could not.
 
-    `encoder`, `train` and `test` are the digests of today's files. A result with baselines serves also where none are needed;
-    batch size and number of workers change no result.
+    `encoder` and `sets` (by `SETS`) are the digests of today's files. A result with baselines serves also where none are
+    needed; batch size and number of workers change no result.
     """
     compared: list[tuple[str, Any, Any]] = [
         ("encoder", result["encoder"]["sha256"], encoder),
-        ("training images", result["train"]["digest"], train),
-        ("test images", result["test"]["digest"], test),
+        *((f"{words} images", result.get(name, {}).get("digest"), sets.get(name)) for name, words in SETS.items()),
         ("layer", result["settings"]["layer"], settings.layer),
         ("precision", result["settings"]["precision"], settings.precision),
     ]
-    for protocol, now in protocol_settings(settings, result["train"].get("labelled", 0)).items() if result["classes"] else ():
+    wanted = protocol_settings(settings, result["train"].get("labelled", 0), chosen="val" in sets)
+    for protocol, now in wanted.items() if result["classes"] else ():
         before = result["protocols"].get(protocol)
         if before is None:
             compared.append((f"protocol {protocol}", "left out", "measured"))

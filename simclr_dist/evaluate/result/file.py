@@ -14,7 +14,8 @@ from simclr_dist.system.files import fitting, write_atomically
 Result = dict[str, Any]
 FORMAT = "simclr_dist evaluation 3"
 UNTRAINED, TRAINED = "untrained", "trained"
-NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP"}
+SETS = {"train": "training", "val": "validation", "test": "test"}  # in a result, and for people
+NAMES = {"knn": "kNN", "linear": "linear", "sgd": "SGD", "mlp": "MLP", "finetune": "finetuned"}
 SHAPE = ("name", "width", "stem", "layer", "feature_size", "image_size", "mean", "std")  # of an encoder: its baselines' too
 _PARTS: dict[str, dict[str, Any]] = {
     "encoder": {"file": str, "sha256": str, "step": int, **dict.fromkeys(SHAPE, object)},
@@ -22,6 +23,12 @@ _PARTS: dict[str, dict[str, Any]] = {
     "settings": {"layer": str, "precision": str, "seed": object},
     "protocols": {}, "seconds": {},
 }  # fmt: skip
+
+
+def title(protocol: str) -> str:
+    """Name what was measured for people. `protocol` is its name in a result, with the share of the labels below 1."""
+    name, _, share = protocol.partition("@")
+    return NAMES[name] + (f", {100 * float(share):g} % of the labels" if share else "")
 
 
 class UnwrittenError(DataError):
@@ -121,7 +128,8 @@ def _is_result(path: Path) -> bool:
     """Tell by its first key whether a file is a result. So a large file need not be read. True also for an empty one."""
     try:
         with path.open("rb") as file:
-            return bool(re.match(r'\Z|\s*{\s*"format": "simclr_dist (evaluation|finetuning)', file.read(200).decode()))
+            ours = r'\Z|\s*{\s*"format": "simclr_dist (evaluation|finetuning|comparison)'
+            return bool(re.match(ours, file.read(200).decode()))
     except (OSError, ValueError):
         return False
 
@@ -164,11 +172,13 @@ def _measured(result: dict[str, Any]) -> dict[str, Any]:
     changes_nothing = set[str]() if "runs" in result else {"batch_size", "workers"}  # a finetuning learns from its batches
     if "runs" not in result and not any(UNTRAINED in part["rows"] for part in protocols.values()):
         changes_nothing.add("seed")  # of its weights
-    encoder, digests = _dict(result, "encoder"), [_dict(result, part).get("digest") for part in ("train", "test")]
+    sets = [part for part in ("train", "test", "val") if part != "val" or part in result]
+    encoder, digests = _dict(result, "encoder"), [_dict(result, part).get("digest") for part in sets]
     # Of a published checkpoint one file may hold several encoders, and fit several shapes.
     which = [*map(encoder.get, ("sha256", "projector_sha256", *SHAPE)), _dict(encoder, "weights").get("prefix")]
+    compared = [result.get(name) for name in ("encoders", "command")] if "verdicts" in result else []
     return {
-        "of": json.dumps([result.get("format"), which, digests]),
+        "of": json.dumps([result.get("format"), which, digests, compared]),
         "settings": {name: str(value) for name, value in _dict(result, "settings").items() if name not in changes_nothing},
         "protocols": protocols,
     }

@@ -19,13 +19,17 @@ from simclr_dist.method.loss.tiles import unit_rows
 from simclr_dist.system.errors import ConfigError
 
 QUERIES, NEIGHBOURS = 8, 7
+_DRAWN, _A_SHEET = 200, 20
 
-_TILE, _GAP, _HEAD, _CAPTION = 96, 6, 24, 18
+_TILE, _GAP, _HEAD, _CAPTION = 96, 6, 24, 31
 _INK, _PAPER, _GRAY, _RIGHT, _WRONG = "#222222", "white", "#999999", "#2a8f3c", "#c43c35"
 
 
 class Neighbours(NamedTuple):
-    """Rows of `query` images [q] and of their `nearest` [q, k]. The nearest comes first. `cosine` is [q, k]."""
+    """Rows of `query` images [q] and of their `nearest` [q, k]. The nearest comes first. `cosine` is [q, k].
+
+    Where a query has fewer than k, `nearest` ends with -1.
+    """
 
     query: Tensor
     nearest: Tensor
@@ -76,7 +80,7 @@ def nearest_rows(h: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor
 def neighbour_sheet(
     images: Images, neighbours: Neighbours, label: Tensor, *, classes: Sequence[str] = (), title: str = "nearest neighbours"
 ) -> bytes:
-    """Draw a PNG with a query at the left of each row. Its neighbours are beside it, the cosine below each.
+    """Draw a PNG with a query at the left of each row. Its neighbours are beside it, each with its cosine.
 
     `label` is int64 [n], -1 for none. With labels, class names (`classes` by label, else numbers) are below the images
     too; neighbours of the query's class have a green frame and others a red one, and the title counts the green ones. A name
@@ -89,25 +93,37 @@ def neighbour_sheet(
     sheet = Image.new("RGB", (_left(columns + 1) + _GAP, _top(rows) + _GAP), _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     drawable = functools.cache(lambda number: _drawable(classes[number], number, font))
-    beside = [(labels[q], labels[j]) for q, row in zip(query, nearest, strict=True) for j in row]
+    beside = [(labels[q], labels[j]) for q, row in zip(query, nearest, strict=True) for j in row if j >= 0]
     if frames := [a == b for a, b in beside if min(a, b) >= 0]:
         title = f"{title}: {sum(frames)} of {len(frames)} of the query's class"
     pen.text((_GAP, 5), _fitting(title, sheet.width - 2 * _GAP, pen, font), fill=_INK, font=font)
     for row, (q, others) in enumerate(zip(query, nearest, strict=True)):
-        for column, index in enumerate([q, *others]):
-            x, y, of, number = _left(column), _top(row), labels[index], ""
+        for column, index in enumerate(index for index in (q, *others) if index >= 0):
+            x, y, of = _left(column), _top(row), labels[index]
             sheet.paste(_thumbnail(images[index].image), (x, y))
-            name = "" if of < 0 else drawable(of) if classes else str(of)
             if column:
-                number = f"{neighbours.cosine[row, column - 1]:.2f}"
                 colour = _GRAY if min(of, labels[q]) < 0 else _RIGHT if of == labels[q] else _WRONG
                 pen.rectangle([x - 2, y - 2, x + _TILE + 1, y + _TILE + 1], outline=colour, width=2)
-            room = _TILE - (pen.textlength(number, font) + 4 if number else 0)
-            pen.text((x, y + _TILE + 2), _fitting(name, room, pen, font), fill=_INK, font=font)
-            pen.text((x + _TILE, y + _TILE + 2), number, fill=_INK, font=font, anchor="ra")
+                number = f"{neighbours.cosine[row, column - 1]:.3f}"
+                pen.rectangle([x + _TILE - pen.textlength(number, font) - 4, y + _TILE - 14, x + _TILE, y + _TILE], fill=_PAPER)
+                pen.text((x + _TILE - 2, y + _TILE - 13), number, fill=_INK, font=font, anchor="ra")
+            name = "" if of < 0 else drawable(of) if classes else str(of)
+            first = _first_line(name, pen, font)
+            pen.text((x, y + _TILE + 2), first, fill=_INK, font=font)
+            pen.text((x, y + _TILE + 15), _fitting(name[len(first) :].strip(), _TILE, pen, font), fill=_INK, font=font)
     target = io.BytesIO()
     sheet.save(target, "PNG")
     return target.getvalue()
+
+
+def neighbour_sheets(images: Images, neighbours: Neighbours, label: Tensor, classes: Sequence[str], title: str) -> list[bytes]:
+    """Draw the first 200 rows, 20 to a sheet. `title` has two places, for the numbers of a sheet's first row and its last."""
+    sheets = []
+    for start in range(0, min(len(neighbours.query), _DRAWN), _A_SHEET):
+        part = Neighbours(*(field[start : start + _A_SHEET] for field in neighbours))
+        words = title.format(start + 1, start + len(part.query))
+        sheets.append(neighbour_sheet(images, part, label, classes=classes, title=words))
+    return sheets
 
 
 def _left(column: int) -> int:
@@ -120,13 +136,18 @@ def _top(row: int) -> int:
 
 
 def _thumbnail(image: Tensor) -> Image.Image:
-    """Draw the whole image in the middle of a square. It is uint8 or uint16 [c, h, w]."""
-    whole = Image.fromarray(picture(image).permute(1, 2, 0).cpu().numpy())
-    scale = _TILE / max(whole.size)
-    shape = max(1, round(whole.width * scale)), max(1, round(whole.height * scale))
+    """Draw the whole image in the middle of a square."""
+    small = shrunk(image, _TILE)
     square = Image.new("RGB", (_TILE, _TILE), "#eeeeee")
-    square.paste(whole.resize(shape, Image.Resampling.BICUBIC), ((_TILE - shape[0]) // 2, (_TILE - shape[1]) // 2))
+    square.paste(small, ((_TILE - small.width) // 2, (_TILE - small.height) // 2))
     return square
+
+
+def shrunk(image: Tensor, side: int) -> Image.Image:
+    """Draw an image so that its longer side has `side` pixels. It is uint8 or uint16 [c, h, w]."""
+    whole = Image.fromarray(picture(image).permute(1, 2, 0).cpu().numpy())
+    shape = (max(1, round(length * side / max(whole.size))) for length in whole.size)
+    return whole.resize((next(shape), next(shape)), Image.Resampling.BICUBIC)
 
 
 def _drawable(name: str, number: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
@@ -137,6 +158,13 @@ def _drawable(name: str, number: int, font: ImageFont.FreeTypeFont | ImageFont.I
         if all(one.isspace() or bytes(font.getmask(one)) != lacking for one in words):
             return words
     return str(number)
+
+
+def _first_line(words: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Return what of the words fits below an image. It ends between two words where it can."""
+    fits = next(end for end in range(len(words), -1, -1) if pen.textlength(words[:end], font) <= _TILE)
+    between = max(words.rfind(mark, 0, fits) + 1 for mark in (" ", "_", "-")) if fits < len(words) else fits
+    return words[: between or fits]
 
 
 def _fitting(words: str, room: float, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -3,6 +3,7 @@
 import base64
 import math
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from operator import itemgetter
@@ -13,8 +14,8 @@ from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.protocols.scores import confusions
 from simclr_dist.evaluate.result.charts import line_chart
 from simclr_dist.evaluate.result.curves import comparable
-from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result
-from simclr_dist.evaluate.result.report import counts, leak, signal_rows
+from simclr_dist.evaluate.result.file import SETS, TRAINED, UNTRAINED, Result, title
+from simclr_dist.evaluate.result.report import counts, leak, protocol_notes, signal_rows
 from simclr_dist.run.folder import read_metrics
 from simclr_dist.system.errors import DataError, reason_of
 from simclr_dist.system.files import write_atomically
@@ -42,7 +43,8 @@ svg .tick { fill: var(--soft); } svg .title { font-size: 13px; }
 svg .grid { stroke: var(--line); } .scroll { overflow-x: auto; } img { max-width: 100%; }
 .confusion td { padding: .15rem .4rem; text-align: center; border: 0; font-size: 12px; }
 .confusion th { font-size: 12px; }
-pre { background: rgba(128, 128, 128, .12); padding: .7rem; overflow-x: auto; font-size: 13px; }
+.confusion tr:first-child th { writing-mode: vertical-rl; rotate: 180deg; padding: .4rem .1rem; text-align: left; }
+pre { background: rgba(128, 128, 128, .12); padding: .7rem; white-space: pre-wrap; font-size: 13px; }
 """
 _BEGIN = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -69,20 +71,22 @@ def claim_page(path: Path) -> None:
         raise DataError(f"{path}: the page goes there, and it is no page of an evaluation; name another file with --out")
 
 
-def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = None) -> str:
-    """Return the page's text. With `run`, it has curves of its training and its other results. `neighbours` is a PNG."""
+def page(result: Result, *, run: Path | None = None, pictures: Mapping[str, bytes] = {}) -> str:
+    """Return the page's text. With `run`, it has curves of its training and its other results. `pictures` are PNGs by title."""
     encoder = result["encoder"]
     title = f"{encoder['name']}, step {encoder['step']}" + ("" if encoder["layer"] == "h" else f", layer {encoder['layer']}")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="sub">{escape(str(encoder["file"]))}; {counts(result)}</p>',
         *(f'<p class="warning">{escape(warning)}</p>' for warning in leak(result)),
-        *([_accuracies(result)] if result["protocols"] else []),
     ]
+    if result["protocols"]:
+        notes = "\n".join(protocol_notes(result, _LABELS))
+        parts += [_accuracies(result), f"<pre>{escape(notes)}</pre>"]
     if charts := _charts(result, run):
         parts += ["<h2>Curves</h2>", f'<div class="charts">{charts}</div>']
-    if neighbours:
-        parts += ["<h2>Nearest neighbours</h2>", _picture(neighbours)]
+    for words, picture in pictures.items():
+        parts += [f"<h2>{escape(words)}</h2>", _picture(picture)]
     if result.get("signals"):
         rows = [[name.replace("_", " "), *map(_number, values), good] for name, *values, good in signal_rows(result)]
         table = _table(["signal of the test images", _LABELS[TRAINED], _LABELS[UNTRAINED], "how to read it"], rows)
@@ -93,12 +97,47 @@ def page(result: Result, *, run: Path | None = None, neighbours: bytes | None = 
 
 
 def picture_page(
-    title: str, facts: Mapping[str, Any], sheets: Sequence[bytes], heads: Sequence[str], rows: Iterable[Sequence[str]]
-) -> str:
-    """Return the text of a page of pictures. `sheets` are PNGs, `facts` how they came about, `rows` a table behind them."""
+    title: str, facts: Mapping[str, Any], sheets: Sequence[bytes], heads: Sequence[str], rows: Iterable[Sequence[str]],
+    lines: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Return the text of a page of pictures. `sheets` are PNGs, `facts` how they came about, `rows` a table behind them.
+
+    `lines` say what was found.
+    """
     about = _table(["", ""], [[name, str(value)] for name, value in facts.items()])
-    parts = [f"<h1>{escape(title)}</h1>", *map(_picture, sheets), f'<div class="scroll facts">{_table(heads, rows)}</div>']
+    said = [f"<h1>{escape(title)}</h1>", *(f'<p class="sub">{escape(line)}</p>' for line in lines)]
+    parts = [*said, *map(_picture, sheets), f'<div class="scroll facts">{_table(heads, rows)}</div>']
     return _whole(title, [*parts, "<h2>How it came about</h2>", f'<div class="facts">{about}</div>'])
+
+
+def comparison_page(comparison: Result, links: Mapping[str, str]) -> str:
+    """Return the text of a page that compares encoders. `links` leads from a name to its own page."""
+    top1: dict[str, dict[str, list[float]]] = comparison["top1"]
+    curves, places = defaultdict[str, dict[str, list[tuple[float, float]]]](lambda: defaultdict(list)), dict[float, str]()
+    for name, rows in sorted(top1.items(), key=lambda item: float(item[0].partition("@")[2] or 1)):
+        protocol, _, share = name.partition("@")
+        places[x := math.log10(float(share or 1))] = f"{100 * float(share or 1):g} %"
+        for encoder, row in rows.items():
+            curves[f"{title(protocol)}: top-1 by the share of the labels"][encoder].append((x, row[0]))
+    how: dict[str, Any] = {"axis": "share of the labels", "unit": " %", "places": places}
+    charts = "".join(line_chart(one, lines, **how) for one, lines in curves.items() if len(places) > 1)
+    names = dict.fromkeys(name for rows in top1.values() for name in rows)
+    cells = ([name, *(_interval(rows.get(name)) for rows in top1.values())] for name in names)
+    pages = (f'<a href="{escape(link, quote=True)}">{escape(name)}</a>' for name, link in links.items())
+    parts = [
+        f"<h1>{escape(next(iter(names)))} and what it has to beat</h1>",
+        f'<p class="sub">{counts(comparison)}</p>',
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in leak(comparison)),
+        *(f"<p>{escape(one['verdict'])}</p>" for one in comparison["verdicts"]),
+        f'<div class="scroll">{_table(["top-1 %, and its 95 % interval", *map(title, top1)], cells)}</div>',
+        f'<div class="charts">{charts}</div><p>Each has a page: {", ".join(pages)}</p>',
+        f'<p class="sub">{escape(comparison["how"])}</p><pre>{escape(shlex.join(comparison["command"]))}</pre>',
+    ]
+    return _whole("Encoders compared", parts)
+
+
+def _interval(row: Sequence[float] | None) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*row) if row else ""
 
 
 def _whole(title: str, parts: Iterable[str]) -> str:
@@ -107,7 +146,7 @@ def _whole(title: str, parts: Iterable[str]) -> str:
 
 
 def _picture(png: bytes) -> str:
-    return f'<img alt="nearest neighbours" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _accuracies(result: Result) -> str:
@@ -117,7 +156,7 @@ def _accuracies(result: Result) -> str:
             low, high = measured.get("interval") or (math.nan, math.nan)
             interval = "" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
             cells = [_number(measured.get(key)) for key in ("top1", "top5", "mean_per_class")]
-            rows.append([f"{protocol}: {_LABELS.get(name, name)}", cells[0], interval, *cells[1:]])
+            rows.append([f"{title(protocol)}: {_LABELS.get(name, name)}", cells[0], interval, *cells[1:]])
     return _table(["protocol", "top-1 %", "95 % interval", "top-5 %", "mean per class %"], rows, strong=_LABELS[TRAINED])
 
 
@@ -156,7 +195,7 @@ def _confusions(result: Result) -> list[str]:
             parts += [f"<h2>Most frequent confusions: {escape(protocol)}</h2>", table]
             continue
         lines = ["<caption>rows: true class; columns: predicted</caption>"]
-        lines.append(f"<tr><th></th>{''.join(f'<th>{escape(name[:8])}</th>' for name in names)}</tr>")
+        lines.append(f"<tr><th></th>{''.join(f'<th>{escape(name)}</th>' for name in names)}</tr>")
         for name, row in zip(names, matrix, strict=True):
             total = sum(row) or 1
             cells = "".join(f'<td style="background: rgba(var(--cell), {count / total:.2f})">{count}</td>' for count in row)
@@ -170,8 +209,7 @@ def _origin(result: Result) -> list[str]:
     facts = {
         "encoder": result["encoder"]["sha256"],
         "started from": result["encoder"]["init"],
-        "training images": f"{result['train']['folder']} ({result['train']['digest']})",
-        "test images": f"{result['test']['folder']} ({result['test']['digest']})",
+        **{f"{words} images": "{folder} ({digest})".format(**result[name]) for name, words in SETS.items() if name in result},
         "hardware": ", ".join(f"{name} {value}" for name, value in result["hardware"].items()),
         "versions": ", ".join(f"{name} {value}" for name, value in result["versions"].items()),
         "seconds": _number(result["seconds"]["total"]),

@@ -1,38 +1,78 @@
-"""Draw line charts side by side into a PNG file. It needs Pillow alone."""
+"""Draw line charts, or points of a plane, into a PNG file. It needs Pillow alone."""
 
 import colorsys
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from simclr_dist.evaluate.result.charts import Series, drawable, ticks
 
 _SCALE = 2  # drawn larger, then made smaller: Pillow's lines have no smooth edges
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 420, 64, 20, 34, 44
 _LEGEND_WIDTH, _ROW, _MOST_NAMES, _LONGEST = 310, 18, 60, 44
-_INK, _GRAY, _PAPER = "#222222", "#dddddd", "white"
+_SIDE = 900
+_INK, _GRAY, _PAPER, _NO_CLASS = "#222222", "#dddddd", "white", "#7a7a7a"
 
 
 def charts_png(charts: Mapping[str, Series], axis: str) -> bytes:
     """Draw charts, by title, with one legend below. A line has its colour in all of them. `axis` names what goes across."""
     names = list(dict.fromkeys(name for series in charts.values() for name in series))
     colours = {name: _colour(number, len(names)) for number, name in enumerate(names)}
-    columns = max(1, len(charts) * _WIDTH // _LEGEND_WIDTH)
-    legend = names[:_MOST_NAMES] + [f"and {len(names) - _MOST_NAMES} more"] * (len(names) > _MOST_NAMES)
-    size = len(charts) * _WIDTH, _HEIGHT + 12 + _ROW * -(-len(legend) // columns)
-    sheet = Image.new("RGB", (size[0] * _SCALE, size[1] * _SCALE), _PAPER)
-    pen = ImageDraw.Draw(sheet)
+    width = len(charts) * _WIDTH
+    sheet, pen = _sheet(width, _HEIGHT, colours)
     right = max((x for series in charts.values() for line in drawable(series).values() for x, _ in line), default=1.0)
     for place, (title, series) in enumerate(charts.items()):
         _chart(pen, place * _WIDTH, title, axis, series, colours, right)
+    return _png(sheet)
+
+
+def map_png(
+    points: Sequence[Sequence[float]], label: Sequence[int], classes: Sequence[str], title: str, axes: Sequence[str],
+    pictures: Sequence[Image.Image] = (),
+) -> bytes:  # fmt: skip
+    """Draw points of a plane [n, 2], coloured by class.
+
+    They are dots, or `pictures` in frames; later ones lie above earlier ones. `label` [n] is -1 for none.
+    """
+    numbers = sorted({*label} - {-1})
+    names = {number: classes[number] if classes else str(number) for number in numbers}
+    colours = {number: _colour(place, len(names)) for place, number in enumerate(numbers)}
+    sheet, pen = _sheet(_SIDE, _SIDE, {names[number]: colour for number, colour in colours.items()})
+    low, high = ([end(values) for values in zip(*points, strict=True)] for end in (min, max))
+    scale = (_SIDE - 2 * _LEFT) / (max(b - a for a, b in zip(low, high, strict=True)) or 1)
+    for row, (across, up) in enumerate(points):
+        x, y = _LEFT + (across - low[0]) * scale, _SIDE - _LEFT - (up - low[1]) * scale
+        colour = colours.get(label[row], _NO_CLASS)
+        if pictures:
+            framed = ImageOps.expand(pictures[row], 2 * _SCALE, colour)
+            sheet.paste(framed, (round(x * _SCALE - framed.width / 2), round(y * _SCALE - framed.height / 2)))
+        else:
+            pen.ellipse(_scaled((x - 2, y - 2), (x + 2, y + 2)), fill=colour)
+    _text(pen, (_LEFT, 10), title)
+    _text(pen, (_SIDE - _LEFT, _SIDE - 26), axes[0], anchor="ra")
+    _text(pen, (_LEFT, 30), axes[1])
+    return _png(sheet)
+
+
+def _sheet(width: int, height: int, colours: Mapping[str, str]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Make a sheet with a legend below `height`."""
+    columns = max(1, width // _LEGEND_WIDTH)
+    legend = [*colours][:_MOST_NAMES] + [f"and {len(colours) - _MOST_NAMES} more"] * (len(colours) > _MOST_NAMES)
+    size = width, height + 12 + _ROW * -(-len(legend) // columns)
+    sheet = Image.new("RGB", (size[0] * _SCALE, size[1] * _SCALE), _PAPER)
+    pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(legend):
-        x, y = _LEFT + number % columns * _LEGEND_WIDTH, _HEIGHT + _ROW * (number // columns)
+        x, y = _LEFT + number % columns * _LEGEND_WIDTH, height + _ROW * (number // columns)
         if name in colours:
             pen.line(_scaled((x, y + 8), (x + 16, y + 8)), fill=colours[name], width=3 * _SCALE)
         _text(pen, (x + 22, y), name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}")
+    return sheet, pen
+
+
+def _png(sheet: Image.Image) -> bytes:
     file = io.BytesIO()
-    sheet.resize(size, Image.Resampling.LANCZOS).save(file, "PNG")
+    sheet.resize((sheet.width // _SCALE, sheet.height // _SCALE), Image.Resampling.LANCZOS).save(file, "PNG")
     return file.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torchvision
 
 from simclr_dist.config.networks import titled
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
-from simclr_dist.evaluate.protocols.scores import DENSE, ClassScores, Scores, class_report
-from simclr_dist.evaluate.result.file import NAMES, TRAINED, UNTRAINED, Result
+from simclr_dist.evaluate.protocols.scores import DENSE, ON_VALIDATION, ClassScores, Scores, class_report
+from simclr_dist.evaluate.result.file import SETS, TRAINED, UNTRAINED, Result, title
 from simclr_dist.evaluate.signals import flat, meanings
 from simclr_dist.method.distributed import World
 from simclr_dist.system.machine import cores
@@ -43,20 +43,27 @@ def table(result: Result) -> str:
             lines.append(f"{name}: {plain}" + (f", untrained {beside}" if beside is not None else "") + (good and f" ({good})"))
         return "\n".join(lines)
     lines += leak(result)
+    titles = list(map(title, parts))
     names = [name for name in labels if any(name in part["results"] for part in parts.values())]
-    width = max(len(labels[name]) for name in [*names, TRAINED])
     lines += [
         f"{counts(result)}, largest class {result['largest_class_percent']:.1f} % of the test images",
-        f"{'top-1 %':<{width}}" + "".join(f"  {NAMES[protocol]:>6}" for protocol in parts),
+        *grid(titles, {labels[name]: [part["results"].get(name, {}).get("top1") for part in parts.values()] for name in names}),
     ]
-    for name in names:
-        rows = (part["results"].get(name) for part in parts.values())
-        lines.append(f"{labels[name]:<{width}}" + "".join(f"  {row['top1']:6.2f}" if row else f"  {'':6}" for row in rows))
     intervals = [part["results"][TRAINED]["interval"] for part in parts.values()]
-    ranges = (f"{NAMES[protocol]} {low:.2f}-{high:.2f}" for protocol, (low, high) in zip(parts, intervals, strict=True))
+    ranges = (f"{one} {low:.2f}-{high:.2f}" for one, (low, high) in zip(titles, intervals, strict=True))
     lines.append(f"95 % intervals of the trained encoder: {', '.join(ranges)}")
-    lines += _protocol_notes(result, labels)
+    lines += protocol_notes(result, labels)
     return "\n".join([*lines, *unlabelled(result)])
+
+
+def grid(titles: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> list[str]:
+    """Format percentages: a line a name, a column a title."""
+    lines = []
+    for name, values in {"top-1 %": titles, **rows}.items():
+        cells = (f"{value:.2f}" if isinstance(value, float) else value or "" for value in values)
+        columns = "".join(f"  {cell:>{max(6, len(one))}}" for one, cell in zip(titles, cells, strict=True))
+        lines.append(f"{name:<{max(map(len, rows))}}{columns}")
+    return lines
 
 
 def counts(result: Result) -> str:
@@ -75,23 +82,27 @@ def signal_rows(result: Result) -> list[tuple[str, Any, Any, str]]:
 
 
 def leak(result: Result) -> list[str]:
-    """Warn in one line where percentages include images that were learnt from."""
-    shared = result["test_images_in_train"]
-    line = f"WARNING: {shared} test images are among the training images, byte for byte: on new ones it would do worse"
-    return [line] if shared else []
+    """Warn where percentages include images that were learnt from, or chosen by."""
+    shared = {words: result.get(f"test_images_in_{name}") for name, words in SETS.items()}
+    line = "WARNING: {} test images are among the {} images, byte for byte: on new ones it would do worse"
+    return [line.format(count, words) for words, count in shared.items() if count]
 
 
 def unlabelled(result: Result) -> list[str]:
     """Say how many images without a label were left out. Each set has a line."""
-    sets = (("training", result["train"]), ("test", result["test"]))
-    left_out = {name: part["images"] - part["labelled"] for name, part in sets}
-    return [f"left out: {count} {name} images without a label" for name, count in left_out.items() if count]
+    sets = {words: result[name] for name, words in SETS.items() if name in result}
+    left_out = {words: part["images"] - part["labelled"] for words, part in sets.items()}
+    return [f"left out: {count} {words} images without a label" for words, count in left_out.items() if count]
 
 
-def _protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
+def protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
     """Say what a reader must know of each protocol's settings."""
     lines, parts = [], result["protocols"]
-    if knn := parts.get("knn"):
+    for name, part in parts.items():
+        if "values" in (choice := part["results"][TRAINED].get("choice") or {}):
+            values = ", ".join(f"{key} {value:g}" for key, value in choice["values"].items())
+            lines.append(f"{title(name)}: {values}, chosen on {choice['chosen_on']}")
+    if (knn := parts.get("knn")) and knn["settings"]["k_used"] is not None:
         k, used, temperature = (knn["settings"][name] for name in ("k", "k_used", "temperature"))
         images = result["train"]["labelled"]
         of = "" if used == k <= images / 2 else f" (of {images} training images)"
@@ -99,9 +110,9 @@ def _protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
         lines.append(f"kNN: k={used}{every}, temperature {temperature:g}")
     if linear := parts.get("linear"):
         rows = linear["results"]
-        chosen = any(row["choice"] for row in rows.values())
+        where = next((row["choice"].get("chosen_on") for row in rows.values() if row["choice"]), "")
         penalties = ", ".join(f"{row['l2']:.2g} ({name.replace('_', ' ')})" for name, row in rows.items())
-        lines.append(f"linear: l2 {penalties}{', chosen on training images' if chosen else ''}")
+        lines.append(f"linear: l2 {penalties}{f', chosen on {where}' if where else ''}")
         lines += _choices({name: row["choice"] for name, row in rows.items() if (row["choice"] or {}).get("runner_up")})
         if ends := [labels[name] for name, row in rows.items() if row["choice"] and row["choice"]["at_edge"]]:
             grid = next(row["choice"]["grid"] for row in rows.values() if row["choice"])
@@ -135,7 +146,9 @@ def _choices(choices: dict[str, dict[str, Any]]) -> list[str]:
     if one["folds"] > 1:
         how, unit = f"cross-entropy, each of {one['validation_rows']} images held out once in {one['folds']} folds", ""
     else:
-        how, unit = f"top-1 of {one['validation_rows']} images held out", " points"
+        held_out = ON_VALIDATION if one.get("chosen_on") == ON_VALIDATION else "images held out"
+        by = one.get("by", "top-1")  # which results of older versions lack
+        how, unit = f"{by} of {one['validation_rows']} {held_out}", " points" if by == "top-1" else ""
     behind = {name: f"{one['margin']:.2g} ± {one['margin_error']:.1g}{unit}" for name, one in choices.items()}
     nexts = (f"{one['runner_up']:.2g} ({name.replace('_', ' ')}, worse by {behind[name]})" for name, one in choices.items())
     return [f"linear: l2 by {how}; next best, with the standard error: {', '.join(nexts)}"]

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.launch.slurm.job import Job
 from simclr_dist.launch.slurm.profile import PASSED_ON, Profile
 from simclr_dist.launch.slurm.requeue import Kind
+from simclr_dist.launch.slurm.work import Work
 from simclr_dist.system.slurm_job import ARRAY_TASK
 from simclr_dist.train.profiling import Profile as StepProfile
 
@@ -84,6 +85,16 @@ def dry_run_array(folder: Path, submissions: Sequence[Submission]) -> str:
     return "\n".join(f"# ---- {title}\n{text.rstrip()}\n" for title, text in parts)
 
 
+def dry_run_work(tasks: Mapping[int, Work], last: Work) -> str:
+    """Return the batch scripts of an array's `tasks` and the job behind. Say what their ranks run."""
+    array = script(tasks[min(tasks)], "work", tasks=tasks) if tasks else ""
+    parts, end = (
+        "".join(f"# ---- each rank runs: python -m {shlex.join(one.job('work').command)}\n" for one in works)
+        for works in (tasks.values(), [last])
+    )
+    return f"{parts}{array}\n{end}{script(last, 'work', after='ARRAY' if tasks else None)}\n"
+
+
 def kinds_of(submission: Submission) -> tuple[Kind, ...]:
     """Return the kinds of jobs that a submission has, in their order."""
     return ("train",) if submission.evaluation is None else ("train", "eval")
@@ -115,9 +126,11 @@ def task_scripts(submission: Submission) -> dict[Path, str]:
     }
 
 
-def script(submission: Submission, kind: Kind, *, after: str | None = None) -> str:
-    """Return the batch script of a job. An evaluation's job starts once job `after` is done."""
-    return "\n\n".join(["#!/bin/bash", _flags(_options(submission, kind, after)), *_sections(submission, kind, "%j")])
+def script(submission: Submission | Work, kind: Kind, *, after: str | None = None, tasks: Collection[int] = ()) -> str:
+    """Return the batch script of a job, or of `tasks` like it. It starts once job `after` is done."""
+    job, mark = ("%A_%a", [f"export {ARRAY_TASK}=$SLURM_JOB_ID"]) if tasks else ("%j", [])
+    options = _options(submission, kind, after, job) | ({"array": ",".join(map(str, tasks))} if tasks else {})
+    return "\n\n".join(["#!/bin/bash", _flags(options), *mark, *_sections(submission, kind, job)])
 
 
 def _flags(options: Mapping[str, object]) -> str:
@@ -125,7 +138,7 @@ def _flags(options: Mapping[str, object]) -> str:
     return "\n".join(["# options", *(f"#SBATCH {flag}" for flag in flags)])
 
 
-def _sections(submission: Submission, kind: Kind, job: str) -> list[str]:
+def _sections(submission: Submission | Work, kind: Kind, job: str) -> list[str]:
     """Return what a batch script does. `job` is srun's pattern for its number."""
     profile = submission.profile_of(kind)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
@@ -140,14 +153,14 @@ def _sections(submission: Submission, kind: Kind, job: str) -> list[str]:
     return ["\n".join(section) for section in sections]
 
 
-def _options(submission: Submission, kind: Kind, after: str | None) -> dict[str, object]:
+def _options(submission: Submission | Work, kind: Kind, after: str | None, job: str = "%j") -> dict[str, object]:
     """Return sbatch's options by their long names. True stands for an option without a value."""
     profile = submission.profile_of(kind)
     options: dict[str, object] = {
-        "job-name": submission.run.name + ("-eval" if kind == "eval" else ""),
+        "job-name": submission.run.name.removesuffix(".jobs") + ("-eval" if kind == "eval" else ""),
         "chdir": submission.working_directory,
-        "output": submission.folder / "%j_0_log.out",
-        "error": submission.folder / "%j_0_log.err",
+        "output": submission.folder / f"{job}_0_log.out",
+        "error": submission.folder / f"{job}_0_log.err",
         "open-mode": "append",
         "requeue": True,
         "nodes": profile.nodes,
@@ -164,7 +177,7 @@ def _options(submission: Submission, kind: Kind, after: str | None) -> dict[str,
     return {name: value for name, value in options.items() if value is not None} | dict(profile.extra)
 
 
-def _tasks(submission: Submission, profile: Profile, job: str) -> list[str]:
+def _tasks(submission: Submission | Work, profile: Profile, job: str) -> list[str]:
     """Return the shell words that start the tasks. Tasks with a container start in it."""
     folder, where = submission.folder, submission.working_directory
     words = ["srun", "--unbuffered", "--output", f"{folder}/{job}_%t_log.out", "--error", f"{folder}/{job}_%t_log.err"]
@@ -172,7 +185,8 @@ def _tasks(submission: Submission, profile: Profile, job: str) -> list[str]:
     words += ["--kill-on-bad-exit=1", "--open-mode=append"]
     if profile.cpus_per_task is not None:
         words.append(f"--cpus-per-task={profile.cpus_per_task}")  # srun no longer takes it over from sbatch
-    mounts = [str(where), str(submission.run), *profile.container_mounts]
+    seen = submission.product.parent if isinstance(submission, Work) else submission.run
+    mounts = [str(where), str(seen), *profile.container_mounts]
     if profile.container_runtime == "pyxis":
         pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
         words += [f"--container-image={profile.container}", f"--container-mounts={pairs}", f"--container-workdir={where}"]

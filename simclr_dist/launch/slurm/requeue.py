@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from simclr_dist.convert.partial import Partial
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.run.folder import newest_step
 from simclr_dist.run.restarts import Ended, decide
@@ -14,7 +15,7 @@ from simclr_dist.run.status import cancelled_jobs, note_death, read_ledger, read
 from simclr_dist.system.errors import PREEMPTED
 from simclr_dist.system.slurm_job import restart_count
 
-Kind = Literal["train", "eval"]
+Kind = Literal["train", "eval", "work"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Verdict:
 def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Verdict:
     """Decide for a task that ended with `code`. Record a decision to give up.
 
-    Stopped and crashed jobs go on as `restarts.decide` has it; an evaluation's results count as a training's checkpoints do.
-    User errors, divergence and a cancelled job are final.
+    Stopped and crashed jobs go on as `restarts.decide` has it; an evaluation's results count as a training's checkpoints do,
+    and a conversion's whole files. User errors, divergence and a cancelled job are final.
     """
     fate = scheduler.overtaken(job)
     if fate == "cancelled" or job in cancelled_jobs(run):
@@ -51,11 +52,13 @@ def settle(run: Path, kind: Kind, job: str, code: int, max_restarts: int) -> Ver
         return Verdict(True, "done", code=0)  # what came after, on the way out, does not count
     # The highest code of all tasks is what srun passes on: one rank's error can hide behind another's 75.
     if code in (2, 3) or status.get("state") in ("failed", "diverged"):
+        if kind != "train":  # which has its status.json: the other ranks, which this end stops, must know
+            record_event(run, "gave_up", kind=kind, job=job, restart=str(restart_count()), why=why)
         return Verdict(True, why, code=status.get("exit_code") or code)
     crash = code != PREEMPTED
     if not (crash or status):
         why = "stopped"
-    saved = _progress(run, kind)
+    saved = _progress(run, kind, job)
     decision = decide([*ends, Ended(crash, saved, disk=status.get("disk", False), waited=waited)], max_restarts)
     if not decision.again:
         times = max(1, decision.fruitless)
@@ -82,14 +85,21 @@ def go_on(run: Path, kind: Kind, job: str, verdict: Verdict, *, one_of_many: boo
         starts = (entry for entry in read_ledger(run) if (entry["event"], entry.get("job")) == ("start", job))
         if any(_restart(entry) > restart_count() for entry in starts):
             return None  # we were left behind: what we add now would stand behind the new start
-        more: dict[str, Any] = {"why": verdict.why, "crash": verdict.crash, "saved": _progress(run, kind)}
+        more: dict[str, Any] = {"why": verdict.why, "crash": verdict.crash, "saved": _progress(run, kind, job)}
         record_event(run, "requeued", kind=kind, job=job, restart=restart, **more)
     if refused := scheduler.requeue(job):
         record_event(run, "requeue_refused", kind=kind, job=job, why=refused)
     return refused
 
 
-def _progress(run: Path, kind: Kind) -> int:
+def jobs_folder(product: Path) -> Path:
+    """Return where the jobs that make `product` keep their files. It is what a run folder is for a training."""
+    return product.with_name(f"{product.name}.jobs")
+
+
+def _progress(run: Path, kind: Kind, job: str) -> int:
+    if kind == "work":  # `run` is DST's jobs_folder, and a part has the number of its task
+        return Partial(run.with_suffix("")).whole_files(int(job.partition("_")[2] or 0))
     return newest_step(run) if kind == "train" else len(list((run / "eval").glob("*.json")))
 
 

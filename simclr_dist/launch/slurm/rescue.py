@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="simclr-dist rescue")
     parser.add_argument("run", type=Path)
     parser.add_argument("code", type=int)
-    parser.add_argument("--kind", choices=("train", "eval"), default="train")
+    parser.add_argument("--kind", choices=("train", "eval", "work"), default="train")
     parser.add_argument("--max-restarts", type=int, default=3)
     arguments = parser.parse_args(argv)
     if arguments.code == 0:

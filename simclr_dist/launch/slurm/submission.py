@@ -23,6 +23,7 @@ from simclr_dist.launch.slurm import batch, scheduler
 from simclr_dist.launch.slurm.batch import Evaluation, Submission
 from simclr_dist.launch.slurm.profile import Profile, check_text
 from simclr_dist.launch.slurm.requeue import Kind
+from simclr_dist.launch.slurm.work import Work
 from simclr_dist.run.folder import check_run_folder, newest_step
 from simclr_dist.run.status import record_event
 from simclr_dist.system.errors import ConfigError, reason_of
@@ -31,7 +32,7 @@ from simclr_dist.train.profiling import Profile as StepProfile
 
 _RECORD = {
     "job_id": str, "eval_job_id": str | None, "config": str, "overrides": list, "working_directory": str, "profile": dict,
-    "evaluation": dict | None,
+    "evaluation": dict | None, "tasks?": list,
 }  # fmt: skip
 # Starts that ran into the time limit, after which submitit ends a job; it counts all starts of a limit of ten minutes or less.
 _MOST_TIMEOUTS = 1_000_000
@@ -49,12 +50,7 @@ def prepare(
     folder = working_directory or Path.cwd()
     run = run or folder / config.run_folder
     config = dataclasses.replace(config, run_folder=str(run))
-    for where, path in (("run_folder", run), ("working directory", folder)):
-        check_text(str(path), where)
-    if "%" in str(run):
-        raise ConfigError(f"run_folder: {str(run)!r}: SLURM would fill in what follows the %; name another")
-    if profile.container is not None and re.search("[,:]", f"{run}{folder}"):
-        raise ConfigError(f"run_folder: {str(run)!r}, or the working directory: a container mounts none with a comma or colon")
+    check_paths(profile, "run_folder", run, folder)
     check_run_folder(config)
     samples = count_images(config.data.shards, config.data.samples, beside=folder, kind=config.data.kind)
     done, total = newest_step(run), config.total_steps(samples)
@@ -68,6 +64,16 @@ def prepare(
         for shards in (evaluation.train, evaluation.test):
             load_collection(shards, beside=folder)
     return Submission(config, profile, folder, evaluation, source, tuple(overrides), total, profiled)
+
+
+def check_paths(profile: Profile, key: str, path: Path, folder: Path) -> None:
+    """Raise ConfigError for a path that no batch script can name."""
+    for where, each in ((key, path), ("working directory", folder)):
+        check_text(str(each), where)
+    if "%" in str(path):
+        raise ConfigError(f"{key}: {str(path)!r}: SLURM would fill in what follows the %; name another")
+    if profile.container is not None and re.search("[,:]", f"{path}{folder}"):
+        raise ConfigError(f"{key}: {str(path)!r}, or the working directory: a container mounts none with a comma or colon")
 
 
 def check_device(submission: Submission) -> None:
@@ -87,11 +93,11 @@ def submit(submission: Submission) -> list[str]:
         raise ConfigError(f"steps: {run} has done all of its {done}; nothing is left for a job (--eval would evaluate it)")
     with _undone_when_refused(submission.folder / "config.yaml"):
         store_config(submission)
-        jobs = [_submit_job(submission, "train")]
+        jobs = [_send(submission.folder, batch.script(submission, "train"), {None: submission}, "train")]
     _write_record(submission, jobs)
     if submission.evaluation is not None:
         try:
-            jobs.append(_submit_job(submission, "eval", after=jobs[0]))
+            jobs.append(_send(submission.folder, batch.script(submission, "eval", after=jobs[0]), {None: submission}, "eval"))
         except ConfigError as error:
             undo = f"`simclr-dist submit cancel {shlex.quote(str(run))}` takes it back"
             raise ConfigError(f"the evaluation: {error}; the training is submitted, as job {jobs[0]}: {undo}") from None
@@ -111,23 +117,48 @@ def submit_array(folder: Path, submissions: Sequence[Submission]) -> list[str]:
     with _undone_when_refused(folder / "slurm" / "array", *configs, *(path for of_run in scripts for path in of_run)):
         for one, of_run in zip(submissions, scripts, strict=True):
             store_config(one, of_run)
-        jobs = [_submit_array(folder, submissions, "train")]
-    _write_records(submissions, jobs)
+        text = batch.array_script(folder, submissions, "train")
+        jobs = [_send(folder / "slurm", text, dict(enumerate(submissions)), "train")]
+    for number, one in enumerate(submissions):
+        _write_record(one, [f"{jobs[0]}_{number}"])
     if submissions[0].evaluation is not None:
         try:
-            jobs.append(_submit_array(folder, submissions, "eval", after=jobs[0]))
+            text = batch.array_script(folder, submissions, "eval", after=jobs[0])
+            jobs.append(_send(folder / "slurm", text, dict(enumerate(submissions)), "eval"))
         except ConfigError as error:
             raise ConfigError(f"the evaluations: {error}; the trainings are submitted: `scancel {jobs[0]}` ends them") from None
-        _write_records(submissions, jobs)
+        for number, one in enumerate(submissions):
+            _write_record(one, [f"{job}_{number}" for job in jobs])
     return jobs
 
 
-def store_config(submission: Submission, scripts: Mapping[Path, str] = MappingProxyType({})) -> None:
-    """Write the jobs' config and `scripts`. A cancelled run may go on. Raises ConfigError when the disk refuses."""
-    config = write_yaml(submission.config.to_dict())  # the file that the user named may change until the jobs start
+def submit_work(tasks: Mapping[int, Work], last: Work) -> list[str]:
+    """Submit an array, if it has tasks, and the job behind it. Return their numbers. Raises ConfigError when one is refused."""
+    scheduler.require("sbatch", "srun")
+    refuse_if_alive(last.run)
+    with _undone_when_refused(last.folder / "script"):
+        store_config(last)
+        text = batch.script(tasks[min(tasks)] if tasks else last, "work", tasks=tasks)
+        jobs = [_send(last.folder, text, tasks or {None: last}, "work")]
+    _write_record(last, jobs, tasks=list(tasks))
+    if tasks:
+        try:
+            jobs.append(_send(last.folder, batch.script(last, "work", after=jobs[0]), {None: last}, "work"))
+        except ConfigError as error:
+            undo = f"`simclr-dist submit cancel {shlex.quote(str(last.product))}` takes them back"
+            raise ConfigError(f"the job behind the parts: {error}; they are submitted, as job {jobs[0]}: {undo}") from None
+        _write_record(last, jobs, tasks=list(tasks))
+    return jobs
+
+
+def store_config(submission: Submission | Work, scripts: Mapping[Path, str] = MappingProxyType({})) -> None:
+    """Write a run's config for its jobs, and `scripts`. What was cancelled may go on. Raises ConfigError for a full disk."""
+    files = dict(scripts)
+    if isinstance(submission, Submission):  # the file that the user named may change until the jobs start
+        files[submission.folder / "config.yaml"] = write_yaml(submission.config.to_dict())
     try:
-        for path, text in {submission.folder / "config.yaml": config, **scripts}.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        submission.folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
             write_atomically(path, text.encode())
         (submission.run / "cancelled").unlink(missing_ok=True)
         for earlier in submission.folder.glob("*.pkl"):  # of ended jobs, or put there to be run in the place of ours
@@ -144,6 +175,8 @@ def read_record(run: Path) -> dict[str, Any]:
     for key in ("job_id", "eval_job_id"):  # which become words of commands: --user=me would be all of my jobs
         if (number := record[key]) is not None and not scheduler.JOB_NUMBER.fullmatch(number):
             raise ConfigError(f"{run / 'submission.json'}: {key}: {number!r} is no job's number; submit the run anew")
+    if any(type(task) is not int for task in record.get("tasks", ())):
+        raise ConfigError(f"{run / 'submission.json'}: tasks: {record['tasks']!r} are no numbers; submit the jobs anew")
     return record
 
 
@@ -157,6 +190,13 @@ def original_of(run: Path, record: Mapping[str, Any]) -> tuple[Path, bool] | Non
     return None if same else (original, there)
 
 
+def jobs_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers of a record's jobs by what they do."""
+    first, last, tasks = record["job_id"], record["eval_job_id"], record.get("tasks")
+    jobs = {f"part {task}": f"{first}_{task}" for task in tasks or ()} or {"job": first}
+    return jobs | ({"evaluation" if tasks is None else "finish": last} if last else {})
+
+
 def refuse_if_alive(run: Path) -> None:
     """Raise ConfigError when a job of the run folder waits or runs. Also raise it when that cannot be ruled out.
 
@@ -168,16 +208,17 @@ def refuse_if_alive(run: Path) -> None:
     match original_of(run, record):
         case _, True:
             return
-    for job in filter(None, (record["job_id"], record["eval_job_id"])):
-        state = scheduler.state(job)
+    key, whose = ("", run.with_suffix("")) if "tasks" in record else ("run_folder: ", run)
+    jobs = jobs_of(record).values()
+    for job, state in zip(jobs, scheduler.states(list(jobs)), strict=True):
         if state.name == scheduler.UNKNOWN:
-            raise ConfigError(f"run_folder: {str(run)!r}: cannot find out whether its job {job} has ended ({state.reason})")
+            raise ConfigError(f"{key}{str(whose)!r}: cannot find out whether its job {job} has ended ({state.reason})")
         if not state.over:
-            cancel = f"`simclr-dist submit cancel {shlex.quote(str(run))}`"
-            raise ConfigError(f"run_folder: {str(run)!r}: its job {job} is {state}; wait for its end, or {cancel} first")
+            cancel = f"`simclr-dist submit cancel {shlex.quote(str(whose))}`"
+            raise ConfigError(f"{key}{str(whose)!r}: its job {job} is {state}; wait for its end, or {cancel} first")
 
 
-def _write_record(submission: Submission, jobs: Sequence[str]) -> None:
+def _write_record(submission: Submission | Work, jobs: Sequence[str], **more: Any) -> None:
     evaluation = submission.evaluation
     record = {
         "job_id": jobs[0],
@@ -190,58 +231,39 @@ def _write_record(submission: Submission, jobs: Sequence[str]) -> None:
         "time": time.time(),
         "profile": dataclasses.asdict(submission.profile),
         "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
+        **more,
     }
     write_atomically(submission.run / "submission.json", json.dumps(record, indent=2).encode() + b"\n")
 
 
-def _write_records(submissions: Sequence[Submission], arrays: Sequence[str]) -> None:
-    for number, one in enumerate(submissions):
-        _write_record(one, [f"{array}_{number}" for array in arrays])
-
-
-def _submit_job(submission: Submission, kind: Kind, *, after: str | None = None) -> str:
-    """Pickle what the job's tasks run, and submit its batch script. Return the job's number."""
-    text = batch.script(submission, kind, after=after)
-    number, script, [pickle] = _send(submission.folder, text, [submission], kind)
-    paths = submitit.SlurmJob(submission.folder, number, [0]).paths
-    paths.move_temporary_file(pickle, "submitted_pickle")  # a task that has begun already waits for it
-    paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)  # `scontrol show job` names the first path
-    record_event(submission.run, "submitted", kind=kind, job=number, cluster=scheduler.cluster())
-    return number
-
-
-def _submit_array(folder: Path, submissions: Sequence[Submission], kind: Kind, *, after: str = "") -> str:
-    """Do the same for all runs of an array. Return the array's number."""
-    text = batch.array_script(folder, submissions, kind, after=after)
-    try:
-        (folder / "slurm").mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_folder: {str(folder)!r}: cannot be written: {reason_of(error)}") from None
-    number, script, pickles = _send(folder / "slurm", text, submissions, kind)
-    for task, (one, pickle) in enumerate(zip(submissions, pickles, strict=True)):
-        pickle.rename(one.folder / f"{number}_{task}_submitted.pkl")
-    script.rename(folder / "slurm" / f"{number}_submission.sh")
-    cluster = scheduler.cluster()
-    for task, one in enumerate(submissions):
-        record_event(one.run, "submitted", kind=kind, job=f"{number}_{task}", cluster=cluster)
-    return number
-
-
-def _send(folder: Path, text: str, submissions: Sequence[Submission], kind: Kind) -> tuple[str, Path, list[Path]]:
-    """Submit a script. Return the job's number, and where script and pickles are."""
+def _send(folder: Path, text: str, sent: Mapping[Any, Submission | Work], kind: Kind) -> str:
+    """Pickle what each of an array's tasks runs, and submit their script. Return its number. A job's task is None."""
     unique = secrets.token_hex(16)
-    script, pickles = folder / f".{unique}.sh", [one.folder / f"{unique}.pkl" for one in submissions]
+    script, pickles = folder / f".{unique}.sh", {task: one.folder / f"{unique}_{task}.pkl" for task, one in sent.items()}
     try:
+        folder.mkdir(exist_ok=True)
         script.write_text(text, encoding="utf-8")
-        for one, path in zip(submissions, pickles, strict=True):
+        for task, one in sent.items():
             pickled = submitit.helpers.DelayedSubmission(one.job(kind))
             pickled.set_timeout(one.profile_of(kind).minutes, _MOST_TIMEOUTS)
-            pickled.dump(path)
-        return scheduler.submit(script), script, pickles
-    except BaseException:  # a second Ctrl-C too: what was not sent leaves no files
-        for path in (script, *pickles):
+            pickled.dump(pickles[task])
+        number = scheduler.submit(script)
+    except BaseException as error:  # a second Ctrl-C too: what was not sent leaves no files
+        for path in (script, *pickles.values()):
             path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ConfigError(f"run_folder: {str(folder.parent)!r}: cannot be written: {reason_of(error)}") from None
         raise
+    jobs = {task: number if task is None else f"{number}_{task}" for task in sent}
+    for task, one in sent.items():
+        pickles[task].rename(one.folder / f"{jobs[task]}_submitted.pkl")  # a task that has begun already waits for it
+    script.rename(stays := folder / f"{number}_submission.sh")
+    if None in sent:
+        script.symlink_to(stays)  # `scontrol show job` names the first path
+    cluster = scheduler.cluster()
+    for task, one in sent.items():
+        record_event(one.run, "submitted", kind=kind, job=jobs[task], cluster=cluster)
+    return number
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +66,19 @@ class NTXentLoss(nn.Module):
         """
         self._check(z_a, z_b)
         with torch.autocast(z_a.device.type, enabled=False), _full_precision():
-            z = torch.cat([z_a, z_b])
-            z = unit_rows(z if z.dtype == torch.float64 else z.float())
-            loss: Tensor = _NTXent.apply(z, self.temperature, self.decoupled)
+            pairs = zip(self.cut(z_a), self.cut(z_b), strict=True)
+            parts = [unit_rows(z if z.dtype == torch.float64 else z.float()) for z in map(torch.cat, pairs)]
+            loss: Tensor = _NTXent.apply(self.temperature, self.decoupled, self.factor, *parts)
             return self.scale * loss
+
+    @property
+    def factor(self) -> float:
+        """Return what the gradient is multiplied by."""
+        return world_size()
+
+    def cut(self, z: Tensor) -> Sequence[Tensor]:
+        """Cut this rank's [n, d] into parts that are computed alone."""
+        return [z]
 
     def _check(self, z_a: Tensor, z_b: Tensor) -> None:
         same = z_a.shape == z_b.shape and z_a.dtype == z_b.dtype
@@ -152,30 +161,36 @@ class _NTXent(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float, decoupled: bool) -> Tensor:
-        n = len(z) // 2
-        columns = gather_views(z)
-        similarities = _similarities(z, columns, rank() * n, temperature)
-        positive = (z * z.roll(n, 0)).sum(1) / temperature
-        # One image alone has no negatives: loss and gradient are 0, not nan.
-        lse = similarities.log_sum_exp().clamp_min(torch.finfo(z.dtype).min / 4)
-        if decoupled and len(columns) > 2:
-            losses, log_a = lse - positive, torch.zeros_like(lse)
-        else:
-            losses, log_a = F.softplus(lse - positive), F.logsigmoid(lse - positive)
-        losses, log_weight = all_gather(torch.stack([losses, log_a - lse]).view(2, 2, n)).permute(1, 2, 0, 3).reshape(2, -1)
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            gradient = similarities.weighted_sum(log_a - lse, log_weight)
-            a = log_a.exp()
-            gradient -= (a + a.roll(n))[:, None] * z.roll(n, 0)
-            gradient *= world_size() / (len(columns) * temperature)
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, temperature: float, decoupled: bool, factor: float, *parts: Tensor) -> Tensor:
+        n = len(parts[0]) // 2
+        columns = gather_views(parts)
+        matrices, logits, terms = [], [], []
+        for number, z in enumerate(parts):
+            similarities = _similarities(z, columns, (rank() * len(parts) + number) * n, temperature)
+            positive = (z * z.roll(n, 0)).sum(1) / temperature
+            # One image alone has no negatives: loss and gradient are 0, not nan.
+            lse = similarities.log_sum_exp().clamp_min(torch.finfo(z.dtype).min / 4)
+            if decoupled and len(columns) > 2:
+                losses, log_a = lse - positive, torch.zeros_like(lse)
+            else:
+                losses, log_a = F.softplus(lse - positive), F.logsigmoid(lse - positive)
+            matrices.append(similarities)
+            logits.append(log_a)
+            terms.append(torch.stack([losses, log_a - lse]))
+        gathered = all_gather(torch.stack(terms)).unflatten(3, (2, n))  # [ranks, parts, 2, views, n]
+        losses, log_weights = gathered.permute(2, 3, 0, 1, 4).flatten(1)
+        gradients = []
+        for z, similarities, log_a, (_, log_weight) in zip(parts, matrices, logits, terms, strict=True):
+            if any(ctx.needs_input_grad):
+                a, gradient = log_a.exp(), similarities.weighted_sum(log_weight, log_weights)
+                gradient -= (a + a.roll(n))[:, None] * z.roll(n, 0)
+                gradient *= factor / (len(columns) * temperature)
+                gradients.append(gradient)
+        ctx.save_for_backward(*gradients)
         loss: Tensor = losses.mean()
         return loss
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(gradient * upstream for gradient in ctx.saved_tensors)

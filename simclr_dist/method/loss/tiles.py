@@ -1,7 +1,7 @@
 """Sum over each row's negatives, one tile of similarities at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,12 @@ def unit_rows(x: Tensor) -> Tensor:
     return F.normalize(x * (largest.frexp().mantissa / largest).nan_to_num(1.0), dim=1)
 
 
-def gather_views(z: Tensor) -> Tensor:
-    """Gather the ranks' [2n, d] to [2N, d]. Each rank has view a, then b; the result has view a of all images, then b."""
-    if world_size() == 1:
-        return z
-    return all_gather(z.view(2, len(z) // 2, -1)).transpose(0, 1).reshape(-1, z.shape[1])
+def gather_views(parts: Sequence[Tensor]) -> Tensor:
+    """Gather [2n, d], `parts` of each rank, to [2N, d]. Each is view a, then b; the result is view a of all images, then b."""
+    if world_size() * len(parts) == 1:
+        return parts[0]
+    views = all_gather(torch.stack(list(parts))).view(-1, 2, len(parts[0]) // 2, parts[0].shape[1])
+    return views.transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Prove that the distributed gradient equals the gradient of one process. Also the loss alone, as it trains."""
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from simclr_dist.config.settings import ENCODERS, Config, LossConfig, ModelConfig, ViewsConfig
 from simclr_dist.data.views.draws import view_side
 from simclr_dist.method.distributed import World, all_gather, all_gather_objects, all_sum, rank
-from simclr_dist.method.loss import NTXentLoss, nt_xent_reference
+from simclr_dist.method.loss import nt_xent_reference
 from simclr_dist.method.microbatch import LossFunction
 from simclr_dist.preflight.check.findings import Finding, place_of
 from simclr_dist.train.learner import (
     backward,
     build_learner,
+    build_loss,
     build_model,
     build_shapes,
     cut,
@@ -46,6 +48,7 @@ def gradient_report(config: Config, world: World) -> tuple[str, bool]:
     pieces = config.micro_batches * world.size
     batch = pieces * max(2, min(config.global_batch_size, most) // pieces)
     config = dataclasses.replace(config, precision="fp64", compile=False, global_batch_size=batch, steps=1, epochs=None)
+    config = dataclasses.replace(config, exact_piece=math.gcd(config.exact_piece, batch // pieces))
     generator = torch.Generator().manual_seed(config.seed)
     shape = batch, config.data.channels, size, size
     view_a, view_b = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -56,11 +59,12 @@ def gradient_report(config: Config, world: World) -> tuple[str, bool]:
     mine = torch.arange(batch).view(config.micro_batches, world.size, -1)[:, world.rank].flatten()
     local_a, local_b = view_a[mine].to(world.device), view_b[mine].to(world.device)
 
+    share = learner.loss.factor / world.size  # nothing averages the pieces of `deterministic: exact` over the ranks
     losses: dict[str, LossFunction] = {
         "this trainer": learner.loss,
         "wrong: without the factor world_size": lambda a, b: learner.loss(a, b) / world.size,
-        "wrong: gathered embeddings without gradient": lambda a, b: _detached(a, b, config.loss),
-        "wrong: negatives of the own rank only": lambda a, b: _definition(a, b, config.loss),
+        "wrong: gathered embeddings without gradient": lambda a, b: share * _detached(a, b, config.loss),
+        "wrong: negatives of the own rank only": lambda a, b: share * _definition(a, b, config.loss),
     }
     gradients = {}
     for name, loss in losses.items():
@@ -71,10 +75,8 @@ def gradient_report(config: Config, world: World) -> tuple[str, bool]:
     rows = [
         f"gradient of {config.model.encoder}, {batch} images, {world.size} processes, {config.micro_batches} pieces, float64",
         f"{'':46s}{'scale':>10s}{'cosine':>12s}{'relative error':>16s}",
+        *(f"{name:46s}{compared(gradient, truth)}" for name, gradient in gradients.items()),
     ]
-    for name, gradient in gradients.items():
-        scale, cosine = gradient.norm() / truth.norm(), F.cosine_similarity(gradient, truth, dim=0)
-        rows.append(f"{name:46s}{scale:10.6f}{cosine:12.8f}{(gradient - truth).norm() / truth.norm():16.2e}")
     worst = all_sum(((gradients["this trainer"] - truth).norm() / truth.norm()).detach())
     return "\n".join(rows), bool(worst < TOLERANCE)
 
@@ -99,14 +101,28 @@ def _definition(z_a: Tensor, z_b: Tensor, loss: LossConfig) -> Tensor:
 
 def _detached(z_a: Tensor, z_b: Tensor, loss: LossConfig) -> Tensor:
     """Compute the loss with a plain all_gather. Its columns carry no gradient."""
-    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
-    n, columns = len(z_a), all_gather(z.detach()).flatten(0, 1)
-    itself = torch.arange(2 * n, device=z.device) + rank() * 2 * n
-    partner = itself.roll(n)[:, None]
-    logits = z @ columns.T / loss.temperature
-    positive = logits.gather(1, partner)[:, 0]
-    left_out = torch.cat([itself[:, None], partner], 1) if loss.decoupled else itself[:, None]
-    return loss.scale * (logits.scatter(1, left_out, -torch.inf).logsumexp(1) - positive).mean()
+    z, images = F.normalize(torch.stack([z_a, z_b]), dim=2), torch.arange(len(z_a), device=z_a.device)
+    columns, left_out = all_gather(z.detach()).transpose(0, 1).flatten(1, 2), "both" if loss.decoupled else "itself"
+    return loss.scale * contrast(z, columns, images + rank() * len(images), loss.temperature, left_out)
+
+
+def contrast(rows: Tensor, columns: Tensor, images: Tensor, temperature: float, left_out: str) -> Tensor:
+    """Compute a contrastive loss by definition, as the mean over some rows.
+
+    Shapes: rows [2, n, d], columns [2, N, d], images [n], which says where the rows stand among the columns. `left_out` of each
+    anchor's denominator: 'itself', 'both' (itself and its positive), 'view' (all of its own view), or ''.
+    """
+    logits, n, most = rows.flatten(0, 1) @ columns.flatten(0, 1).T / temperature, len(images), columns.shape[1]
+    same_image = (images[:, None] == torch.arange(most, device=rows.device)).repeat(2, 2)
+    same_view = torch.eye(2, dtype=torch.bool, device=rows.device).repeat_interleave(n, 0).repeat_interleave(most, 1)
+    mask = {"itself": same_view & same_image, "both": same_image, "view": same_view, "": same_view & ~same_view}[left_out]
+    return (logits.masked_fill(mask, -torch.inf).logsumexp(1) - logits[same_image & ~same_view]).mean()
+
+
+def compared(gradient: Tensor, truth: Tensor) -> str:
+    """Format scale, cosine and relative error of a gradient."""
+    scale, cosine = gradient.norm() / truth.norm(), F.cosine_similarity(gradient, truth, dim=0)
+    return f"{scale:10.6f}{cosine:12.8f}{(gradient - truth).norm() / truth.norm():16.2e}"
 
 
 def check_loss(config: Config, world: World) -> Finding:
@@ -119,8 +135,9 @@ def check_loss(config: Config, world: World) -> Finding:
     mine = slice(world.rank * n, (world.rank + 1) * n)
     truth = torch.autograd.grad(expected, z)[0][:, mine]
     local = z[:, mine].detach().to(dtype).requires_grad_()
-    value = NTXentLoss(loss.temperature, decoupled=loss.decoupled, scale=loss.scale)(local[0], local[1])
-    gradient = torch.autograd.grad(value, local)[0].double() / world.size
+    trained = build_loss(dataclasses.replace(config, micro_batches=1, exact_piece=math.gcd(config.exact_piece, n)))
+    value = trained(local[0], local[1])
+    gradient = torch.autograd.grad(value, local)[0].double() / trained.factor
     errors = float((value - expected).detach().abs() / loss.scale), float((gradient - truth).norm() / truth.norm())
     # Similarities go to 1 / temperature, and are rounded there. TF32's products are a hundred times as far off.
     most = (1e-12 if dtype == torch.float64 else 4e-6) * (3 + 1 / loss.temperature)

@@ -1,9 +1,7 @@
 """Make a first run: built-in images, short pre-training, evaluation."""
 
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 from simclr_dist.config.load import load_config
@@ -12,10 +10,12 @@ from simclr_dist.data.manifest import MANIFEST_NAME
 from simclr_dist.encoder.names import encoders
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.demo.images import write_demo_images
+from simclr_dist.run.commands import command, evaluate, printed, typed
 from simclr_dist.run.folder import check_run_folder
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED
 from simclr_dist.system.files import read_object, write_atomically
+from simclr_dist.system.progress import Progress
 
 CONFIG = Path(__file__).parents[2] / "demo.yaml"
 DATA = Path("data/demo")
@@ -30,32 +30,23 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
     if check_run_folder(config) and (run / "summary.json").exists():
         print(f"{run} is a finished run; remove the folder to start anew\n")
     else:
-        _prepare_images()
+        with Progress("images"):
+            _prepare_images()
         if code := torchrun(processes, ["-m", "simclr_dist.train", str(CONFIG), *overrides], run):
             return code
-        _measure(run)
+        with Progress("evaluation"):
+            _measure(run)
     summary = read_object(run / "summary.json", {"linear": dict}, f"remove {run} to start anew")
     encoder = encoders(run)[-1]
     print((run / "summary.txt").read_text())
-    command_name = typed("simclr-dist")
-    print(f"picture: {run / 'demo.png'}\n\nNext:\n  {typed('tensorboard')} --logdir {run / 'tb'}")
-    print(f"  {command_name} eval {encoder} --train {DATA / 'train'} --test {DATA / 'test'}")
-    print(f"  {command_name} shard YOUR_IMAGES data/mine")
+    print(f"picture: {run / 'demo.png'}")
+    board = f"{typed('tensorboard')} --logdir {run / 'tb'}"
+    print(printed(board, evaluate(encoder, config), command("shard", "YOUR_IMAGES", "data/mine")))
     gained = summary["linear"]["trained"] - summary["linear"]["untrained"]
     if gained < LEARNED_POINTS:
         print(f"\nThis run did not learn: the linear probe gained {gained:.1f} points of at least {LEARNED_POINTS:.0f}.")
         return 1
     return 0
-
-
-def typed(program: str) -> str:
-    """Return how to type a program beside this Python. Its name, or its path outside PATH."""
-    beside = Path(sys.executable).with_name(program)
-    on_path = shutil.which(program)
-    if not beside.exists() or (on_path and Path(on_path).resolve() == beside.resolve()):
-        return program
-    folder = Path.cwd()
-    return shlex.quote(str(beside.relative_to(folder) if beside.is_relative_to(folder) else beside))
 
 
 def _prepare_images() -> None:
@@ -67,18 +58,18 @@ def _prepare_images() -> None:
         write_demo_images(images)
     for split in ("train", "test"):
         if not (DATA / split / MANIFEST_NAME).exists():
-            write_shards(images / split, DATA / split, shard_size=500, seed=0, processes=1, strict=True, progress=False)
+            write_shards(images / split, DATA / split, shard_size=500, seed=0, processes=1, strict=True, progress=True)
     shutil.rmtree(images)
 
 
 def _measure(run: Path) -> None:
     with signals.importing(PREEMPTED, _STOPPED):  # until here a signal was only noted
-        from simclr_dist.evaluate.job import evaluate
+        from simclr_dist.evaluate import job
         from simclr_dist.evaluate.result.report import summary, table
         from simclr_dist.preflight.demo.picture import draw
 
     encoder = encoders(run)[-1]
-    result = evaluate(encoder, DATA / "train", DATA / "test", workers=0)
+    result = job.evaluate(encoder, DATA / "train", DATA / "test", workers=0)
     draw(run, encoder, DATA / "test")
     write_atomically(run / "summary.txt", table(result).encode() + b"\n")
     write_atomically(run / "summary.json", json.dumps(summary(result), indent=2).encode() + b"\n")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from simclr_dist.config.settings import Config
 from simclr_dist.method.distributed import GLOO_MESSAGE_BYTES
 from simclr_dist.method.optim import OPTIMIZER_BUFFERS
+from simclr_dist.method.pieces import groups
 from simclr_dist.preflight.plan.trace import Footprint
 from simclr_dist.preflight.plan.traffic import BUCKET_BYTES
 from simclr_dist.preflight.shared_memory import cut
@@ -56,9 +57,13 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
     weights, gradient = footprint.parameters * number + footprint.buffers, footprint.parameters * number
     buffers = OPTIMIZER_BUFFERS.get(config.optim.name)
     optimizer = None if buffers is None else gradient * buffers
-    buckets = gradient if ranks > 1 else 0
+    is_exact = config.deterministic == "exact"
+    buckets = gradient if ranks > 1 and not is_exact else 0
     at_once = min(gradient, BUCKET_BYTES if on_cuda else ranks * GLOO_MESSAGE_BYTES)
     exchange = 4 * at_once if ranks > 1 and (not on_cuda or config.deterministic) else 0
+    if is_exact:  # gradients of each piece, and three of their size in 64 bits
+        pieces = local // (config.micro_batches * config.exact_piece)
+        exchange = max(sum(footprint.tensors[some]) for some in groups(footprint.tensors, pieces)) * (number * pieces + 24)
     decays_copies = config.optim.name == "lars" and on_cuda and config.optim.weight_decay
     copies = footprint.decayed_parameters * number if decays_copies else 0
 
@@ -85,18 +90,8 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
     host = portions.portion_bytes * portions.most(workers)
     shared = portions.shared_bytes(workers, pinned=on_cuda)[1]
     saved = checkpoint_bytes(config, footprint)
-    return Memory(
-        weights,
-        gradient + buckets,
-        optimizer,
-        2 * view,
-        kept,
-        z + loss,
-        phases,
-        host,
-        shared,
-        0 if saved is None else 2 * saved,
-    )
+    saving, gradients = 2 * (saved or 0), gradient + buckets
+    return Memory(weights, gradients, optimizer, 2 * view, kept, z + loss, phases, host, shared, saving)
 
 
 def checkpoint_bytes(config: Config, footprint: Footprint) -> float | None:

@@ -14,7 +14,7 @@ from simclr_dist.data.views.draws import view_side
 from simclr_dist.preflight.plan import scaling, trace
 from simclr_dist.preflight.plan.hardware import GAPS, GIB, RESERVED_BYTES, UTILISATION, Gpu, Machines
 from simclr_dist.preflight.plan.memory import checkpoint_bytes
-from simclr_dist.preflight.plan.scaling import NoStep, Step, predict_fitting_step
+from simclr_dist.preflight.plan.scaling import NoStep, Step, predict_fitting_step, predict_step
 from simclr_dist.preflight.plan.traffic import log_traffic
 from simclr_dist.system.errors import ConfigError
 from simclr_dist.train.state import saved_bytes
@@ -34,6 +34,18 @@ class Plan:
     fitting: Step | NoStep | None  # on as many ranks, with the fewest micro-batches that fit; None without a GPU
     scales: list[Step | NoStep]
 
+    def on(self, machines: Machines) -> "Plan":
+        """Return the plan for other machines."""
+        config, footprint, ranks = self.config, self.footprint, self.world_size
+        others = scaling.WORLD_SIZES if machines.on_cuda else scaling.CPU_WORLD_SIZES
+        return dataclasses.replace(
+            self,
+            machines=machines,
+            step=predict_step(config, footprint, ranks, machines),
+            fitting=predict_fitting_step(config, footprint, ranks, machines) if machines.gpu else None,
+            scales=[predict_fitting_step(config, footprint, number, machines) for number in sorted({*others, ranks})],
+        )
+
     @property
     def total_steps(self) -> int:
         """Return the steps of the run."""
@@ -41,7 +53,7 @@ class Plan:
 
     def values(self) -> dict[str, Any]:
         """Return plain values for --json; bytes, seconds, FLOPs."""
-        config, step, footprint = self.config, self.step, self.footprint
+        config, step, footprint, machines, gpu = self.config, self.step, self.footprint, self.machines, self.machines.gpu
         return {
             "world_size": self.world_size,
             "images": self.samples,
@@ -55,6 +67,8 @@ class Plan:
             "parameters": {"encoder": footprint.encoder_parameters, "projector": footprint.projector_parameters},
             "flops_a_step_and_rank": step.flops,
             "memory": {**dataclasses.asdict(step.memory), "peak": step.memory.peak, "highest": step.memory.highest},
+            "gpu": None if gpu is None else {"name": gpu.name, "budget": gpu.usable, "sheet": gpu.sheet},
+            "measured": None if machines.measured is None else dataclasses.asdict(machines.measured),
             "traffic": [dataclasses.asdict(part) for part in step.traffic],
             "traffic_at_log_steps": log_traffic(config, footprint, self.world_size).sent,
             "seconds_a_step": step.seconds,
@@ -63,7 +77,7 @@ class Plan:
             "fewest_micro_batches": self.fitting.micro_batches if isinstance(self.fitting, Step) else None,
             "disk": {"shards": self.shards, "a_checkpoint": checkpoint_bytes(config, footprint)},
             "scales": [_scale_values(step, self) for step in self.scales],
-            "verdict": scaling.verdict(self.scales, self.machines),
+            "verdict": scaling.verdict(self.scales, machines),
         }
 
 
@@ -81,18 +95,9 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
     samples = count_images(shards, samples, kind=config.data.kind)
     check_fits(config, samples, world_size)
     footprint = trace.footprint(config, view_side(config.views.preset, config.views.image_size))
-    others = scaling.WORLD_SIZES if machines.on_cuda else scaling.CPU_WORLD_SIZES
-    return Plan(
-        config,
-        machines,
-        world_size,
-        samples,
-        sum(path.stat().st_size for path in Path(shards).glob("*.tar")) if is_local else None,
-        footprint,
-        scaling.predict_step(config, footprint, world_size, machines),
-        predict_fitting_step(config, footprint, world_size, machines) if machines.gpu else None,
-        [predict_fitting_step(config, footprint, ranks, machines) for ranks in sorted({*others, world_size})],
-    )
+    shard_bytes = sum(path.stat().st_size for path in Path(shards).glob("*.tar")) if is_local else None
+    step = predict_step(config, footprint, world_size, machines)
+    return Plan(config, machines, world_size, samples, shard_bytes, footprint, step, None, []).on(machines)
 
 
 def text(plan: Plan) -> str:
@@ -138,7 +143,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     kept = ", blocks' inputs alone (activation_checkpointing)" if config.activation_checkpointing else ""
     lines = [
         ("weights", _size(memory.weights)),
-        ("gradients", _size(memory.gradients) + (" (DDP's buckets included)" if plan.world_size > 1 else "")),
+        ("gradients", _size(memory.gradients) + (" (DDP's buckets included)" if memory.gradients > memory.weights else "")),
         ("optimizer", f"not known for {config.optim.name}" if memory.optimizer is None else _size(memory.optimizer)),
         ("loss", f"{_size(memory.loss)}{matrix if matrix_bytes > memory.loss else ''}"),
         ("views", f"{_size(memory.views)}, as float32, of one step"),
@@ -157,16 +162,16 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _fit_text(plan: Plan, gpu: Gpu) -> str:
     config, fitting = plan.config, plan.fitting
-    assumed = f"assumed: {_size(RESERVED_BYTES)} for CUDA and NCCL, {100 * GAPS:.0f} % gaps"
-    room = f"{_size(gpu.usable)} of {_size(gpu.memory)} ({assumed})"
-    answer = "yes" if plan.step.memory.peak <= gpu.usable else "NO"
+    less = f"{_size(RESERVED_BYTES)} for CUDA and NCCL, and {100 * GAPS:.0f} % of gaps: assumed"
+    room, peak = f"the budget is its {_size(gpu.memory)} less {less}", plan.step.memory.peak
+    need = f"{'yes' if peak <= gpu.usable else 'NO'}: needs {_size(peak)} of a budget of {_size(gpu.usable)}"
     if isinstance(fitting, NoStep):
-        return f"{answer}: {fitting.why}; {room}"
+        return f"{need}; {fitting.why}; {room}"
     assert fitting is not None
     fewest = str(fitting.micro_batches)
     if fitting.micro_batches != config.micro_batches:
         fewest += f" (BatchNorm group {config.global_batch_size // fitting.micro_batches})"
-    return f"{answer}, with {config.micro_batches} micro_batches; the fewest that fit: {fewest}; {room}"
+    return f"{need}, with {_count(config.micro_batches, 'micro-batch', 'es')}; the fewest that fit: {fewest}; {room}"
 
 
 def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -188,14 +193,14 @@ def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
 def _speed_rows(plan: Plan) -> list[tuple[str, str]]:
     step, machines, config = plan.step, plan.machines, plan.config
     table = [("FLOPs a step and rank", f"{step.flops:.3e}")]
-    if step.compute is not None:
+    if step.compute is not None and machines.measured is None:
         if machines.images_per_second is not None:
             why = f"as measured: {machines.images_per_second:g} images/s of one rank"
         else:
             assert machines.gpu is not None
             share = machines.utilisation or UTILISATION[config.precision]
             peak = machines.gpu.peak[config.precision] / 1e12
-            why = f"assumed: {100 * share:g} % of {machines.gpu.name}'s {peak:g} TFLOP/s in {config.precision}"
+            why = f"assumed: {100 * share:g} % of the {peak:g} TFLOP/s in {config.precision} of {machines.gpu.sheet}"
         table.append(("time a step: compute", f"{_time(step.compute)} ({why})"))
     if step.exchange is not None and machines.bandwidth is not None and step.traffic:
         rate, latency = machines.bandwidth * 8 / 1e9, _time(machines.latency)
@@ -204,7 +209,12 @@ def _speed_rows(plan: Plan) -> list[tuple[str, str]]:
         )
     if (seconds := step.seconds) is not None:
         speed, total = config.global_batch_size / seconds, plan.total_steps
-        table.append(("speed", f"{speed:.0f} images/s; {seconds * total / 3600:.1f} hours for {total} steps"))
+        shown = f"{_round(speed)} images/s"
+        if (measured := machines.measured) is not None:
+            views = "the shards" if plan.shards is not None else "random views, which nobody has to read or augment"
+            who = f"{_count(measured.steps, 'step')} by {_count(measured.ranks, 'rank')} on {measured.where}, with {views}"
+            shown = f"measured {shown} over {measured.seconds:.0f} s ({who})"
+        table.append(("speed", f"{shown}: {_time(seconds * total)} for {_count(total, 'step')}"))
         workers = config.data.workers
         readers = f"each of a rank's {workers} workers" if workers > 1 else "a rank's one worker" if workers else "each rank"
         table.append(("data", f"{readers} must read and crop {speed / step.ranks / max(workers, 1):.0f} images/s"))
@@ -279,7 +289,9 @@ def _size(size: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{_round(seconds / 3600)} hours"
 
 
 def _round(number: float) -> str:
@@ -297,5 +309,5 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "exchange": ("exchange_seconds", _time),
     "images/s": ("images_per_second", _round),
     "of linear": ("of_linear", lambda share: f"{100 * share:.0f} %"),
-    "hours": ("hours", _round),
+    "time": ("hours", lambda hours: _time(3600 * hours)),
 }

@@ -49,21 +49,24 @@ def step_flops(config: Config, footprint: Footprint, ranks: int) -> float:
     """Count the floating-point operations of a rank's step, loss included."""
     views = 2 * config.global_batch_size // ranks
     passes = footprint.first.flops(views) + (footprint.without_graph.flops(views) if config.micro_batches > 1 else 0)
-    products = 4 if ranks == 1 else 6  # one process computes a tile for its rows and its columns
+    # One process computes a tile for its rows and its columns, but for exact pieces.
+    products = 4 if ranks == 1 and config.deterministic != "exact" else 6
     return passes + products * views * 2 * config.global_batch_size * footprint.embedding_size
 
 
 def predict_step(config: Config, footprint: Footprint, ranks: int, machines: Machines, measured: Config | None = None) -> Step:
-    """Predict a step on `ranks` ranks. `measured`: the config of `machines.images_per_second`, where it is another."""
+    """Predict a step on `ranks` ranks. `measured`: the config whose speed `machines` has, where it is another."""
     traffic = step_traffic(config, footprint, ranks, on_cuda=machines.on_cuda)
     flops = step_flops(config, footprint, ranks)
-    gpu, compute = machines.gpu, None
-    if machines.images_per_second is not None:  # one rank's, for the whole global batch
+    gpu, compute, exchange = machines.gpu, None, None
+    if (trial := machines.measured) is not None:  # which says nothing of other ranks or pieces
+        if ranks == trial.ranks and measured in (None, config):
+            compute, exchange = trial.seconds / trial.steps, 0.0
+    elif machines.images_per_second is not None:  # one rank's, for the whole global batch
         flops_of_one = step_flops(measured or config, footprint, 1)
         compute = config.global_batch_size / machines.images_per_second * flops / flops_of_one
     elif gpu is not None and config.precision in gpu.peak:
         compute = flops / (gpu.peak[config.precision] * (machines.utilisation or UTILISATION[config.precision]))
-    exchange = None
     if ranks == 1:
         exchange = 0.0
     elif machines.bandwidth is not None:
@@ -78,9 +81,10 @@ def predict_step(config: Config, footprint: Footprint, ranks: int, machines: Mac
 
 def predict_fitting_step(config: Config, footprint: Footprint, ranks: int, machines: Machines) -> Step | NoStep:
     """Predict a step with the fewest micro-batches that fit the GPU. Without a GPU: at least the config's number."""
-    local, rest = divmod(config.global_batch_size, ranks)
+    local, rest = divmod(config.global_batch_size, ranks * config.piece)
     if rest:
-        return NoStep(ranks, f"{config.global_batch_size} images cannot be dealt to {ranks}")
+        by = f", {config.piece} at a time" if config.piece > 1 else ""
+        return NoStep(ranks, f"{config.global_batch_size} images cannot be dealt to {ranks}{by}")
     for pieces in (pieces for pieces in range(1, local + 1) if local % pieces == 0):
         cut = dataclasses.replace(config, micro_batches=pieces)
         if machines.gpu is None:
@@ -127,6 +131,8 @@ def verdict(steps: Sequence[Step | NoStep], machines: Machines) -> str:
 
 
 def _unknown(possible: list[Step], machines: Machines) -> str:
+    if machines.measured is not None:
+        return "other numbers of ranks are not measured: --processes measures them"
     cures = []
     if all(step.compute is None for step in possible):
         cures.append("--gpu NAME or --images-per-second" if machines.on_cuda else "--images-per-second")

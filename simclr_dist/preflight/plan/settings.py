@@ -26,6 +26,8 @@ class PlanSettings:
     """Share of the GPU's peak that is reached, like 0.3."""
     images_per_second: Positive | None = None
     """Speed that was measured on one rank, instead of a share."""
+    measure: bool = False
+    """Take the config's steps on this machine for a minute, and count on from there."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -41,9 +43,9 @@ class PlanSettings:
         latency = hardware.seconds("20us" if self.latency is None else self.latency)
         if self.utilisation is not None and (gpu is None or not gpu.peak):
             raise ConfigError("--utilisation: is a share of a GPU's peak; name the GPU by --gpu, like h100")
-        if self.utilisation is not None and self.images_per_second is not None:
-            raise ConfigError(
-                "--utilisation: has no effect with --images-per-second, which was measured; leave one of them out"
-            )
+        if (self.utilisation is not None) + (self.images_per_second is not None) + self.measure > 1:
+            raise ConfigError("--utilisation, --images-per-second, --measure: each says how fast a rank is; give one of them")
+        if self.measure and bandwidth is not None:
+            raise ConfigError("--bandwidth: has no effect with --measure, whose steps have their exchange; leave it out")
         on_cuda = config.device != "cpu"
         return hardware.Machines(gpu, bandwidth, latency, self.utilisation, self.images_per_second, on_cuda)

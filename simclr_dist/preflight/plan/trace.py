@@ -71,6 +71,7 @@ class Footprint:
     side: int
     encoder_parameters: int
     projector_parameters: int
+    tensors: tuple[int, ...]  # numbers of each parameter
     decayed_parameters: int  # of convolutions and linear layers: what LARS adapts
     buffers: int  # bytes
     embedding_size: int  # of z
@@ -101,6 +102,7 @@ def footprint(config: Config, side: int) -> Footprint:
             side,
             sum(p.numel() for p in model.encoder.parameters()),
             sum(p.numel() for p in model.projector.parameters()),
+            tuple(sizes),
             sum(p.numel() for p in parameter_groups(model, 1.0)[0]["params"]),
             sum(b.numel() * b.element_size() for b in model.buffers()),
             embedding_size(config, model),

@@ -55,6 +55,14 @@ LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
     },
 }
 
+# TensorBoard has a colour for a run, that is for a folder: the second curve of a chart would look like the first.
+SECOND = frozenset(
+    {
+        "loss/chance", "similarity/negative", "retrieval/top5", "lars/trust_ratio_min", "lars/trust_ratio_max",
+        "optim/longest_skip", "ranks/own_ms_others", "ranks/data_wait_percent_max", "ranks/memory_gib_max",
+    }
+)  # fmt: skip
+
 
 def layout() -> Any:
     """Lay out TensorBoard's tab "Custom scalars", as a summary."""
@@ -103,7 +111,7 @@ class EventFile:
         records = io.BytesIO()
         for event in [*self._opening, *(Event(wall_time=time.time(), step=step, summary=summary) for summary in summaries)]:
             RecordWriter(records).write(event.SerializeToString())
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         append(self.path, records.getvalue())
         self._opening = []
 

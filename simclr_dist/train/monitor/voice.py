@@ -3,29 +3,28 @@
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard.summary import image, scalar, text
-from tqdm import tqdm
 
 from simclr_dist.run.loggers import Follower, end_all
 from simclr_dist.run.status import write_status
-from simclr_dist.system.errors import LAYOUT, printable
+from simclr_dist.system.errors import LAYOUT, printable, say
 from simclr_dist.system.files import append
+from simclr_dist.system.progress import Progress, clear, clock, columns
 from simclr_dist.train.monitor.alarms import Alarms, Numbers
-from simclr_dist.train.monitor.board import EventFile, cosine_histogram, cosines, layout
+from simclr_dist.train.monitor.board import SECOND, EventFile, cosine_histogram, cosines, layout
 
 
 class Monitor:
     """Rank 0's output; on the other ranks every method does nothing.
 
-    On a terminal a progress bar, else one plain line an interval; train.log gets the lines in both cases. What a full disk or
+    On a terminal one line that is rewritten, else one an interval; train.log gets the lines in both cases. What a full disk or
     a closed console does not take is lost: each file is warned of once, losses are counted, and the run goes on. Alarms (their
     rules need `warmup_steps` and the ranks' `hosts`) are lines too, and stand in status.json, as those of `start`, while they
     last.
@@ -56,10 +55,10 @@ class Monitor:
         self._board: EventFile | None = None
         if tensorboard:
             # What a killed start wrote after the checkpoint is written again, or is no part of this run.
-            self._board = EventFile(run / "tb", purge_step=first_step + 1)
-        self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            self._board, self._second = (EventFile(tb, purge_step=first_step + 1) for tb in (run / "tb", run / "tb" / "second"))
+        self._on_terminal, self._shown = columns() > 0, ExitStack()
+        line = Progress("training", total_steps, "steps", done=first_step, shown=self._on_terminal)
+        self._line = self._shown.enter_context(line)
 
     def say(self, line: str) -> None:
         """Print and log a line for people."""
@@ -81,9 +80,9 @@ class Monitor:
             self._show(self._board, [image(name, grid, dataformats="CHW")], step)
 
     def advance(self) -> None:
-        """Move the progress bar by a step."""
-        if self._active and self._bar is not None:
-            self._bar.update()
+        """Count a step on the terminal."""
+        if self._active:
+            self._line.done += 1
 
     def log(self, step: int, metrics: Numbers, timing: Numbers, z: tuple[Tensor, Tensor] | None = None) -> None:
         """Log the metrics after `step` steps. `timing` is apart: it alone differs when a run is repeated.
@@ -98,21 +97,24 @@ class Monitor:
         for follower in self._followers:
             follower.poke()
         if self._board is not None:
-            summaries = [scalar(name, value) for name, value in {**metrics, **timing}.items()]
+            scalars = {name: scalar(name, value) for name, value in {**metrics, **timing}.items()}
+            self._show(self._second, [scalars.pop(name) for name in sorted(SECOND & scalars.keys())], step)
+            summaries = [*scalars.values()]
             if z is not None:
                 partners, others = cosines(*z)
                 summaries += [cosine_histogram("cosine/partners", partners), cosine_histogram("cosine/others", others)]
             self._show(self._board, summaries, step)
         loss = metrics["loss/nt_xent"] if "loss/nt_xent" in metrics else metrics["loss/dcl"]
+        against = f"loss {loss:.4f} (chance {metrics['loss/chance']:.2f})"
+        top1 = f"top-1 {100 * metrics['retrieval/top1']:.0f} %"
+        speed, left = f"{timing['speed/images_per_second']:.0f} img/s", clock(timing["speed/seconds_left"])
         line = (
-            f"step {step}/{self._total}  loss {loss:.4f} (chance {metrics['loss/chance']:.2f})"
-            f"  pos {metrics['similarity/positive']:.3f}"
-            f"  top-1 {100 * metrics['retrieval/top1']:.0f} %  lr {metrics['optim/learning_rate']:.2e}"
-            f"  {timing['speed/images_per_second']:.0f} img/s  data {timing['speed/data_wait_percent']:.0f} %"
-            f"  mem {timing['speed/memory_gib']:.2f} GiB  ETA {_clock(timing['speed/seconds_left'])}"
+            f"step {step}/{self._total}  {against}  pos {metrics['similarity/positive']:.3f}"
+            f"  {top1}  lr {metrics['optim/learning_rate']:.2e}  {speed}  data {timing['speed/data_wait_percent']:.0f} %"
+            f"  mem {timing['speed/memory_gib']:.2f} GiB  ETA {left}"
         )
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f} {timing['speed/images_per_second']:.0f} img/s")
+        if self._on_terminal:
+            self._line.note = f"{against}  {top1}  {speed}  {left} left"
             self._note(line)
         else:
             self.say(line)
@@ -123,12 +125,13 @@ class Monitor:
             write_status(self._run, "running", None, start=self._start, alarms=alarms)
 
     def close(self) -> None:
-        """End the progress bar and the loggers. Warn of what was lost."""
+        """End the terminal's line and the loggers. Warn of what was lost."""
         end_all(self._followers)
-        if self._active and self._bar is not None:
-            self._bar.close()
+        if self._active:
+            self._shown.close()
         if self.lost:
-            _warn(", ".join(f"{name}: {count} times nothing could be written" for name, count in self.lost.items()))
+            lost = ", ".join(f"{name}: {count} times nothing could be written" for name, count in self.lost.items())
+            say(lost, "WARNING: ")
 
     def _note(self, line: str) -> None:
         self._try(str(self._log), lambda: append(self._log, f"{line}\n".encode()))
@@ -142,20 +145,10 @@ class Monitor:
         except OSError as error:
             self.lost[name] += 1
             if self.lost[name] == 1:
-                _warn(f"{name}: cannot be written: {error.strerror}; what it cannot take is lost, and training goes on")
+                more = "what it cannot take is lost, and training goes on"
+                say(f"{name}: cannot be written: {error.strerror}; {more}", "WARNING: ")
 
 
 def _print(line: str) -> None:
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
-
-
-def _warn(line: str) -> None:
-    with suppress(OSError):  # the console's file may be on the full disk
-        tqdm.write(f"WARNING: {line}", file=sys.stderr)
-        sys.stderr.flush()
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    clear()
+    print(line, flush=True)

@@ -97,7 +97,7 @@ def test_sent_again_it_sends_what_is_left(here: Path, slurm: StandIns, command: 
     code, out, err = command(*SWEEP)
     assert (code, err) == (0, "")
     table = [line.split()[:3] for line in out.splitlines()[2:5]]
-    assert table == [["run", "state", "steps"], *([name, "submitted", "0/3"] for name in NAMES)]
+    assert table == [["run", "state", "steps"], *([name, "waiting", "0/3"] for name in NAMES)]
 
 
 def test_a_trained_sweep_can_be_evaluated(here: Path, slurm: StandIns, command: Command) -> None:

@@ -198,3 +198,14 @@ def test_a_run_that_is_submitted_between_look_and_word(
     note_end(here / "run")
     assert outlook(here / "run").job == "102"
     assert not gave_up(here / "run")
+
+
+def test_a_damaged_run_takes_nothing_of_slurms_word(here: Path, slurm: StandIns, command: Command) -> None:
+    submitted(command)
+    slurm.state(100, "PENDING|Priority||0:00")
+    (here / "run" / "slurm" / "config.yaml").write_text("{")
+    code, out, err = command("status", "run")
+    assert (code, err) == (0, "")
+    assert "  job         100: PENDING (Priority) 0:00, says squeue\n" in out
+    assert "  damaged     " in out
+    assert "slurm/config.yaml: " in out.splitlines()[-1]

@@ -207,7 +207,7 @@ def test_a_mistyped_file_name(tmp_path: Path) -> None:
 def test_shipped_profiles(path: Path) -> None:
     profile = load_profile(path)
     assert profile.partition
-    assert {"gpu8": 32, "preemptable": 8, "cpu_test": 2}[path.stem] == profile.world_size
+    assert {"gpu8": 32, "preemptable": 8, "cpu_test": 2, "cpu_parts": 1}[path.stem] == profile.world_size
     # What stands in comments is right as well.
     keys = "|".join(key.name for key in dataclasses.fields(Profile))
     everything = re.sub(rf"^# ((?:{keys}):|  - )", r"\1", path.read_text(), flags=re.MULTILINE)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from simclr_dist.convert.partial import Partial
 from simclr_dist.launch.slurm import requeue, rescue, scheduler
 from simclr_dist.launch.slurm.requeue import go_on, settle
 from simclr_dist.run.claim import claim_run
@@ -183,6 +184,29 @@ def test_a_start_counts_once_though_task_and_batch_script_ask(tmp_path: Path, sl
     slurm.refusals = ["the controller is away"]
     assert go_on(tmp_path, "train", "7", verdict, one_of_many=True) == "the controller is away"
     assert not settle(tmp_path, "train", "7", 1, 1).final
+
+
+@pytest.mark.parametrize("kind", ["eval", "work"])
+def test_a_rank_s_mistake_is_final_for_the_ranks_that_it_stops(tmp_path: Path, slurm: Slurm, kind: requeue.Kind) -> None:
+    """srun ends them by SIGTERM, and passes on the highest code of all: that of a stop."""
+    assert settle(tmp_path, kind, "7", 2, 3).final
+    assert settle(tmp_path, kind, "7", PREEMPTED, 3).final
+    assert not settle(tmp_path, kind, "8", PREEMPTED, 3).final
+
+
+def test_what_a_part_has_done_counts_and_what_others_have_does_not(
+    tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, jobs = Partial(tmp_path / "out.v1"), tmp_path / "out.v1.jobs"
+    for folder in (partial.units, jobs):
+        folder.mkdir(parents=True)
+    partial.settings.write_text('{"parts": 2}')
+    for restart, (unit, final) in enumerate([(0, False), (2, False), (1, False), (3, True)]):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        partial.unit(unit).touch()
+        verdict = settle(jobs, "work", "7_1", -9, 1)
+        assert verdict.final == final, f"units 0 and 2 are those of part 1, and {unit} is new"
+        go_on(jobs, "work", "7_1", verdict, one_of_many=False)
 
 
 def test_processes_know_when_they_began() -> None:

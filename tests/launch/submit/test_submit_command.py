@@ -209,7 +209,7 @@ def test_shell_commands_of_a_config_need_a_word(here: Path, slurm: StandIns, com
     claim.release()
     write_status(here / "run", "running", None)
     shutil.copy(here / "run/slurm/config.yaml", here / "run")
-    assert ", step 1 of 3 (33.3 %), " in command("status", "run")[1]
+    assert "  step        1 of 3 (33.3 %)\n" in command("status", "run")[1]
     assert command("cancel", "run")[0] == 0
     assert f"run/slurm/config.yaml: {why}" in refused(command("resume", "run"))
     assert command("resume", "run", "--data.allow_pipe=true")[0] == 0
@@ -272,19 +272,19 @@ def test_status(here: Path, slurm: StandIns, command: Command) -> None:
     code, out, err = command("status", "run")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[:5] == [
+    assert lines[:3] == [
         str(here / "run"),
         "  job         100: PENDING (Resources) 0:00, says squeue",
-        "  run         has not started",
-        "  starts      0, 0 steps lost between them",
         "  evaluation  101: PENDING (Dependency) 0:00, says squeue",
     ]
-    assert lines[5].endswith(" submitted kind=train job=100 cluster=main")
+    assert lines[3].endswith(" submitted kind=train job=100 cluster=main")
+    assert lines[5:7] == ["  state       waiting: SLURM job 100", "  step        0 of 40 (0.0 %)"]
+    assert lines[-1].endswith(f"submit logs -f {shlex.quote(str(here / 'run'))}")
 
     run = here / "run"
     claim = claim_run(run)
     for step, done in ((0, 20), (18, 24)):
-        record_start(claim, step, 4)
+        record_start(claim, step, 4, 40)
         claim.beat(done)
         record_event(run, "requeued", kind="train", job="100", why="SIGTERM", crash=False, saved=done)
     claim.release()
@@ -293,12 +293,14 @@ def test_status(here: Path, slurm: StandIns, command: Command) -> None:
     slurm.state(100, "RUNNING|None|n[1-2]|0:12")
     lines = command("status", "run")[1].splitlines()
     assert lines[1] == "  job         100: RUNNING on n[1-2] 0:12, says squeue"
-    assert lines[2].startswith(
-        "  run         preempted (SIGTERM), step 24 of 40 (60.0 %), loss 1.2500 at step 23, last heard of "
-    )
-    assert lines[3] == "  starts      2, 2 steps lost between them; requeued 2 x: SIGTERM"
-    assert len(lines) == 5 + 5
-    assert "requeued kind=train job=100 why=SIGTERM" in lines[-1]
+    assert lines[3] == "  requeued    2 x: SIGTERM"
+    assert "requeued kind=train job=100 why=SIGTERM" in lines[3 + 5]
+    card = {line[2:13].strip(): line[14:] for line in lines[3 + 6 :]}
+    assert card["state"] == "waiting: SLURM job 100"
+    assert card["step"] == "24 of 40 (60.0 %)"
+    assert card["loss"] == "1.2500 (chance 0.00), top-1 0 %, at step 23"
+    assert card["starts"].startswith("2, 2 steps lost between them")
+    assert "; last heard of 0 s ago" in card["last start"]
 
 
 def test_status_when_the_controller_is_away(here: Path, slurm: StandIns, command: Command) -> None:
@@ -312,16 +314,16 @@ def test_status_when_the_controller_is_away(here: Path, slurm: StandIns, command
     assert "  job         100: UNKNOWN (squeue: no answer in 1.5 s; scontrol: no answer in 0.8 s; sacct:" in out
 
 
-def test_an_epochs_run_needs_its_data_for_the_total(here: Path, slurm: StandIns, command: Command) -> None:
+def test_an_epochs_run_knows_its_total_once_it_has_started(here: Path, slurm: StandIns, command: Command) -> None:
+    """And needs no data for it, which may be on another machine."""
     submitted(command, "--steps", "null", "--epochs", "2")
-    claim = claim_run(here / "run")
-    claim.beat(3)
-    claim.release()
-    write_status(here / "run", "running", None)
-    os.chdir("/")
-    assert "running, step 3 of 6 (50.0 %), " in command("status", here / "run")[1]
+    assert "  step  " not in command("status", here / "run")[1]
     (here / "shards").rename(here / "moved")
-    assert "running, step 3, " in command("status", here / "run")[1]
+    claim = claim_run(here / "run")
+    record_start(claim, 0, 1, 6)
+    claim.beat(3)
+    assert "  step        3 of 6 (50.0 %)\n" in command("status", here / "run")[1]
+    claim.release()
 
 
 def test_logs(here: Path, slurm: StandIns, command: Command) -> None:
@@ -501,12 +503,12 @@ def test_no_control_character_reaches_the_terminal(here: Path, slurm: StandIns, 
         assert command("logs", "run")[stream] == f"{ESCAPED}: {name}\n\té\n"
     record_event(run, f"stop{CONTROL}", why=f"{CONTROL}\nforged", **{f"key{CONTROL}": 1})
     record_event(run, "requeued", kind="train", job="100", why=CONTROL, crash=False, saved=0)
-    write_status(run, f"crashed{CONTROL}", 1, reason=f"{CONTROL}\nforged")
+    record_event(run, "gave_up", kind="train", job="100", why=f"{CONTROL}\nforged")
     lines = command("status", "run")[1].splitlines()
-    assert lines[2] == rf"  run         crashed{ESCAPED} ({ESCAPED}\nforged)"
-    assert lines[3] == f"  starts      0, 0 steps lost between them; requeued 1 x: {ESCAPED}"
-    assert lines[5].endswith(rf" stop{ESCAPED} why={ESCAPED}\nforged key{ESCAPED}=1")
-    assert len(lines) == 7
+    assert lines[2] == f"  requeued    1 x: {ESCAPED}"
+    assert lines[4].endswith(rf" stop{ESCAPED} why={ESCAPED}\nforged key{ESCAPED}=1")
+    assert lines[7] == rf"  state       given up: {ESCAPED}\nforged"
+    assert len(lines) == 10
 
 
 def test_a_resumed_run_stays_where_it_is(here: Path, slurm: StandIns, command: Command) -> None:

@@ -395,5 +395,5 @@ def _collectives(world: World) -> list[list[list[int]]]:
 def test_two_collectives_in_the_forward_and_none_in_the_backward() -> None:
     """The embeddings and two numbers a row; before them shapes and settings."""
     for forward, backward in ranks.run(_collectives, 2):
-        assert forward == [[6], [2, 6, 4], [2, 2, 6]]
+        assert forward == [[6], [1, 12, 4], [1, 2, 12]]
         assert backward == []

@@ -38,11 +38,18 @@ OTHERS: list[dict[str, Any]] = [
     for name in ("timm/test_vit", "timm/test_convnext")
 ]
 
+EXACT = {"deterministic": "exact", "exact_piece": 4}
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batches": 4}, {"activation_checkpointing": True}, *OTHERS], ids=str)
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batches": 4}, {"activation_checkpointing": True}, EXACT, *OTHERS], ids=str)
 def test_memory_of_a_step(changes: dict[str, Any]) -> None:
     of = config(global_batch_size=128, **changes)
-    assert predicted_step(of) == pytest.approx(step_peak(of), rel=0.1)
+    (measured,) = ranks.run(_step_peak, 1, of)
+    assert predicted_step(of) == pytest.approx(measured, rel=0.1)
+
+
+def _step_peak(_: World, of: Config) -> int:
+    return step_peak(of)
 
 
 @pytest.mark.parametrize(("images", "dim"), [(512, 128), (2048, 64), (2048, 128), (4096, 128)])
@@ -60,6 +67,7 @@ def test_bytes_on_the_wire(world_size: int) -> None:
         {},
         {"micro_batches": 2, "activation_checkpointing": True},
         {"micro_batches": 2, "precision": "fp64"},
+        {"micro_batches": 2, "deterministic": "exact", "exact_piece": 2},
     ]
     configs = [config(global_batch_size=16, model=SMALL, **changes) for changes in several]
     for of, by_rank in [(of, ranks.run(wire, world_size, of)) for of in configs]:

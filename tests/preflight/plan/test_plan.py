@@ -19,6 +19,12 @@ from simclr_dist.system.errors import ConfigError, DataError
 IMAGENET = 1_281_167
 
 
+def refusal_of_gpu(name: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        gpu(name)
+    return str(refused.value)
+
+
 def table(config: Config, **more: int) -> dict[str, str]:
     lines = text(make_plan(config, **more)).partition("\n\n")[0].splitlines()
     return {line[:28].strip(): line[28:] for line in lines}
@@ -201,13 +207,13 @@ def test_on_gpus_it_goes_to_512_of_them(device: str) -> None:
     assert [line[0] for line in lines] == ["1", "8", "64", "512"]
     assert "--gpu NAME or --images-per-second and --bandwidth" in text(made)
     known = make_plan(paper(device=device), samples=IMAGENET, machines=H100)
-    assert other_ranks(known)[0][-6:] == ["compute", "exchange", "images/s", "of", "linear", "hours"]
+    assert other_ranks(known)[0][-6:] == ["compute", "exchange", "images/s", "of", "linear", "time"]
     assert [line[0] for line in other_ranks(known)[1:]] == ["1", "8", "64", "512"]
 
 
 def test_columns_of_which_something_is_known_stay() -> None:
     measured = make_plan(paper(), samples=IMAGENET, machines=Machines(images_per_second=400.0))
-    assert other_ranks(measured)[0][-3:] == ["compute", "images/s", "hours"]
+    assert other_ranks(measured)[0][-3:] == ["compute", "images/s", "time"]
     assert text(measured).endswith("\nnetwork is not known: --bandwidth would say where it stops")
     network = make_plan(paper(), samples=IMAGENET, machines=Machines(bandwidth=bandwidth("25Gbit")))
     assert other_ranks(network)[0][-4:] == ["sent", "a", "step", "exchange"]
@@ -232,10 +238,83 @@ def test_names_and_units() -> None:
     ):
         with pytest.raises(ConfigError, match=f"--.*{wrong}"):
             parse(wrong)
-    with pytest.raises(ConfigError, match="did you mean 'h100'"):
-        gpu("h1000")
-    with pytest.raises(ConfigError, match="'a100' is unknown; did you mean 'a100-40'"):
-        gpu("a100")
-    for other in ("a6000", "h800", "mi300x", "b100"):  # none of those that are listed
-        with pytest.raises(ConfigError, match=f"'{other}' is unknown; known: t4, .*, or its memory, as 24GiB$"):
-            gpu(other)
+
+
+GPUS = re.search(r"known: (.*), or its memory", refusal_of_gpu("none"))[1].split(", ")
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpus_figures_have_their_sheet(name: str) -> None:
+    found = gpu(name)
+    assert re.fullmatch(r"https://[^ ]+", found.sheet)
+    assert 8 * 2**30 <= found.memory * 1.003 <= 200 * 2**30
+    assert found.peak["fp64"] < found.peak["fp32"] < found.peak["fp16"]
+    assert ("bf16" in found.peak) == (name != "t4" and not name.startswith("v100"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("RTX 4090", "rtx4090"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("RTX A6000", "a6000"), ("Tesla T4", "t4"),
+        ("AMD Instinct MI300X", "mi300x"), ("NVIDIA L40S", "l40s"), ("RTX 5070 Ti", "rtx5070ti"),
+    ],
+)  # fmt: skip
+def test_a_gpu_may_have_the_name_that_the_driver_says(typed: str, name: str) -> None:
+    assert gpu(typed).name == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("h1000", "h100"), ("a100", "a100-40"), ("v100", "v100-16"), ("mi300", "mi300x"), ("4090", "rtx4090"),
+        ("rxt3090", "rtx3090"), ("RTX 4900", "rtx4090"),
+        ("rtx3090ti", "rtx3090"), ("rtx4060ti", "rtx4060ti-16"), ("l40", "l40s"), ("h100-80", "h100"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_gpu_is_answered_with_its_near_name(typed: str, name: str) -> None:
+    assert f"{typed!r} is unknown; did you mean '{name}'?" in refusal_of_gpu(typed)
+
+
+@pytest.mark.parametrize("other", ["a5000", "h800", "b100", "rtx2080", "a4000"])
+def test_another_number_is_another_gpu(other: str) -> None:
+    assert re.search(f"'{other}' is unknown; known: t4, .*, or its memory, as 24GiB$", refusal_of_gpu(other))
+
+
+def test_need_and_budget_are_two_numbers() -> None:
+    config = paper(global_batch_size=256, precision="bf16")
+    made = make_plan(config, samples=IMAGENET, machines=Machines(gpu=gpu("a100-40")))
+    (line,) = [line[28:] for line in text(made).splitlines() if line.startswith("fits a100-40")]
+    need, budget = made.step.memory.peak / 2**30, (40_536 / 2**10 - 1.5) * 0.95
+    assert line.startswith(
+        f"yes: needs {need:.2f} GiB of a budget of {budget:.2f} GiB, with 1 micro-batch; the fewest that fit: 1;"
+    )
+    assert line.endswith("the budget is its 39.59 GiB less 1.50 GiB for CUDA and NCCL, and 5 % of gaps: assumed")
+    assert made.values()["gpu"]["budget"] == pytest.approx(budget * 2**30)
+
+
+def test_a_short_run_is_told_in_minutes() -> None:
+    for steps, told in ((10, "25.6 s"), (1800, "76.8 min"), (10_000, "7.1 hours")):
+        config = paper(epochs=None, steps=steps, global_batch_size=1024, optim=OptimConfig(warmup_steps=0))
+        made = make_plan(config, samples=IMAGENET, machines=Machines(images_per_second=400.0))
+        (line,) = [line[28:] for line in text(made).splitlines() if line.startswith("speed")]
+        assert line == f"400 images/s: {told} for {steps} steps"
+        assert other_ranks(made)[1][-2:] == told.split()
+
+
+def test_exact_pieces_are_dealt_whole() -> None:
+    """256 images in pieces of 32: 8 ranks have one each, and 512 none."""
+    config = paper(global_batch_size=256, deterministic="exact", device="cpu", model=ModelConfig("resnet10"))
+    plan = make_plan(config, samples=IMAGENET, world_size=4)
+    assert "(DDP's buckets included)" not in text(plan)
+    assert [(step.ranks, step.images) for step in plan.scales if isinstance(step, Step)] == [
+        (1, 256),
+        (2, 128),
+        (4, 64),
+        (8, 32),
+    ]
+    on_gpus = make_plan(dataclasses.replace(config, device="auto"), samples=IMAGENET, machines=H100)
+    last = on_gpus.scales[-1]
+    assert isinstance(last, NoStep)
+    assert last.why == "256 images cannot be dealt to 512, 32 at a time"
+    pieces = make_plan(config, samples=IMAGENET, machines=Machines(gpu=gpu("2GiB"))).scales
+    assert all(step.images % 32 == 0 for step in pieces if isinstance(step, Step))

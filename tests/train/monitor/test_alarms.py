@@ -16,6 +16,7 @@ import training_runs as runs
 from faults import hooks
 from simclr_dist.cli.train import main
 from simclr_dist.data.steps import StepDataset
+from simclr_dist.method.loss import NTXentLoss
 from simclr_dist.train import learner
 from simclr_dist.train.monitor.alarms import PATIENCE, Alarms, Change
 from simclr_dist.train.monitor.clock import spread
@@ -190,6 +191,7 @@ class Attraction(torch.nn.Module):
     """The loss without its negatives: all embeddings go to one point."""
 
     temperature = 0.2
+    cut = NTXentLoss.cut
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         centre = F.normalize(torch.cat([z_a, z_b]).mean(0, keepdim=True), dim=1).detach()

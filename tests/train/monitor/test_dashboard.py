@@ -1,6 +1,9 @@
 """TensorBoard's own view of a run, asked over its HTTP interface; and what the pictures cost in between: nothing."""
 
 import contextlib
+import dataclasses
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,14 @@ from torch.utils.tensorboard.summary import scalar
 import training_runs as runs
 from board_server import ask, server, steps
 from host_sync import no_host_sync
+from simclr_dist.cli.main import main as cli
 from simclr_dist.cli.train import main
+from simclr_dist.config.settings import Config
+from simclr_dist.data.views.draws import ViewSettings
+from simclr_dist.system.ranks import TYPED
 from simclr_dist.train import loop
-from simclr_dist.train.monitor.board import LAYOUT, SAMPLE, EventFile, cosine_histogram, cosines
+from simclr_dist.train.describe import run_card, view_grid
+from simclr_dist.train.monitor.board import LAYOUT, SAMPLE, SECOND, EventFile, cosine_histogram, cosines
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +41,12 @@ def test_the_board_of_a_resumed_run(shards: Path, tmp_path: Path, monkeypatch: p
     assert main([config, "--steps", "9"]) == 0
     with server(Path("run/tb"), tmp_path / "tensorboard.log") as address:
         runs.until(lambda: bool(ask(address, "plugin/text/tags").get(".")), 120.0)
-        assert ask(address, "runs") == ["."]
+        assert ask(address, "runs") == [".", "second"]
 
-        tags = set(ask(address, "plugin/scalars/tags")["."])
+        of_runs = {run: set(tags) for run, tags in ask(address, "plugin/scalars/tags").items()}
+        assert of_runs["second"] == SECOND, "in a colour of their own"
+        assert not of_runs["."] & SECOND
+        tags = of_runs["."]
         points = ask(address, "plugin/scalars/scalars", tag="loss/nt_xent", run=".")
         assert [step for _, step, _ in points] == list(range(1, 10)), "step 10 of the killed start is gone"
         assert ask(address, "plugin/scalars/scalars", tag="run/restarts", run=".")[-1][2] == 1
@@ -49,7 +60,8 @@ def test_the_board_of_a_resumed_run(shards: Path, tmp_path: Path, monkeypatch: p
                 found = {
                     tag
                     for regex in wanted
-                    for tag in ask(address, "plugin/custom_scalars/scalars", tag=regex, run=".")["tag_to_events"]
+                    for run in of_runs
+                    for tag in ask(address, "plugin/custom_scalars/scalars", tag=regex, run=run)["tag_to_events"]
                 }
                 assert found or wanted == ["probe/", "eval/"], title
             else:
@@ -132,3 +144,22 @@ def test_no_host_sync_between_two_lines(shards: Path, tmp_path: Path, monkeypatc
     with guard:
         assert main([str(runs.write_config(Path(), shards, steps=8, **changes))]) == 0
     assert guarded == [2, 3, 5, 6, 7]
+
+
+def test_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank's own command line is the launcher's."""
+    monkeypatch.setenv(TYPED, "of another test")
+    assert cli(["--version"]) == 0
+    assert "simclr-dist --version" in run_card(Config(), "10 images")
+    monkeypatch.delenv(TYPED)
+    assert shlex.join(sys.orig_argv) in run_card(Config(), "10 images")
+
+
+def test_the_views_of_an_image_touch() -> None:
+    """White lies between pairs."""
+    views = [torch.full((20, 3, 8, 8), value) for value in (0.25, 0.75)]
+    settings = dataclasses.replace(ViewSettings(), mean=(0.0,) * 3, std=(1.0,) * 3)
+    grid = view_grid(views[0], views[1], settings)
+    assert grid.shape == (3, 4 * (8 + 8) + 8, 4 * (16 + 8) + 8)
+    line = grid[0, 12]
+    assert line[:32].tolist() == [1.0] * 8 + [0.25] * 8 + [0.75] * 8 + [1.0] * 8
