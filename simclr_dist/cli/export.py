@@ -1,7 +1,6 @@
 """Run the verb `export`: write an encoder for other programs. Or take one out of a checkpoint."""
 
 import argparse
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from simclr_dist.run.commands import evaluate, printed
 from simclr_dist.run.folder import newest_step, stored_config
 from simclr_dist.run.steps import step_name, step_of
 from simclr_dist.system import signals
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.system.files import write_atomically
 
 HELP = "write an encoder as ONNX or as a folder for a model hub, or out of a checkpoint"
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         if ending == ".safetensors":
             for suffix in (".json", ".projector", ending):
                 if source != Path(out) and (file := source.with_suffix(suffix)).exists():
-                    shutil.copyfile(file, Path(out).with_suffix(suffix))
+                    _copy(file, Path(out).with_suffix(suffix))
             print(f"written: {out}{printed(evaluate(out, stored_config(Path(arguments.encoder))))}")
         elif ending == ".onnx":
             difference = export_onnx(source, out, arguments.layer)
@@ -60,6 +60,14 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
             hint = "" if measured else "; no results are in its card: `simclr-dist eval` this encoder, and export it anew"
             print(f"written: {out}{hint}")
     return 0
+
+
+def _copy(source: Path, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, source.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from None
 
 
 def _saved(path: Path) -> Path:

@@ -25,6 +25,7 @@ class _Loader(yaml.SafeLoader):
     PyYAML alone reads 3e-4 as text, `no` as False, 010 as 8, 1:30 as 90; and a few lines of aliases to aliases fill any memory.
     """
 
+    # The stubs call it a variable of the instance.
     yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

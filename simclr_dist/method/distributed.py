@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # torch's stubs lack it
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
@@ -263,7 +263,7 @@ def data_parallel(model: nn.Module, world: World, *, in_rank_order: bool) -> nn.
     ddp = DistributedDataParallel(
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},  # type: ignore[arg-type]
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},  # type: ignore[arg-type]  # either name
     )
     if in_rank_order:
         ddp.register_comm_hook(None, _sum_in_rank_order)

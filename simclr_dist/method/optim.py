@@ -185,8 +185,8 @@ def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
     LARS and torch's fused optimizers decide on the device; for torch-optimizer's, which sync the host anyway, the host does.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # what GradScaler sets, too
         optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.found_inf  # type: ignore[attr-defined]  # the same
     elif not skip.item():
         optimizer.step()

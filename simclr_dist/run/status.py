@@ -246,7 +246,7 @@ def recorded(run: Path, claim: Claim | None) -> Iterator[None]:
         if claim is not None:
             write_status(run, "running", None, start=claim.generation)
         yield
-    except BaseException as raised:
+    except BaseException as raised:  # however it ends, this is told
         error = raised
         raise
     finally:

@@ -106,7 +106,7 @@ def replacing(path: Path, allowed: Callable[[], None] = lambda: None, *, new: bo
             os.fsync(file.fileno())
             allowed()
             _put(temporary, path, new=new)  # while it is locked: another writer of `path` would take it for a leftover
-    except BaseException:
+    except BaseException:  # a second Ctrl-C, too
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise

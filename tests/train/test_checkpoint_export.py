@@ -59,6 +59,10 @@ def test_it_is_the_runs_own(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert Path(f"mine{suffix}").read_bytes() == (here / "run/encoders" / f"{NAME}{suffix}").read_bytes(), suffix
     assert load_encoder("mine.safetensors").card["images"] == 205
     assert refused(capsys, f"run/checkpoints/{NAME}.pt", "mine.safetensors").endswith("is there already; name a new file")
+    written(capsys, "mine.safetensors", "new/theirs.safetensors")
+    assert Path("new/theirs.safetensors").read_bytes() == Path("mine.safetensors").read_bytes()
+    Path("file").touch()
+    assert "file/theirs.json: cannot be written: " in refused(capsys, "mine.safetensors", "file/theirs.safetensors")
 
 
 def test_a_run_is_its_last_step_on_disk(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

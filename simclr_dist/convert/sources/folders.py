@@ -69,7 +69,7 @@ class FileChunk:
             yield Original(index, name, label, content, path, problem=problem)
 
     def _path(self, name: str) -> str:
-        return os.path.join(self.root, name)  # noqa: PTH118
+        return os.path.join(self.root, name)  # noqa: PTH118 (for each image: pathlib takes nine times as long)
 
 
 def file_chunks(root: str, files: Sequence[tuple[str, int]]) -> list[FileChunk]:

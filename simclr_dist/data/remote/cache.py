@@ -55,7 +55,7 @@ def cache_settings(folder: str = "", gib: float | None = None, *, patience: Pati
     """
     named = folder or os.environ.get(FOLDER_VARIABLE, "")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    # On clusters the place is known when the job runs: $SLURM_TMPDIR.
+    # On clusters the place is known when the job runs: $SLURM_TMPDIR. Of both expansions pathlib has one.
     place = os.path.expanduser(os.path.expandvars(named or f"{base}/simclr_dist/shards"))  # noqa: PTH111
     if "$" in place:
         raise ConfigError(f"data.cache: {named!r} holds a variable that is not set; set it, or name the folder")

@@ -120,7 +120,7 @@ def _in_time(chunks: Generator[bytes], patience: Patience) -> Iterator[bytes]:
                     if left.is_set():
                         return
             ready.put(b"")
-        except Exception as error:
+        except Exception as error:  # the reader raises it, in its own thread
             ready.put(error)
             if not isinstance(error, _FailedError):
                 raise

@@ -48,7 +48,7 @@ class _Terms(NamedTuple):
     """[n, 13 + taps]: at each of four places the shares of image, gray image and mean; the shift of hue; the taps."""
 
     def part(self, views: slice | NDArray[np.int64]) -> _Terms:
-        return _Terms(*(field[views] for field in self))  # type: ignore[arg-type]
+        return _Terms(*(field[views] for field in self))  # type: ignore[arg-type]  # each field can be indexed so
 
 
 def colour_views(crops: Tensor, draws: ViewDraws, settings: ViewSettings, out: Tensor | None = None) -> Tensor:

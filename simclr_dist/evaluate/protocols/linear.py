@@ -270,14 +270,16 @@ def _fit(problem: _Problem, l2: float, max_iter: int, finished: float, *, start:
 
     # torch's first step is 1/|gradient|_1 long; preconditioned, a step of 1 is right, which lr can restore.
     closure()
-    length = max(1.0, float(v.grad.abs().sum() + u.grad.abs().sum()))  # type: ignore[union-attr]
+    assert v.grad is not None, "it has gone backward"
+    assert u.grad is not None, "the same"
+    length = max(1.0, float(v.grad.abs().sum() + u.grad.abs().sum()))
     optimizer = torch.optim.LBFGS(
         [v, u], lr=length, max_iter=1, max_eval=2 * max_iter + 20,
         tolerance_grad=finished, tolerance_change=1e-9,  # what float32 products resolve
         history_size=min(20, max(3, _HISTORY_BYTES // (2 * v.nbytes))), line_search_fn="strong_wolfe",
     )  # fmt: skip
     optimizer.step(closure)
-    if max_iter > 1 and max(float(v.grad.abs().max()), float(u.grad.abs().max())) > finished:  # type: ignore[union-attr]
+    if max_iter > 1 and max(float(v.grad.abs().max()), float(u.grad.abs().max())) > finished:
         optimizer.param_groups[0].update(lr=1.0, max_iter=max_iter - 1)
         optimizer.step(closure)
     closure()  # the line search may have ended elsewhere than where it looked last

@@ -13,9 +13,9 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from google.protobuf import text_format  # type: ignore[import-untyped]
+from google.protobuf import text_format  # type: ignore[import-untyped]  # without types
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]  # made without types
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import RecordWriter

@@ -92,7 +92,7 @@ def footprint(config: Config, side: int) -> Footprint:
     model = _model(config)
     with FakeTensorMode(allow_fallback_kernels=False):  # a fallback would run an operation for real
         # On the CPU attention takes the memory that it takes on a GPU, and not on the meta device.
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # type: ignore[no-untyped-call]
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))  # type: ignore[no-untyped-call]  # torch leaves it so
         sizes = [p.numel() for p in model.parameters()]
         prime = next(prime for prime in _PRIMES if all(size % prime for size in sizes))
         half = torch.empty(prime, config.data.channels, side, side)
@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
     """Records begin and end of each new storage, and the FLOPs."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.events: _Events = []
         self.flops = 0
         self._count = 0

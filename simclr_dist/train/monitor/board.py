@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]  # made without types
 from torch import Tensor
 from torch.utils.tensorboard import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram_raw
