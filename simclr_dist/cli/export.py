@@ -10,7 +10,7 @@ from simclr_dist.run.commands import evaluate, printed
 from simclr_dist.run.folder import newest_step, stored_config
 from simclr_dist.run.steps import step_name, step_of
 from simclr_dist.system import signals
-from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.system.errors import ConfigError, refusing
 from simclr_dist.system.files import write_atomically
 
 HELP = "write an encoder as ONNX or as a folder for a model hub, or out of a checkpoint"
@@ -37,8 +37,6 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         raise ConfigError(f"--license: {arguments.license!r}: has no effect on a {ending} file; leave it out")
     if ending != ".onnx" and arguments.layer != "h":
         raise ConfigError(f"--layer: {arguments.layer!r}: has an effect on an .onnx file alone; leave it out")
-    if ending == ".safetensors" and Path(out).exists():
-        raise ConfigError(f"export: {out!r} is there already; name a new file")
     with signals.blocked(), signals.uncollected():  # torch's import passes over what a signal raises
         from simclr_dist.encoder.onnx import export_onnx
         from simclr_dist.evaluate.publish import publish
@@ -46,12 +44,9 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         if source.suffix == ".pt":
-            source = export_checkpoint(source, Path(out if ending == ".safetensors" else f"{folder}/{source.stem}.safetensors"))
+            source = export_checkpoint(source, Path(folder, f"{source.stem}.safetensors"))
         if ending == ".safetensors":
-            for suffix in (".json", ".projector", ending):
-                if source != Path(out) and (file := source.with_suffix(suffix)).exists():
-                    _copy(file, Path(out).with_suffix(suffix))
-            print(f"written: {out}{printed(evaluate(out, stored_config(Path(arguments.encoder))))}")
+            print(f"{_copied(source, Path(out))}: {out}{printed(evaluate(out, stored_config(Path(arguments.encoder))))}")
         elif ending == ".onnx":
             difference = export_onnx(source, out, arguments.layer)
             print(f"written: {out}; ONNX Runtime's output differs from torch's by {difference:.1e} of the largest")
@@ -62,12 +57,18 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
-def _copy(source: Path, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, source.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from None
+def _copied(source: Path, out: Path) -> str:
+    """Copy an encoder with its card and projector; return what was done. Raises ConfigError where another one is there."""
+    with refusing(f"{out}: cannot be written"):
+        if out.exists() and source.read_bytes() == out.read_bytes():
+            return "there already"
+        if out.exists():
+            raise ConfigError(f"export: {str(out)!r} is there already, and is another encoder; name a new file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".json", ".projector", ".safetensors"):  # the encoder last: where it is, the others are
+            if (file := source.with_suffix(suffix)).exists():
+                write_atomically(out.with_suffix(suffix), file.read_bytes())
+    return "written"
 
 
 def _saved(path: Path) -> Path:

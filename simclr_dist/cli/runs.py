@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.system.errors import ConfigError, refusing
 from simclr_dist.system.files import write_atomically
 
 HELP = "compare runs: settings that differ, state, accuracy, speed, cost"
@@ -43,8 +43,6 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _write(path: str, content: bytes) -> None:
-    try:
+    with refusing(f"{path}: cannot be written"):
         write_atomically(Path(path), content)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {reason_of(error)}") from None
     print(f"written: {path}")

@@ -99,7 +99,8 @@ def _report(summary: "ShardSummary", destination: Path) -> None:
     after = command(
         "train", "CONFIG", "--data.shards", destination / summary.destinations[0].relative_to(destination.resolve())
     )
-    print(f"written to {', '.join(map(str, summary.destinations))}{printed(after)}")
+    shares = (f"{folder} ({images} images)" for folder, images in zip(summary.destinations, summary.images, strict=True))
+    print(f"written to {', '.join(shares)}{printed(after)}")
 
 
 def _report_left_out(rejected: "tuple[Problem, ...]", skipped: "tuple[Problem, ...]", folder: Path) -> None:

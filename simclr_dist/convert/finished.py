@@ -23,7 +23,7 @@ _CURE = "name a new folder for the shards, or remove this one"
 class ShardSummary:
     """The result of `write_shards`, over all destinations.
 
-    `written` images in `shards` tars of `bytes` together; `destinations` are the folders that hold a manifest. `rejected`
+    `images` of each of `destinations`, the folders that hold a manifest, in `shards` tars of `bytes` together. `rejected`
     images are left out for the reason given; `skipped` files were never taken for images. `converted` images are stored
     re-encoded; `changes` counts why, by kind. `duplicates` have the same bytes as another one and are kept; `copies` names
     them, and images that the other side of a split has. `links` of a folder were followed. `already`: all was there from an
@@ -31,7 +31,7 @@ class ShardSummary:
     """
 
     destinations: tuple[Path, ...]
-    written: int
+    images: tuple[int, ...]
     shards: int
     bytes: int
     classes: tuple[str, ...]
@@ -43,6 +43,11 @@ class ShardSummary:
     copies: tuple[Problem, ...]
     links: int
     already: bool = False
+
+    @property
+    def written(self) -> int:
+        """Count all images."""
+        return sum(self.images)
 
 
 def write_record(
@@ -113,7 +118,7 @@ def read_record(folder: Path, about: dict[str, object], source: Source, sides: S
     manifests = [load_manifest(folder / side) for side in sides]
     hashes = np.concatenate([manifest.sha256 for manifest in manifests])
     return ShardSummary(
-        tuple(folder / side for side in sides), written=len(hashes), shards=sum(len(manifest.shards) for manifest in manifests),
+        tuple(folder / side for side in sides), tuple(map(len, manifests)), shards=sum(len(one.shards) for one in manifests),
         bytes=sum(int(manifest.shard_bytes.sum()) for manifest in manifests), classes=source.classes,
         rejected=rejected, skipped=source.skipped, converted=converted, changes=changes,
         duplicates=len(hashes) - len(np.unique(hashes.view("S32"))), copies=copies, links=source.links, already=True,

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simclr_dist.convert.finished import REJECTED_NAME, check_rejected, write_list
-from simclr_dist.convert.partial import disk_errors
 from simclr_dist.convert.sources.archives import is_label, parse_label, read_label, webdataset_key, why_unsafe
 from simclr_dist.convert.sources.folders import is_hidden
 from simclr_dist.convert.sources.originals import Problem, is_image_name, why_no_bytes
@@ -21,7 +20,7 @@ from simclr_dist.data.index import INDEX_NAME, write_index
 from simclr_dist.data.manifest import MANIFEST_NAME, ManifestRow, row_table, write_manifest
 from simclr_dist.data.pixels.channels import prepare
 from simclr_dist.data.pixels.kinds import RGB8, Kind
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable, refusing
 from simclr_dist.system.machine import cores
 from simclr_dist.system.progress import Progress
 
@@ -59,7 +58,7 @@ def index_shards(
     folder = Path(folder)
     tars, rejected, skipped = _usable_tars(folder)
     shown = Progress("reading", len(tars), "tars", shown=progress)
-    with disk_errors(folder):
+    with refusing(f"{folder}: cannot be written"):
         with tempfile.TemporaryFile(dir=folder):  # fails now, and not after hours of work
             pass
         tables: list[pa.Table] = []

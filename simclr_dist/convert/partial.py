@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from simclr_dist.system.errors import DamagedError, DataError, PassingError, reason_of
+from simclr_dist.system.errors import DamagedError, DataError, PassingError, refusing
 from simclr_dist.system.files import lock, read_object, sync
 
 _FOLDERS = ("units", "out", "rows", "temporary")
@@ -81,15 +81,6 @@ def part_of(unit: int, parts: int) -> int:
     return unit % parts + 1
 
 
-@contextmanager
-def disk_errors(destination: Path) -> Iterator[None]:
-    """Turn an OSError in the block into one line. After it the same command goes on."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{destination}: cannot be written: {reason_of(error)}") from None
-
-
 def put(temporary: Path, path: Path) -> None:
     """Put a whole file in its place. It is on disk when this returns."""
     sync(temporary)
@@ -102,12 +93,13 @@ def hold(destination: Path, about: dict[str, object], part: int | None = None) -
 
     `about` is what two runs must agree on. Raises StaleError where they do not, DataError where the folder is not ours, and
     PassingError where another run is at work: in a SLURM job that is one on a lost node, whose lock its disk will take back.
+    An OSError of the block becomes one line. After it the same command goes on.
     """
     partial = Partial(destination)
-    if not os.path.lexists(partial.folder):
-        partial.folder.mkdir(parents=True, exist_ok=True)
-    partial.check_ours()
-    with ExitStack() as locks:
+    with refusing(f"{destination}: cannot be written"), ExitStack() as locks:
+        if not os.path.lexists(partial.folder):
+            partial.folder.mkdir(parents=True, exist_ok=True)
+        partial.check_ours()
         if not lock(locks.enter_context(partial.lock.open("a")).fileno(), shared=part is not None):
             raise PassingError(f"{destination}: another run is writing it; wait for that one or stop it")
         if part is not None:

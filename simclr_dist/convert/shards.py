@@ -21,7 +21,7 @@ from simclr_dist.config.ranges import Range
 from simclr_dist.convert.dealing import SPLIT_NAMES, deal, find_copies
 from simclr_dist.convert.decoding import Decoder, Records, gather, names_of
 from simclr_dist.convert.finished import RECORD_NAME, ShardSummary, read_record, write_info, write_record
-from simclr_dist.convert.partial import Partial, StaleError, check, disk_errors, hold, part_of
+from simclr_dist.convert.partial import Partial, StaleError, check, hold, part_of
 from simclr_dist.convert.settings import ShardSettings
 from simclr_dist.convert.sources.find import find_source
 from simclr_dist.convert.sources.originals import Problem, ReadError, Source, split_names
@@ -29,7 +29,7 @@ from simclr_dist.convert.workers import Map, processes_for, workers
 from simclr_dist.convert.writing import Writer, cut, write_manifests
 from simclr_dist.data.manifest import read_manifest
 from simclr_dist.data.pixels import tiff
-from simclr_dist.system.errors import ConfigError, DamagedError, DataError
+from simclr_dist.system.errors import ConfigError, DamagedError, DataError, refusing
 from simclr_dist.system.files import read_object, sync
 from simclr_dist.system.progress import Progress
 
@@ -72,7 +72,7 @@ def write_shards(
     conversion = _Conversion(source, destination, ShardSettings(**settings), parts=1, processes=processes, progress=progress)
     if (done := conversion.finished(strict=strict)) is not None:
         return done
-    with disk_errors(conversion.destination), hold(conversion.destination, conversion.about) as partial:
+    with hold(conversion.destination, conversion.about) as partial:
         try:
             return conversion.finish(partial, strict=strict)
         except (StaleError, ReadError):
@@ -107,7 +107,10 @@ def write_part(
     _check_range("part", part, 1, parts)
     conversion = _Conversion(source, destination, settings, parts=parts, processes=processes, progress=progress)
     conversion.check_unused()
-    with disk_errors(conversion.destination), hold(conversion.destination, conversion.about, part) as partial:
+    with (
+        refusing(f"{conversion.destination}: cannot be written"),
+        hold(conversion.destination, conversion.about, part) as partial,
+    ):
         with conversion.workers(share := range(part - 1, len(conversion.source.chunks), parts)) as run:
             good, bad, first_bad = conversion.decode(partial, share, run)
         if strict and bad:
@@ -133,7 +136,7 @@ def finish_shards(
     if not parts:
         raise DataError(f"{destination}: there are no parts of it; begin with --part 1/N ({beside.folder})")
     check(beside, conversion.about)
-    with disk_errors(conversion.destination), hold(conversion.destination, conversion.about) as partial:
+    with hold(conversion.destination, conversion.about) as partial:
         if missing := conversion.missing_parts(partial):
             named = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
             cure = f"run each, like --part {missing[0]}/{parts}"
@@ -151,7 +154,7 @@ class _Conversion:
         _check_range("processes", processes, 1)
         self.name, self.settings, self.parts = source, settings, parts
         self.destination = Path(destination).resolve()
-        with disk_errors(self.destination):
+        with refusing(f"{self.destination}: cannot be written"):
             _check_destination(self.destination, Path(source).resolve())
         self.source: Source = find_source(source, image_column=settings.image_column, label_column=settings.label_column)
         self.processes = processes_for(len(self.source)) if processes is None else processes
@@ -238,7 +241,8 @@ class _Conversion:
         sync(self.destination.parent)
         partial.remove()
         return ShardSummary(
-            tuple(self.destination / side for side in sides), written=len(records.index), shards=len(shards), bytes=total_bytes,
+            tuple(self.destination / side for side in sides), tuple(sum(sizes[side].values()) for side in sides),
+            shards=len(shards), bytes=total_bytes,
             classes=self.source.classes, rejected=rejected, skipped=self.source.skipped, converted=records.converted,
             changes=records.changes, duplicates=len(records.sha256) - len(np.unique(records.sha256)), copies=copies,
             links=self.source.links,

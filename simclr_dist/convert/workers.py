@@ -20,6 +20,7 @@ from typing import Any
 from simclr_dist.convert.sources.originals import ReadError
 from simclr_dist.data.portions import MORE_SHARED_MEMORY, SHARED_MEMORY
 from simclr_dist.system import signals
+from simclr_dist.system.errors import refusing
 from simclr_dist.system.machine import cores
 
 _SILENT_SECONDS = 600.0  # without a result, and without computing
@@ -49,10 +50,9 @@ def workers(processes: int, preload: tuple[str, ...], folder: Path, cure: str = 
     context.set_forkserver_preload(list(preload))
     others = set(multiprocessing.active_children())
     # Not multiprocessing.Pool, which does not tell that a worker has died.
-    try:
+    # A semaphore is a file in shared memory.
+    with refusing(f"{SHARED_MEMORY}: no worker process can start", ReadError, f"; {MORE_SHARED_MEMORY}"):
         executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
-    except OSError as error:  # a semaphore is a file in shared memory
-        raise ReadError(f"{SHARED_MEMORY}: no worker process can start: {error.strerror}; {MORE_SHARED_MEMORY}") from None
     try:
         yield partial(_map, executor, folder, others)
     except BrokenProcessPool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from simclr_dist.data.columns import Keys
 from simclr_dist.data.index import FORMAT_VERSION, INDEX_NAME, KIND_VERSION, METADATA_KEY, SCHEMA, Parquet, open_index
 from simclr_dist.data.pixels.kinds import RGB8, Kind
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import DataError, refusing
 from simclr_dist.system.files import replacing
 
 MANIFEST_NAME = "manifest.parquet"
@@ -148,12 +148,9 @@ def read_manifest(folder: Path, *, cache: Path | None = None, fresh: bool = Fals
         if inner := sorted(str(p.parent) for p in folder.glob(f"*/{MANIFEST_NAME}")):
             cure = f"name one of {', '.join(inner)}"
         raise DataError(f"{folder}: has no {MANIFEST_NAME}; {cure}")
-    try:
-        with path.open("rb") as file:
-            beside = None if fresh else folder / INDEX_NAME
-            return Manifest(folder, **open_index(Parquet(file, str(path)), beside, cache))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with refusing(f"{path}: cannot be read"), path.open("rb") as file:
+        beside = None if fresh else folder / INDEX_NAME
+        return Manifest(folder, **open_index(Parquet(file, str(path)), beside, cache))
 
 
 def check_shards(manifest: Manifest) -> None:

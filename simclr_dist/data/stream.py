@@ -33,7 +33,7 @@ from simclr_dist.data.reader import Sample
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import fetch, is_url
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
-from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, reason_of, redact
+from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, reason_of, redact, refusing
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _DEEP_SUFFIXES = ("tif", "tiff")  # where another kind is asked for than 8-bit RGB, which decoders give at once
@@ -173,12 +173,10 @@ class StreamImages(Dataset[Sample]):
             settings = self._cache or cache_settings()
             # Whole before it is read, so that a cut connection costs no image; without a name, so that a kill leaves nothing.
             with ExitStack() as at_end:
-                try:
+                with refusing(f"data.cache: {settings.folder}", UnreachableError, "; name another folder"):
                     settings.folder.mkdir(parents=True, exist_ok=True)
                     file = at_end.enter_context(tempfile.TemporaryFile(dir=settings.folder))
                     fetch(shard, file, most=settings.limit, patience=settings.patience)
-                except OSError as error:  # of the disk
-                    raise UnreachableError(f"data.cache: {settings.folder}: {error.strerror}; name another folder") from None
                 file.seek(0)
                 yield file
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from simclr_dist.encoder.file import load_encoder
-from simclr_dist.system.errors import ConfigError, DataError, reason_of
+from simclr_dist.system.errors import ConfigError, DataError, refusing
 from simclr_dist.system.files import write_atomically
 
 TOLERANCE = 1e-4  # of the largest |h|; float32 sums in another order differ by some 1e-6
@@ -55,10 +55,8 @@ def export_onnx(encoder_path: str | Path, out_path: str | Path, layer: str = "h"
     difference = _difference(encoder, content, image)
     if not difference <= TOLERANCE:
         raise DataError(f"{encoder_path}: ONNX Runtime's output differs from torch's by {difference:.1e}; nothing was written")
-    try:
+    with refusing(f"{out}: cannot be written"):
         write_atomically(out, content)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {reason_of(error)}") from None
     return difference
 
 

@@ -105,8 +105,15 @@ def labelled(features: Features) -> Labelled:
 
 def by_new_crops(test: Features, classes: int, settings: Settings, crops: EpochFeatures) -> dict[str, Any]:
     """Measure the protocol `sgd` for the trained encoder. It needs `crops`: all training images anew in every epoch."""
-    begin = time.perf_counter()
-    predict, info = sgd_probe(crops, classes=classes, epochs=settings.sgd_epochs)
+    begin, epochs = time.perf_counter(), settings.sgd_epochs
+    with Progress("trained, SGD", epochs, "epochs") as shown:
+
+        def train(epoch: int) -> Labelled:
+            shown.done = epoch
+            return crops(epoch)
+
+        predict, info = sgd_probe(train, classes=classes, epochs=epochs)
+        shown.done = epochs
     return {**row_of([_score(predict, test.labelled(), classes)], [info]), "seconds": time.perf_counter() - begin}
 
 

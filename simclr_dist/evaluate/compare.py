@@ -16,7 +16,7 @@ from simclr_dist.evaluate.result.curves import comparable, curves
 from simclr_dist.evaluate.result.file import NAMES, TRAINED, Result, read_result, title
 from simclr_dist.run.folder import read_metrics
 from simclr_dist.run.steps import step_name, steps_in
-from simclr_dist.run.summary import Summary, is_run, summarise
+from simclr_dist.run.summary import Summary, is_run, loss_of, summarise
 from simclr_dist.system.errors import DataError, UserError, printable, reason_of
 
 _DEPTH = 3  # folders below the one that was named
@@ -224,11 +224,7 @@ def curves_of(comparison: Comparison, axis: str) -> Mapping[str, Series]:
     for row in comparison.rows:
         lines = read_metrics(row.summary.run)
         places = _places(row.summary, lines, axis)
-        losses[row.name] = [
-            (places[int(line["step"])], loss)
-            for line in lines
-            if (loss := line.get("loss/nt_xent", line.get("loss/dcl"))) is not None
-        ]
+        losses[row.name] = [(places[int(line["step"])], loss) for line in lines if (loss := loss_of(line)) is not None]
         by_step = (
             row.accuracy.get(protocol, {}) if protocol else {int(line["step"]): line[PROBE] for line in lines if PROBE in line}
         )

@@ -14,10 +14,11 @@ from torch.utils.data import ConcatDataset
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.encoder.file import load_encoder
 from simclr_dist.evaluate.features.extraction import in_precision
-from simclr_dist.evaluate.neighbours import IMAGE, describe, open_images, shard_features, write_table
+from simclr_dist.evaluate.neighbours import IMAGE, describe, shard_features, write_table
 from simclr_dist.evaluate.result.neighbours import NEIGHBOURS, Neighbours, neighbour_sheets
 from simclr_dist.evaluate.result.page import picture_page, write_page
 from simclr_dist.evaluate.result.report import Say
+from simclr_dist.evaluate.sets import open_images
 from simclr_dist.evaluate.settings import DuplicateSettings
 from simclr_dist.evaluate.signals import pairs
 from simclr_dist.method.distributed import World

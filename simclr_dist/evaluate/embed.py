@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from simclr_dist.encoder.preprocess import encoder_kind
 from simclr_dist.evaluate.features.extraction import Images, check_alike, extract, in_precision
 from simclr_dist.evaluate.features.file import About, write_features
 from simclr_dist.evaluate.map import write_map
-from simclr_dist.evaluate.sets import check_channels
+from simclr_dist.evaluate.sets import open_images
 from simclr_dist.evaluate.settings import EmbedSettings
 from simclr_dist.evaluate.sources import check_out, find_images
 from simclr_dist.method.distributed import World, all_sum, on_rank_0, process_group, together
@@ -126,7 +126,9 @@ def embed_within(
     network = together(lambda: load_encoder(encoder, world.device, settings.layer))
     check_alike(network, encoder)
     card, digests = network.card, network.digests
-    images = together(lambda: _open(source, encoder, card))
+    images = together(
+        lambda: ImageFiles(source, encoder_kind(card)) if isinstance(source, Source) else open_images(source, card, encoder)
+    )
     on_rank_0(lambda: _check_room(out, 4 * len(images) * card["feature_size"]))
     read = Readable(images) if settings.skip_bad else images
     try:
@@ -151,15 +153,6 @@ def embed_within(
         picture = Path(settings.map)
         on_rank_0(lambda: write_map(picture, h, label, classes, images, rows), however_long=True)
     return Embedded(len(h), h.shape[1], len(left_out), tuple(_reason(images, row) for row in left_out[:_NAMED]))
-
-
-def _open(source: str | Path | Source, encoder: str | Path, card: Mapping[str, Any]) -> ShardDataset | ImageFiles:
-    """Open images that the encoder takes. Raises DataError for others."""
-    if isinstance(source, Source):
-        return ImageFiles(source, encoder_kind(card))
-    images = ShardDataset(source, checked=True)
-    check_channels(images.manifest, card, encoder)
-    return images
 
 
 def _check_room(out: Path, size: int) -> None:

@@ -13,7 +13,7 @@ from simclr_dist.evaluate.features.extraction import Images
 from simclr_dist.evaluate.result.neighbours import shrunk
 from simclr_dist.evaluate.result.picture import map_png
 from simclr_dist.evaluate.rows import ROWS_AT_ONCE
-from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.system.errors import refusing
 from simclr_dist.system.files import write_atomically
 
 _POINTS, _PICTURES, _THUMBNAIL = 5000, 200, 96
@@ -29,10 +29,8 @@ def write_map(
     """
     pictures = [shrunk(images[row].image, _THUMBNAIL) for row in rows] if len(rows) <= _PICTURES else []
     content = feature_map(torch.from_numpy(h), label.tolist(), classes, pictures)
-    try:
+    with refusing(f"{path}: cannot write the map"):
         write_atomically(path, content)
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the map: {reason_of(error)}") from None
 
 
 def feature_map(h: Tensor, label: Sequence[int], classes: Sequence[str], pictures: Sequence[Image.Image] = ()) -> bytes:

@@ -1,6 +1,6 @@
 """Find the images of a collection that are nearest to some pictures. Writes a page with them, and a table."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from simclr_dist.evaluate.features.store import FeatureStore, features_folder
 from simclr_dist.evaluate.result.neighbours import Neighbours, nearest_rows, neighbour_sheets
 from simclr_dist.evaluate.result.page import picture_page, write_page
 from simclr_dist.evaluate.result.report import Say
-from simclr_dist.evaluate.sets import check_channels
+from simclr_dist.evaluate.sets import open_images
 from simclr_dist.evaluate.settings import NeighbourSettings, SearchSettings
 from simclr_dist.method.distributed import World
-from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.system.errors import refusing
 from simclr_dist.system.files import replacing
 
 _LISTED = 1000  # pictures with their lines on the page; the table has all
@@ -62,13 +62,6 @@ def neighbours(
     heads = ["picture", "rank", "image", "cosine"]
     write_page(out[0], picture_page(title, facts, sheets, heads, shown[: _LISTED * nearest.shape[1]]))
     return len(pictures)
-
-
-def open_images(shards: str | Path, card: Mapping[str, Any], encoder: str | Path) -> ShardDataset:
-    """Open shards whose images the encoder takes. Raises DataError for others."""
-    images = ShardDataset(shards, checked=True)
-    check_channels(images.manifest, card, encoder)
-    return images
 
 
 def shard_features(
@@ -121,8 +114,5 @@ def describe(images: ShardDataset, row: int) -> dict[str, Any]:
 
 def write_table(path: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
     """Write rows as a Parquet file. Raises DataError when the disk does not take it."""
-    try:
-        with replacing(path) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the table: {reason_of(error)}") from None
+    with refusing(f"{path}: cannot write the table"), replacing(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")

@@ -19,7 +19,7 @@ from simclr_dist.encoder.names import result_path
 from simclr_dist.encoder.preprocess import encoder_kind
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
 from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result, read_result, title
-from simclr_dist.evaluate.result.report import counts, leak, signal_rows, summary
+from simclr_dist.evaluate.result.report import cell, counts, leak, signal_rows
 from simclr_dist.method.model import Encoder
 from simclr_dist.system.errors import ConfigError, DataError, SaveError, printable, reason_of
 
@@ -197,12 +197,12 @@ def _results(result: Result) -> Iterator[str]:
         yield "Not measured."
         return
     names = {RAW_PIXELS: "raw pixels", UNTRAINED: "the network before training", TRAINED: "this encoder"}
-    measured = summary(result)
+    measured = {protocol: part["results"] for protocol, part in result["protocols"].items()}
     if measured:
         rows = []
         for features, name in names.items():
             if any(features in part for part in measured.values()):
-                rows.append([name, *(f"{part[features]:.2f}" if features in part else "" for part in measured.values())])
+                rows.append([name, *(cell(part.get(features, {})) for part in measured.values())])
         intervals = (part["results"][TRAINED]["interval"] for part in result["protocols"].values())
         rows.append(["its 95 % interval", *(f"{low:.2f} to {high:.2f}" for low, high in intervals)])
         yield _table(["top-1 accuracy, %", *map(title, measured)], rows)

@@ -15,7 +15,7 @@ from simclr_dist.evaluate.protocols.scores import paired_difference
 from simclr_dist.evaluate.result.earlier import baselines, difference
 from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result, UnwrittenError, read_result, title, write_result
 from simclr_dist.evaluate.result.page import comparison_page, write_page
-from simclr_dist.evaluate.result.report import Say, counts, grid, leak
+from simclr_dist.evaluate.result.report import DEVIATION, Say, counts, deviation, grid, leak, percent
 from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import Settings
 from simclr_dist.method.distributed import World, all_gather_objects, on_rank_0, process_group
@@ -67,7 +67,8 @@ def compare_encoders(
         return {}
     command = [*command_of(encoders[0], sets, checked), *(word for one in encoders[1:] for word in ("--rival", _word(one)))]
     comparison = {"format": FORMAT, **sets.describe(), **sets.shared(), **_side_by_side(results, checked)}
-    comparison |= {"how": _HOW, "command": command}
+    several = any(len(row) > 3 for rows in comparison["top1"].values() for row in rows.values())
+    comparison |= {"how": _HOW + f" {DEVIATION}." * several, "command": command}
     if line := write_result(path, comparison):
         say(line)
     try:
@@ -119,7 +120,7 @@ def _stored(path: Path, encoder: Encoder, sets: Sets, settings: Settings) -> Res
 
 
 def _side_by_side(results: dict[str, Result], settings: Settings) -> dict[str, Any]:
-    """Return top-1 with its interval by name, and the verdicts. The first encoder's baselines stand behind it."""
+    """Return top-1 by name, with interval and deviation, and the verdicts. The first encoder's baselines stand behind it."""
     top1, verdicts, (ours, *others) = {}, [], results
     for protocol, _, _ in settings.measured:  # a stored result may have more
         part = results[ours]["protocols"][protocol]
@@ -127,7 +128,7 @@ def _side_by_side(results: dict[str, Result], settings: Settings) -> dict[str, A
         every |= {"its network, untrained": part["results"].get(UNTRAINED), "raw pixels": part["results"].get(RAW_PIXELS)}
         every |= {name: results[name]["protocols"][protocol]["results"][TRAINED] for name in others}
         rows = {name: row for name, row in every.items() if row}
-        top1[protocol] = {name: [row["top1"], *row["interval"]] for name, row in rows.items()}
+        top1[protocol] = {name: [row["top1"], *row["interval"], *deviation(row)] for name, row in rows.items()}
         verdicts += [_verdict(protocol, name, rows[ours], row) for name, row in rows.items() if name != ours]
     return {"encoders": {name: one["encoder"] for name, one in results.items()}, "top1": top1, "verdicts": verdicts}
 
@@ -149,6 +150,7 @@ def comparison_table(comparison: Result) -> str:
     """Format top-1 % of all, and the verdicts."""
     top1 = comparison["top1"]
     names = dict.fromkeys(name for rows in top1.values() for name in rows)
-    lines = grid(list(map(title, top1)), {name: [(rows.get(name) or [None])[0] for rows in top1.values()] for name in names})
+    cells = {name: [rows.get(name, [None]) for rows in top1.values()] for name in names}
+    lines = grid(list(map(title, top1)), {name: [percent(row[0], *row[3:]) for row in rows] for name, rows in cells.items()})
     verdicts = [one["verdict"] for one in comparison["verdicts"]]
     return "\n".join([*leak(comparison), counts(comparison), *lines, *verdicts, comparison["how"]])

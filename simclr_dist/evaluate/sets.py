@@ -72,6 +72,13 @@ class Sets:
         return {f"test_images_in_{name}": int(np.isin(test, hashes).sum()) for name, hashes in others.items()}
 
 
+def open_images(shards: str | Path, card: Mapping[str, Any], encoder: object) -> ShardDataset:
+    """Open shards whose images the encoder takes. Raises DataError for others."""
+    images = ShardDataset(shards, checked=True)
+    check_channels(images.manifest, card, encoder)
+    return images
+
+
 def check_channels(manifest: Manifest, card: Mapping[str, Any], encoder: object) -> None:
     """Raise DataError where the encoder takes images of other channels than these. It takes 8 and 16 bits alike."""
     if manifest.kind.channels != (channels := len(card["mean"])):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable, refusing
 
 if TYPE_CHECKING:
     from simclr_dist.convert.sources.originals import Source
@@ -49,12 +49,10 @@ def check_page_folder(out: str | Path, verb: str) -> tuple[Path, Path]:
 
 
 def _try_to_write(out: Path, folder: Path) -> None:
-    try:
+    with refusing(f"{out}: its folder cannot be written to"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise DataError(f"{out}: its folder cannot be written to: {error.strerror}") from None
 
 
 def find_images(sources: Sequence[str | Path]) -> "str | Path | Source":

@@ -13,6 +13,7 @@ from simclr_dist.run.claim import describe_start, heartbeat, newest_start, signa
 from simclr_dist.run.folder import newest_step
 from simclr_dist.run.status import read_ledger
 from simclr_dist.run.steps import step_name
+from simclr_dist.run.summary import learning, loss_of
 from simclr_dist.system.errors import printable
 
 Lines = list[tuple[str, str]]
@@ -47,9 +48,8 @@ def card(row: Row) -> Lines:
         share, left = f" ({100 * one.step / one.total:.1f} %)" if one.total else "", one.left and f", {one.left} left"
         speed = f", {s:.0f} images/s" if (s := numbers.get("speed/images_per_second")) else ""
         lines.append(("step", f"{one.step} of {one.total or '?'}{share}{speed}{left}"))
-    if (loss := numbers.get("loss/nt_xent", numbers.get("loss/dcl"))) is not None:
-        chance, top1 = numbers.get("loss/chance", 0.0), 100 * numbers.get("retrieval/top1", 0.0)
-        lines.append(("loss", f"{loss:.4f} (chance {chance:.2f}), top-1 {top1:.0f} %, at step {numbers['step']:.0f}"))
+    if loss_of(numbers) is not None:
+        lines.append(("loss", f"{', '.join(learning(numbers))}, at step {numbers['step']:.0f}".removeprefix("loss ")))
     if saved := newest_step(run):
         seal = run / "checkpoints" / step_name(saved, ".json")
         with suppress(FileNotFoundError):  # removed for a newer one just now
@@ -80,7 +80,7 @@ def next_commands(row: Row) -> list[str]:
     elif submitted:
         again = [commands.command("submit", "resume" if end.over else "status", run)]
     else:
-        again = [commands.train_again(run, config, one.ranks, *lower)] if config else []
+        again = [commands.train_again(run, config, one.last, *lower)] if config else []
     if saved and end.state != "diverged" and encoder != encoder_path(run, saved):
         again.append(f"{commands.command('export', run)}  # an encoder of step {saved}")
     return again

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from simclr_dist.evaluate.sets import Sets
 from simclr_dist.evaluate.settings import POLL, Settings, check_watch
 from simclr_dist.method.distributed import World, all_gather_objects, process_group
 from simclr_dist.run.status import outlook, record_event
-from simclr_dist.system.errors import DamagedError, DataError
+from simclr_dist.system.errors import DamagedError, refusing
 from simclr_dist.system.files import lock
 from simclr_dist.system.progress import Progress
 from simclr_dist.system.slurm_job import job_id
@@ -56,8 +56,7 @@ def watch(
     with process_group(device) as world:
         sets, orders = Sets(train, test, val), Orders(world)
         if world.is_main:
-            pause = _Pause(run, poll, say, note_end)
-            with _alone(run, pause, say):
+            with closing(_Pause(run, poll, say, note_end)) as pause, _alone(run, pause, say):
                 code = _lead(world, run, sets, settings, orders, pause, say)
             orders.give({"code": code})
         else:
@@ -103,21 +102,29 @@ def _follow(world: World, sets: Sets, settings: Settings, orders: Orders) -> int
 
 
 class _Pause:
-    """Wait between two looks; for rank 0. Says for what, once."""
+    """Wait between two looks; for rank 0. Says for what, once, and then rarely, until `close`."""
 
     def __init__(self, run: Path, poll: float, say: Say, note_end: Callable[[Path], None]) -> None:
         self._run, self._poll, self._say, self._note_end = run, poll, say, note_end
-        self._said = ""
+        self._said, self._shown = "", ExitStack()
+        self._waits = False
 
     def __call__(self, line: str) -> None:
         if not self._said and (job := job_id()):  # a stop that comes from now on has cost nothing
             record_event(self._run, "waiting", kind="eval", job=job)
         if line != self._said:
+            self.close()
             self._say(line)
-        self._said = line
-        with Progress(line):
-            self._note_end(self._run)
-            time.sleep(self._poll)
+        if not self._waits:
+            self._shown.enter_context(Progress(line, rarely=True))
+        self._said, self._waits = line, True
+        self._note_end(self._run)
+        time.sleep(self._poll)
+
+    def close(self) -> None:
+        """Wait no more: there is work, or another thing to wait for."""
+        self._shown.close()
+        self._waits = False
 
 
 def _lead(world: World, run: Path, sets: Sets, settings: Settings, orders: Orders, pause: _Pause, say: Say) -> int:
@@ -129,6 +136,7 @@ def _lead(world: World, run: Path, sets: Sets, settings: Settings, orders: Order
         # Read before the encoders are listed: a run that has ended exports no more.
         future = outlook(run)
         if path := encoders.next():
+            pause.close()
             orders.give({"encoder": str(path), "baselines": encoders.baselines})
             try:
                 result = measure(world, path, sets, settings, reused=encoders.baselines, features=folder, warn=say)
@@ -219,11 +227,9 @@ class _Encoders:
 def _alone(run: Path, pause: _Pause, say: Say) -> Iterator[None]:
     """Hold the run's lock for watchers. Waits for another process that has it; the lock ends with the process."""
     path = watchers_lock(run)
-    try:
+    with refusing(f"{path}: cannot be written"):
         path.parent.mkdir(exist_ok=True)
         file = path.open("a")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
 
     def is_ours() -> bool:
         try:

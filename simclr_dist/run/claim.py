@@ -11,18 +11,18 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from simclr_dist.system import files
-from simclr_dist.system.errors import ConfigError, DamagedError, TakenOverError, reason_of, say
+from simclr_dist.system.errors import ConfigError, DamagedError, TakenOverError, refusing, say
 from simclr_dist.system.slurm_job import job_id, restart_count
 
 STALE_SECONDS = 120.0  # a holder on another machine without a sign of life for this long is taken for dead
 # File systems of one machine: whoever else writes there is a process of the same kernel, and its lock tells the truth.
 _ONE_MACHINE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 _HEARTBEAT_BYTES = 128
+_CURE = "; remove it once no start is at work there"
 _HEARTBEAT = {"generation": int, "step": int, "time": int | float, "ended?": bool}
 _HOLDER = {"host?": str, "pid?": int, "job?": str | None, "restart?": int, "time?": int | float}
 
@@ -205,7 +205,7 @@ def _restarts_ahead(holder: dict[str, Any]) -> int:
 
 def _is_locked(run: Path, generation: int) -> bool | None:
     """Return whether a start's file is locked. Return None where the file system has no locks."""
-    with _readable(run, generation):
+    with refusing(f"{_path(run, generation)}: cannot be opened", ConfigError, _CURE):
         file = _path(run, generation).open("rb")
     with file:
         try:
@@ -215,17 +215,8 @@ def _is_locked(run: Path, generation: int) -> bool | None:
 
 
 def _signed_at(run: Path, generation: int) -> float:
-    with _readable(run, generation):
+    with refusing(f"{_path(run, generation)}: cannot be opened", ConfigError, _CURE):
         return _path(run, generation).stat().st_mtime
-
-
-@contextlib.contextmanager
-def _readable(run: Path, generation: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"cannot be opened: {reason_of(error)}; remove it once no start is at work there"
-        raise ConfigError(f"{_path(run, generation)}: {why}") from None
 
 
 def _file_system(path: Path) -> str:

@@ -4,7 +4,9 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from simclr_dist.config.settings import Config
 
@@ -20,9 +22,9 @@ def typed(program: str, folder: Path | None = None) -> str:
     return shlex.quote(str(beside.relative_to(folder) if beside.is_relative_to(folder) else beside))
 
 
-def command(*words: object, folder: Path | None = None) -> str:
+def command(*words: object, folder: Path | None = None, program: str = "simclr-dist") -> str:
     """Return a command of this program, as it is typed in `folder`."""
-    return f"{typed('simclr-dist', folder)} {shlex.join(map(str, words))}"
+    return f"{typed(program, folder)} {shlex.join(map(str, words))}"
 
 
 def printed(*commands: str) -> str:
@@ -36,16 +38,24 @@ def beginning_of(run: Path, config: Config) -> Path | None:
     return next((place for place in places if (place / config.run_folder).resolve() == run.resolve()), None)
 
 
-def train_again(run: Path, config: Config, ranks: int, *more: object) -> str:
-    """Return the command by which a run goes on. With `more` settings another begins."""
+def train_again(run: Path, config: Config, start: Mapping[str, Any], *more: object) -> str:
+    """Return the command by which a run goes on. With `more` settings another begins. `start`: its last, of the ledger."""
     beginning, change = beginning_of(run, config), ""
     if beginning is None:
         more = more or ("--run_folder", run)
     elif beginning != Path.cwd():  # its settings may have paths from there
         change, run = f"cd {shlex.quote(str(beginning))} && ", Path(config.run_folder)
-    words = ["train", run / "config.yaml", *(["--processes", ranks] if ranks > 1 else []), *more]
-    words += ["--data.allow_pipe", "true"] * config.data.allow_pipe  # which no file may set
-    return change + command(*words, folder=beginning)
+    words = [*more, *["--data.allow_pipe", "true"] * config.data.allow_pipe]  # which no file may set
+    nodes, size = max(1, start.get("nodes", 1)), start.get("world_size")
+    ranks = size // nodes if isinstance(size, int) else 1
+    each, meet = (["--processes", ranks] if ranks > 1 else []), ["--nnodes", nodes, "--rdzv-endpoint", "HOST:PORT"]
+    if nodes == 1:
+        return change + command("train", run / "config.yaml", *each, *words, folder=beginning)
+    where = f"  # on each of its {nodes} machines"
+    if start.get("by") != "torchrun":
+        return change + command("train", run / "config.yaml", *meet, *each, *words, folder=beginning) + where
+    meet += ["--rdzv-backend", "c10d", "--nproc-per-node", ranks, "-m", "simclr_dist"]
+    return change + command(*meet, "train", run / "config.yaml", *words, folder=beginning, program="torchrun") + where
 
 
 def evaluate(encoder: str | Path, config: Config | None = None) -> str:

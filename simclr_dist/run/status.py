@@ -18,7 +18,7 @@ _STATUS = {"state": str, "exit_code": int | None, "start": int, "time": int | fl
 _EVENT = {
     "time": int | float, "event": str, "kind?": str, "generation?": int, "step?": int, "total?": int | None,
     "steps_lost?": int, "lost?": bool, "disk?": bool, "job?": str | None,
-    "launcher_job?": str | None, "cluster?": str | None, "restart?": str,
+    "launcher_job?": str | None, "cluster?": str | None, "restart?": str, "nodes?": int, "by?": str,
 }  # fmt: skip
 _MORE_OF_EVENT: dict[str, dict[str, Any]] = {
     "stop": {"state": str, "exit_code": int, "why": str | None},
@@ -209,14 +209,16 @@ def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
 def record_start(claim: Claim, step: int, world_size: int, total: int | None = None) -> None:
     """Record that a start goes on from `step` of `total`. Also record what was lost since the last sign of life before.
 
-    Raises TakenOverError when a later start holds the folder.
+    Also on how many machines, and `by` what, which says how it is typed again. Raises TakenOverError when a later start holds
+    the folder.
     """
     claim.check()
-    before = heartbeat(claim.run)
+    before, nodes = heartbeat(claim.run), world_size // int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and errors.LAST_WORD not in os.environ
     record_event(
         claim.run, "start", generation=claim.generation, host=socket.gethostname(), pid=os.getpid(),
         job=job_id(), cluster=os.environ.get("SLURM_CLUSTER_NAME"), restart=str(restart_count()),
-        world_size=world_size, step=step, total=total,
+        world_size=world_size, nodes=nodes, by="torchrun" if by_torchrun else "simclr-dist", step=step, total=total,
         steps_lost=max(0, before.get("step", 0) - step), seconds_down=time.time() - before["time"] if before else 0.0,
     )  # fmt: skip
     claim.beat(step)

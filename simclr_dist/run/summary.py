@@ -1,6 +1,6 @@
 """Sum up a run folder. It reads files only, so the run may be at work, on another machine, or long gone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -33,7 +33,7 @@ class Summary:
     total: int | None
     metrics: dict[str, float]  # the newest, and the median speed of the last
     rank_hours: float
-    ranks: int  # of the last start; 0 before the first
+    last: Mapping[str, Any]  # start, its line of the ledger; {} before the first
 
     @property
     def standing(self) -> str:
@@ -78,9 +78,25 @@ def summarise(run: Path) -> Summary:
     step = max(int(heartbeat(run).get("step", 0)), newest_step(run))
     ledger = read_ledger(run)
     last: dict[str, Any] = next((entry for entry in reversed(ledger) if entry["event"] == "start"), {})
-    total = step if end.state == "done" else last.get("total") or (config.steps if config else None)
-    ranks = round(_number(last, "world_size") or bool(last))
-    return Summary(run, config, end, step, total, metrics, _rank_seconds(run, ledger) / 3600, ranks)
+    total = step if end.state == "done" else last.get("total") or (config.steps if config else None) or _reckoned(metrics)
+    return Summary(run, config, end, step, total, metrics, _rank_seconds(run, ledger) / 3600, last)
+
+
+def loss_of(metrics: Mapping[str, float]) -> float | None:
+    """Return the loss of a logged step, whichever the run has."""
+    return metrics.get("loss/nt_xent", metrics.get("loss/dcl"))
+
+
+def learning(metrics: Mapping[str, float]) -> tuple[str, str]:
+    """Show the loss beside chance. Show also how many views have their partner as the nearest."""
+    loss, chance = f"{loss_of(metrics):.4f}", f"{metrics.get('loss/chance', 0.0):.2f}"
+    return f"loss {loss} (chance {chance})", f"partner nearest {100 * metrics.get('retrieval/top1', 0.0):.0f} %"
+
+
+def _reckoned(metrics: Mapping[str, float]) -> int | None:
+    """Reckon all steps of a run from its log. Ledgers of older versions do not say them."""
+    left, each = metrics.get("speed/seconds_left"), metrics.get("speed/step_ms")
+    return None if left is None or not each else round(metrics["step"] + 1000 * left / each)
 
 
 def _rank_seconds(run: Path, ledger: Sequence[dict[str, Any]]) -> float:

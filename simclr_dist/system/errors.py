@@ -7,7 +7,8 @@ import errno
 import re
 import reprlib
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from simclr_dist.system import progress
 
@@ -103,6 +104,15 @@ def reason_of(error: object) -> str:
     """Return an error's text in one line, or its type."""
     strerror = getattr(error, "strerror", None)
     return str(strerror or (str(error).splitlines() or [""])[0] or type(error).__name__)
+
+
+@contextmanager
+def refusing(line: str, kind: type[UserError] = DataError, cure: str = "") -> Iterator[None]:
+    """Turn an OSError of the block into an error of ours. Its reason stands between `line` and `cure`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{line}: {reason_of(error)}{cure}") from None
 
 
 def is_of_disk(error: BaseException | None) -> bool:

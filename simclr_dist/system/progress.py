@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 
-SECONDS = 30.0  # from a line to the next where none can be rewritten
+SECONDS, HOUR = 30.0, 3600.0  # from a line to the next where none can be rewritten; the same of what comes rarely, at most
 _REDRAWN = 0.5  # seconds
 _open: list["Progress"] = []  # the innermost, which speaks for all, is the last
 _drawn = 0  # characters that stand on the terminal's last line
@@ -17,11 +17,15 @@ _last = 0.0  # when a line came, or the terminal's was taken away for one
 class Progress:
     """Tells how far the block is, also while its work waits.
 
-    The block counts in `done`. Without a `total` only the time is told. A `note` stands in place of speed and time left.
+    The block counts in `done`. Without a `total` only the time is told. A `note` stands in place of speed and time left. The
+    last line stays, unless a block that counts is around it. `rarely`: where no line can be rewritten, each comes after twice
+    the time, up to an hour.
     """
 
-    def __init__(self, title: str, total: int | None = None, unit: str = "", *, done: int = 0, shown: bool = True) -> None:
-        self.note, self._title, self._total, self._unit = "", title, total, unit
+    def __init__(
+        self, title: str, total: int | None = None, unit: str = "", *, done: int = 0, shown: bool = True, rarely: bool = False
+    ) -> None:
+        self.note, self._title, self._total, self._unit, self._rarely = "", title, total, unit, rarely
         self._shown = shown and sys.stderr is not None  # else print would write to standard output
         self._first = self.done = done
         self._said, self._ended = False, threading.Event()
@@ -45,7 +49,7 @@ class Progress:
         if self._shown:
             _open.remove(self)
             clear()
-            if self._said and self._total is not None:
+            if self._said and self._total is not None and all(around._total is None for around in _open):
                 self._say(f"{self._text()}\n")
 
     def show(self) -> None:
@@ -56,12 +60,13 @@ class Progress:
                 text = self._text()[: width - 1]
                 self._say(f"\r{text:<{_drawn}}")
                 _drawn = len(text)
-        elif time.monotonic() >= _last + SECONDS:
+        elif time.monotonic() >= _last + min(HOUR, max(SECONDS, (_last - self._began) * self._rarely)):
             _last = time.monotonic()
             self._say(f"{self._text()}\n")
 
     def _say(self, text: str) -> None:
-        self._said = True
+        for block in [self, *_open]:
+            block._said = True
         with suppress(OSError, ValueError):  # gone, or closed
             print(text, end="", file=sys.stderr, flush=True)
 

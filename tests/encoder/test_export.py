@@ -426,8 +426,10 @@ def test_onnx_that_differs_is_not_written_nor_into_a_folder_that_is_not_there(
 def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "e.safetensors"
     exported(path)
-    assert cli.main(["export", str(path), str(path)]) == 2
-    assert capsys.readouterr().err == f"simclr-dist: export: {str(path)!r} is there already; name a new file\n"
+    (other := path.with_suffix(".other.safetensors")).write_bytes(b"another")
+    assert cli.main(["export", str(path), str(other)]) == 2
+    line = f"simclr-dist: export: {str(other)!r} is there already, and is another encoder; name a new file\n"
+    assert capsys.readouterr().err == line
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
     assert capsys.readouterr().err == f"simclr-dist: export: ONNX needs onnxscript; {onnx.CURE}\n"

@@ -152,7 +152,8 @@ def test_every_protocol_and_the_page(make_encoder: Make, sets: tuple[Path, Path]
     assert parts["linear"]["settings"]["folds"] == 5
     assert len(parts["mlp"]["results"]["trained"]["spread"]["top1"]["values"]) == 3
     text = table(result)
-    assert "top-1 %                        kNN  linear     SGD     MLP" in text
+    assert re.search(r"^top-1 %                        kNN  linear     SGD +MLP$", text, re.MULTILINE)
+    assert re.search(r"^raw pixels +[\d.]+ +[\d.]+ +[\d.]+ ±[\d.]+$", text, re.MULTILINE)
     assert "SGD: 3 epochs of new crops; the paper's 90" in text
     assert "weighted avg" in text
     page = (encoder.parent.parent / "eval" / "step-00001200.html").read_text()

@@ -307,8 +307,10 @@ def test_shares_of_the_labels_in_one_command(
     assert main(words) == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"^top-1 % +linear, 20 % of the labels  linear  finetuned, 20 % of the labels  finetuned$", out, re.MULTILINE
+        r"^top-1 % +linear, 20 % of the labels  linear  finetuned, 20 % of the labels +finetuned$", out, re.MULTILINE
     )
+    assert re.search(r"^its network, untrained +[\d.]+ ±[\d.]+ +[\d.]+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+$", out, re.MULTILINE)
+    assert "±: the standard deviation of three runs" in out
     assert re.search(r"^finetuned, 20 % of the labels: .* its network, untrained", out, re.MULTILINE)
     folder = encoder.parent.parent / "eval"
     parts = json.loads((folder / "step-00001200.json").read_text())["protocols"]
@@ -320,8 +322,11 @@ def test_shares_of_the_labels_in_one_command(
     assert row["top1"] == pytest.approx(np.mean([100 * run.count("1") / 24 for run in row["right"]]))
     assert parts["linear"]["results"]["trained"]["right"][1:] == [], "all labels are one set"
     assert parts["finetune@0.2"]["results"]["trained"]["spread"]["runs"] == 3
+    sd = row["spread"]["top1"]["sd"]
+    assert f"{row['top1']:.2f} ±{sd:.2f}" in (folder / "step-00001200.html").read_text()
     page = (folder / "step-00001200.rivals.html").read_text()
     for text in (
+        f"{row['top1']:.2f} ±{sd:.2f} (",
         ">20 %<",
         ">100 %<",
         "finetuned: top-1 by the share of the labels",
@@ -411,7 +416,7 @@ def test_validation_images_choose_all_that_is_not_set(make_encoder: Make, three:
         "chosen on validation images",
         "kNN: k ",
         "MLP: lr ",
-        "MLP: mean of 3 seeds",
+        "±: the standard deviation of three runs",
         "SGD: 3 epochs of new crops",
     ):
         assert words in text

@@ -52,7 +52,7 @@ def test_a_finished_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.run == "runs/mine"
     assert shown.lines["state"] == "done"
     assert shown.lines["step"] == "40 of 40 (100.0 %), 125 images/s"
-    assert shown.lines["loss"] == "1.0000 (chance 0.00), top-1 0 %, at step 40"
+    assert shown.lines["loss"] == "1.0000 (chance 0.00), partner nearest 0 %, at step 40"
     assert shown.lines["starts"] == "1, 0 steps lost between them; 1 rank-hours"
     assert shown.lines["checkpoint"].startswith("runs/mine/checkpoints/step-00000040.pt, ")
     assert shown.lines["encoder"] == "runs/mine/encoders/step-00000040.safetensors, not evaluated"
@@ -108,6 +108,33 @@ def test_a_copy_goes_on_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Shown(capsys, "copy")
     assert shown.lines["copy"] == "of 'run', which is elsewhere; or that folder, moved"
     assert shown.next == "train copy/config.yaml --processes 2 --run_folder copy"
+
+
+def test_a_run_on_several_machines_goes_on_as_it_was_begun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On each of them, by `train --nnodes`, or by torchrun if that has started it."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    begun(Path("ours"), steps=20, state="preempted")
+    assert Shown(capsys, "ours").next == (
+        "train ours/config.yaml --nnodes 2 --rdzv-endpoint HOST:PORT  # on each of its 2 machines"
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    begun(Path("theirs"), steps=20, state="preempted")
+    assert Shown(capsys, "theirs").lines["next"] == (
+        f"{typed('torchrun')} --nnodes 2 --rdzv-endpoint HOST:PORT --rdzv-backend c10d --nproc-per-node 1 -m simclr_dist"
+        " train theirs/config.yaml  # on each of its 2 machines"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    begun(Path("one"), steps=20, state="preempted")
+    assert Shown(capsys, "one").next == "train one/config.yaml --processes 2"
+
+
+def test_a_run_of_an_older_version_has_its_steps_from_its_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ledger does not say them, and its settings say epochs."""
+    ledger = begun(Path("run"), steps=20, state="preempted", length={"steps": None, "epochs": 4.0}) / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace(', "total": 40', ""))
+    assert Shown(capsys, "run").lines["step"].startswith("20 of 40 (50.0 %)")
 
 
 def at_work(run: Path, step: int) -> claim.Claim:

@@ -8,7 +8,11 @@ import torch
 from scipy.stats import binom
 
 from evaluated import scored
+from simclr_dist.evaluate.classify import by_new_crops
+from simclr_dist.evaluate.features.extraction import Features
 from simclr_dist.evaluate.protocols.sgd import sgd_probe
+from simclr_dist.evaluate.settings import Settings
+from simclr_dist.system import progress
 
 
 def blobs(n: int, seed: int, *, d: int = 12, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,3 +98,15 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         scored(sgd_probe, (lambda _: (h, y),), h, classes=4, epochs=0)
     with pytest.raises(ValueError, match="no training rows"):
         scored(sgd_probe, (lambda _: (h[:0], y[:0]),), h, classes=4)
+
+
+def test_its_epochs_are_counted_in_one_line() -> None:
+    """The images of each are in a line within, which does not stay."""
+    (h, y), seen = blobs(20, 0), list[str]()
+
+    def crops(_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(progress._open[-1]._text().partition("  ")[0])
+        return h, y
+
+    by_new_crops(Features(h, y, torch.arange(20)), 4, Settings(protocols=("sgd",), sgd_epochs=2), crops)
+    assert seen == ["trained, SGD: 0 of 2 epochs", "trained, SGD: 1 of 2 epochs"]

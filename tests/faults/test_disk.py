@@ -191,6 +191,7 @@ def test_the_monitor_goes_on(small_disk: SmallDisk, capsys: pytest.CaptureFixtur
     lines = (run / "train.log").read_text().splitlines()
     assert (lines[0], lines[-1]) == ("begin", "end")
     assert all(line.startswith("step ") and line.endswith("ETA 0:00:09") for line in lines[1:-1])
+    assert all("  partner nearest 50 %  " in line and "  peak memory " in line for line in lines[1:-1]), "as the plan has it"
     assert missing + 65 - len(lines) == lost
     assert {path.name for path in (run / "tb").iterdir()} == {tb.name, "second"}
     (said,) = capsys.readouterr().err.splitlines()

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,36 @@ def test_a_silent_verb_and_other_ranks_do_not_speak(often: None, until: Until) -
 def test_a_watcher_that_waits_speaks(often: None, until: Until, tmp_path: Path) -> None:
     line = f"{tmp_path}: running; waiting for its next encoder"
     said: list[str] = []
-    _Pause(tmp_path, 0.0, said.append, lambda _: until(f"{re.escape(line)}: 0:00:0"))(line)
+    with closing(_Pause(tmp_path, 0.0, said.append, lambda _: until(f"{re.escape(line)}: 0:00:0"))) as pause:
+        pause(line)
     assert said == [line]
+
+
+def test_who_waits_for_days_speaks_ever_more_rarely(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """After half a minute, and then each time after twice as long, up to an hour. Looks between do not count."""
+    now, line = 1000.0, "RUN: running; waiting for its next encoder"
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress, "_REDRAWN", 1e9)  # the clock is ours: no speaker
+    pause, times = _Pause(Path(), 0.0, lambda _: None, lambda _: None), []
+    with closing(pause):
+        for now in range(1000, 1000 + 4 * 3600, 30):
+            pause(line)
+            progress._open[-1].show()
+            times += [now - 1000] * bool(capfd.readouterr().err)
+    assert times == [30, 60, 120, 240, 480, 960, 1920, 3840, 7440, 11040]
+
+
+def test_a_block_in_one_that_counts_leaves_no_line(often: None, until: Until) -> None:
+    """As the images of each of ninety epochs. The epochs leave theirs, whoever has spoken for them."""
+    with Progress("verb"):
+        with Progress("all", 2, "epochs") as shown:
+            for epoch in range(2):
+                with Progress(f"epoch {epoch}", 3, "images") as inner:
+                    until(f"epoch {epoch}: 0 of 3")
+                    inner.done = 3
+                shown.done += 1
+        text = until("all: 2 of 2 epochs")
+    assert not re.search("epoch .: 3 of 3 images  [^0]", text)
 
 
 def test_a_signal_that_is_held_back_is_not_taken_by_the_speaker() -> None:

@@ -1,6 +1,7 @@
 """An encoder out of a checkpoint is the one that its run would have exported; a stopped run says how it is had."""
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -58,18 +59,21 @@ def test_it_is_the_runs_own(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     for suffix in (".json", ".projector", ".safetensors"):
         assert Path(f"mine{suffix}").read_bytes() == (here / "run/encoders" / f"{NAME}{suffix}").read_bytes(), suffix
     assert load_encoder("mine.safetensors").card["images"] == 205
-    assert refused(capsys, f"run/checkpoints/{NAME}.pt", "mine.safetensors").endswith("is there already; name a new file")
+    assert written(capsys, f"run/checkpoints/{NAME}.pt", "mine.safetensors").startswith("there already: mine.safetensors\n")
+    assert refused(capsys, "run", "mine.safetensors") == (
+        "export: 'mine.safetensors' is there already, and is another encoder; name a new file"
+    )
     written(capsys, "mine.safetensors", "new/theirs.safetensors")
     assert Path("new/theirs.safetensors").read_bytes() == Path("mine.safetensors").read_bytes()
     Path("file").touch()
-    assert "file/theirs.json: cannot be written: " in refused(capsys, "mine.safetensors", "file/theirs.safetensors")
+    assert "file/theirs.safetensors: cannot be written: " in refused(capsys, "mine.safetensors", "file/theirs.safetensors")
 
 
 def test_a_run_is_its_last_step_on_disk(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its newest encoder, or a newer checkpoint, whose encoder goes to the others."""
     assert written(capsys, "run", "last.safetensors").startswith("written: last.safetensors\n")
     assert Path("last.projector").read_bytes() == (here / "run/encoders/step-00000006.projector").read_bytes()
-    assert "step-00000006.safetensors' is there already" in refused(capsys, "run")
+    assert re.match(r"there already: run/encoders/step-00000006.safetensors\n\nNext:\n", written(capsys, "run"))
     whole = Path("last.safetensors").read_bytes()
     for path in (here / "run/encoders").glob("step-00000006*"):
         path.unlink()
@@ -141,7 +145,7 @@ def test_train_ends_with_what_comes_next(trained: Path, tmp_path: Path, monkeypa
         (tmp_path / "data" / name).symlink_to(trained / "shards")
     runs.write_config(tmp_path, Path("data/train"), steps=300, run_folder="runs/mine", checkpoint={"every": 100})
     with terminal([PROGRAM, "train", "config.yaml"], tmp_path) as shell:
-        line = r"\rtraining: \d+ of 300 steps  loss \d\.\d{4} \(chance 3\.85\)  top-1 \d+ %  \d+ img/s  0:\d\d:\d\d left"
+        line = r"\rtraining: \d+ of 300 steps  loss \d\.\d{4} \(chance 3\.85\)  partner nearest \d+ %  \d+ img/s  0:..:.. left"
         shell.wait_for(line)
         shell.press(INTERRUPT)
         assert shell.close() == 75

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from simclr_dist.convert.sources.folders import is_hidden, labels_by_folder
 from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
+    OfOneFile,
     Original,
     Problem,
     ReadError,
     Source,
-    file_stamp,
     pack_names,
     unpack_names,
     why_no_bytes,
     why_no_image,
 )
 from simclr_dist.convert.sources.tar import TarMember, tar_members
-from simclr_dist.system.errors import DataError, printable, reason_of
+from simclr_dist.system.errors import DataError, printable, reason_of, refusing
 
 _STORED, _DEFLATED = 0, 8
 _LOCAL_HEADER = 30
@@ -37,14 +37,13 @@ _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
 
 @dataclass(frozen=True)
-class ArchiveChunk:
+class ArchiveChunk(OfOneFile):
     """Consecutive images of the archive at `path`. Messages call it `name`. Arrays run over its n images.
 
     `places` int64 [n, 5]: where an image begins, its size, and in a zip its packed size, method and CRC-32. In a tar the
     packed size is the size, the method 0 and the CRC -1. In a zip an image begins with its local header. `labels` int64 [n].
     """
 
-    path: str
     name: str
     first: int
     names: bytes
@@ -57,19 +56,13 @@ class ArchiveChunk:
     def identity(self) -> bytes:
         return os.fsencode(self.name) + b"\0" + self.names + self.labels.tobytes() + self.places.tobytes()
 
-    def stamp(self) -> bytes:
-        return file_stamp(self.path)
-
     def read(self) -> Iterator[Original]:
         rows = zip(unpack_names(self.names), self.labels.tolist(), self.places.tolist(), strict=True)
-        try:
-            with Path(self.path).open("rb") as file:
-                for index, (name, label, place) in enumerate(rows, self.first):
-                    content, problem = _content(file.fileno(), *place)
-                    path = self.path if place[4] < 0 else None  # a tar's bytes can be read again where they are
-                    yield Original(index, f"{self.name}/{name}", label, content, path, place[0], problem)
-        except OSError as error:
-            raise ReadError(f"{self.path}: cannot be read: {error.strerror}") from None
+        with refusing(f"{self.path}: cannot be read", ReadError), Path(self.path).open("rb") as file:
+            for index, (name, label, place) in enumerate(rows, self.first):
+                content, problem = _content(file.fileno(), *place)
+                path = self.path if place[4] < 0 else None  # a tar's bytes can be read again where they are
+                yield Original(index, f"{self.name}/{name}", label, content, path, place[0], problem)
 
 
 def _content(descriptor: int, start: int, size: int, packed: int, method: int, crc: int) -> tuple[bytes, str | None]:
@@ -167,14 +160,20 @@ def archive_source(source: Path, archives: Sequence[Path]) -> Source:
     chunks: list[ArchiveChunk] = []
     first = 0
     for path, listing in zip(archives, listings, strict=True):
-        places = np.array(listing.places, dtype=np.int64).reshape(-1, 5)
-        for start in range(0, len(listing.names), IMAGES_A_CHUNK):
-            part = places[start : start + IMAGES_A_CHUNK].copy()
-            images = slice(first + start, first + start + len(part))
-            numbers = np.array(labels[images], dtype=np.int64)
-            chunks.append(ArchiveChunk(str(path), path.name, images.start, pack_names(names[images]), numbers, part))
-        first += len(listing.names)
+        of_it = slice(first, first := first + len(listing.names))
+        chunks += archive_chunks(str(path), path.name, of_it.start, names[of_it], labels[of_it], listing.places)
     return Source(classes, chunks, rejected, skipped)
+
+
+def archive_chunks(
+    path: str, name: str, first: int, names: list[str], labels: list[int], places: "array[int]"
+) -> Iterator[ArchiveChunk]:
+    """Cut an archive's images into chunks. `first` is the index of the first; an image has five `places`."""
+    rows = np.array(places, dtype=np.int64).reshape(-1, 5)
+    for start in range(0, len(names), IMAGES_A_CHUNK):
+        part = slice(start, start + IMAGES_A_CHUNK)
+        numbers = np.array(labels[part], dtype=np.int64)
+        yield ArchiveChunk(path, name, first + start, pack_names(names[part]), numbers, rows[part].copy())
 
 
 def webdataset_key(name: str) -> str:

@@ -12,14 +12,14 @@ from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
     NO_LABEL,
     Files,
+    OfOneFile,
     Original,
     ReadError,
     Source,
-    file_stamp,
     why_no_label,
 )
 from simclr_dist.data.pixels.channels import write_png
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable, refusing
 
 
 class Layout(NamedTuple):
@@ -39,13 +39,12 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RecordChunk:
+class RecordChunk(OfOneFile):
     """Consecutive records of the file `path`, which messages call `name`.
 
     The first is that file's `record`, and the source's image `first`. `labels` are of a file beside it, a byte each, from 1.
     """
 
-    path: str
     name: str
     first: int
     record: int
@@ -60,27 +59,21 @@ class RecordChunk:
     def identity(self) -> bytes:
         return json.dumps([self.name, self.record, self.records, self.layout, self.labels.hex(), self.classes]).encode()
 
-    def stamp(self) -> bytes:
-        return file_stamp(self.path)
-
     def read(self) -> Iterator[Original]:
         side, size = self.layout.side, self.layout.size
-        try:
-            with Path(self.path).open("rb") as file:
-                file.seek(self.record * size)
-                for offset in range(self.records):
-                    if len(record := file.read(size)) < size:
-                        raise DataError(f"{self.path}: has changed while it was being read; shard again when it is whole")
-                    colours = np.frombuffer(record, np.uint8, offset=self.layout.head).reshape(3, side, side)
-                    pixels = colours.transpose(2, 1, 0) if self.layout.turned else colours.transpose(1, 2, 0)
-                    label = record[self.layout.label] if self.layout.label >= 0 else -1
-                    if self.labels:
-                        label = self.labels[offset] - 1
-                    problem = why_no_label(label, self.classes)
-                    content = write_png(pixels)
-                    yield Original(self.first + offset, f"{self.name}#{self.record + offset}", label, content, problem=problem)
-        except OSError as error:
-            raise ReadError(f"{self.path}: cannot be read: {error.strerror}") from None
+        with refusing(f"{self.path}: cannot be read", ReadError), Path(self.path).open("rb") as file:
+            file.seek(self.record * size)
+            for offset in range(self.records):
+                if len(record := file.read(size)) < size:
+                    raise DataError(f"{self.path}: has changed while it was being read; shard again when it is whole")
+                colours = np.frombuffer(record, np.uint8, offset=self.layout.head).reshape(3, side, side)
+                pixels = colours.transpose(2, 1, 0) if self.layout.turned else colours.transpose(1, 2, 0)
+                label = record[self.layout.label] if self.layout.label >= 0 else -1
+                if self.labels:
+                    label = self.labels[offset] - 1
+                problem = why_no_label(label, self.classes)
+                content = write_png(pixels)
+                yield Original(self.first + offset, f"{self.name}#{self.record + offset}", label, content, problem=problem)
 
 
 def cifar_source(files: Files) -> Source:
@@ -126,13 +119,11 @@ def _source(files: Files, layout: Layout, names: str) -> Source:
 
 def _labels(path: Path, count: int) -> bytes:
     beside = path.with_name(path.name.replace("_X", "_y"))
-    try:
+    cure = f"; put the labels of {path.name} there, or take none with --label-column {NO_LABEL}"
+    with refusing(f"{beside}: cannot be read", cure=cure):
         if (size := beside.stat().st_size) != count:
             raise DataError(f"{beside}: has {size} labels for the {count} images of {path.name}")
         return beside.read_bytes()
-    except OSError as error:
-        cure = f"put the labels of {path.name} there, or take none with --label-column {NO_LABEL}"
-        raise DataError(f"{beside}: cannot be read: {error.strerror}; {cure}") from None
 
 
 def class_names(path: Path) -> tuple[str, ...]:

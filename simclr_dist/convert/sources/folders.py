@@ -24,7 +24,7 @@ from simclr_dist.convert.sources.originals import (
     why_no_bytes,
     why_no_image,
 )
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable, refusing
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,8 @@ def walk(root: Path) -> tuple[list[str], list[Problem], list[Problem], int]:
     folders = [("", {_identity(path.stat()) for path in (root, *root.parents)})]
     while folders:
         folder, above = folders.pop()
-        try:
-            with os.scandir(root / folder) as scan:
-                entries = list(scan)
-        except OSError as error:
-            raise DataError(f"{root / folder}: cannot be listed: {error.strerror}") from None
+        with refusing(f"{root / folder}: cannot be listed"), os.scandir(root / folder) as scan:
+            entries = list(scan)
         if not entries:
             skipped.append(Problem(printable(folder), "an empty folder"))
         for entry in entries:

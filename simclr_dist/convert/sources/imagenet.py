@@ -8,7 +8,7 @@ import numpy as np
 
 from simclr_dist.convert.sources.archives import ArchiveChunk, archive_source
 from simclr_dist.convert.sources.originals import NO_LABEL, Files, Source, unpack_names
-from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.system.errors import DataError, reason_of, refusing
 
 SYNSETS = "imagenet_2012_validation_synset_labels.txt"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -64,11 +64,8 @@ def _ids(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _lines(path: Path, kind: re.Pattern[str]) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            lines = file.read(_MOST_BYTES).decode("latin-1").split()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with refusing(f"{path}: cannot be read"), path.open("rb") as file:
+        lines = file.read(_MOST_BYTES).decode("latin-1").split()
     for number, line in enumerate(lines, 1):
         if not kind.fullmatch(line):
             raise DataError(f"{path}: line {number}: {line[:20]!r} is no class; it takes one like {kind.pattern}")

@@ -30,7 +30,7 @@ from simclr_dist.convert.sources.originals import (
     why_no_label,
 )
 from simclr_dist.data.pixels.images import check_pixels
-from simclr_dist.system.errors import DataError, printable, reason_of
+from simclr_dist.system.errors import DataError, printable, reason_of, refusing
 from simclr_dist.system.files import read_object
 
 _MOST_UNPACKED = 1 << 30
@@ -83,20 +83,17 @@ class SampleChunk:
 
     def read(self) -> Iterator[Original]:
         path, packed = self.file.path, self.file.packed
-        try:
-            with Path(path).open("rb") as file:
-                read = bind(_read, io.BytesIO(_unpacked(file, packed, self.file.bytes)) if packed else file)
-                starts = read(4 + 4 * self.sample, 4 * (self.samples + 1))
-                if read(0, 4) != self.file.samples.to_bytes(4, "little") or len(starts) != 4 * (self.samples + 1):
-                    raise DataError(f"{path}: is damaged, or has not the {self.file.samples} samples that its index says")
-                places = np.frombuffer(starts, "<u4").tolist()
-                for offset, (start, end) in enumerate(itertools.pairwise(places)):
-                    label, content, at, problem = self._sample(read, start, end)
-                    name = f"{self.file.name}#{self.sample + offset}"
-                    kept = None if packed or at < 0 else path
-                    yield Original(self.first + offset, name, label, content, kept, max(at, 0), problem)
-        except OSError as error:
-            raise ReadError(f"{path}: cannot be read: {reason_of(error)}") from None
+        with refusing(f"{path}: cannot be read", ReadError), Path(path).open("rb") as file:
+            read = bind(_read, io.BytesIO(_unpacked(file, packed, self.file.bytes)) if packed else file)
+            starts = read(4 + 4 * self.sample, 4 * (self.samples + 1))
+            if read(0, 4) != self.file.samples.to_bytes(4, "little") or len(starts) != 4 * (self.samples + 1):
+                raise DataError(f"{path}: is damaged, or has not the {self.file.samples} samples that its index says")
+            places = np.frombuffer(starts, "<u4").tolist()
+            for offset, (start, end) in enumerate(itertools.pairwise(places)):
+                label, content, at, problem = self._sample(read, start, end)
+                name = f"{self.file.name}#{self.sample + offset}"
+                kept = None if packed or at < 0 else path
+                yield Original(self.first + offset, name, label, content, kept, max(at, 0), problem)
 
     def _sample(self, read: Callable[[int, int], bytes], start: int, end: int) -> tuple[int, bytes, int, str | None]:
         """Read a sample's label, image and place in the file (-1: nowhere). Or what is wrong with it."""
@@ -245,10 +242,8 @@ def _file(path: Path, name: Any, samples: Any, size: Any, codec: str | None, col
         if not (isinstance(column.name, str) and isinstance(column.encoding, str) and fits):
             raise ValueError(f"columns of {name!r}")
     file = path.parent / name
-    try:
+    with refusing(f"{file}: cannot be read"):
         there = file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     if not codec and there != size:
         raise DataError(f"{file}: has {there} bytes, its index says {size}; copy it again")
     if codec and size > _MOST_UNPACKED:

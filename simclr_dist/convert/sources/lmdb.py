@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from simclr_dist.convert.sources.archives import ArchiveChunk
+from simclr_dist.convert.sources.archives import archive_chunks
 from simclr_dist.convert.sources.folders import labels_by_folder
-from simclr_dist.convert.sources.originals import IMAGES_A_CHUNK, NO_LABEL, Files, Problem, Source, pack_names
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.convert.sources.originals import NO_LABEL, Files, Problem, Source
+from simclr_dist.system.errors import DataError, printable, refusing
 
 _MAGIC = 0xBEEFC0DE
 _HEADER = 16  # of a page: number, padding, flags, end of the pointers, start of the nodes
@@ -125,28 +123,20 @@ def lmdb_source(files: Files) -> Source:
     if not names:
         raise DataError(f"{path}: no image in it")
     classes, labels = ((), [-1] * len(names)) if files.label_column else labels_by_folder(path, names)
-    columns = np.array(places, dtype=np.int64).reshape(-1, 5)
-    chunks: list[ArchiveChunk] = []
-    for first in range(0, len(names), IMAGES_A_CHUNK):
-        part = slice(first, first + IMAGES_A_CHUNK)
-        of_part = np.array(labels[part], dtype=np.int64), columns[part].copy()
-        chunks.append(ArchiveChunk(str(path), files.names[0], first, pack_names(names[part]), *of_part))
+    chunks = list(archive_chunks(str(path), files.names[0], 0, names, labels, places))
     return Source(classes, chunks, skipped=tuple(skipped))
 
 
 def _entries(path: Path) -> Iterator[tuple[bytes, int, int]]:
-    try:
-        with path.open("rb") as file:
-            tree = _Tree(path, file.fileno())
-            count = 0
-            for count, entry in enumerate(tree.images(), 1):
-                if count > tree.root.entries:
-                    break
-                yield entry
-            if count != tree.root.entries:
-                raise DataError(f"{path}: is damaged: it says {tree.root.entries} keys and holds others")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with refusing(f"{path}: cannot be read"), path.open("rb") as file:
+        tree = _Tree(path, file.fileno())
+        count = 0
+        for count, entry in enumerate(tree.images(), 1):
+            if count > tree.root.entries:
+                break
+            yield entry
+        if count != tree.root.entries:
+            raise DataError(f"{path}: is damaged: it says {tree.root.entries} keys and holds others")
 
 
 def _name(key: bytes) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from simclr_dist.convert.sources.originals import IMAGES_A_CHUNK, NO_LABEL, Files, Original, ReadError, Source, file_stamp
+from simclr_dist.convert.sources.originals import IMAGES_A_CHUNK, NO_LABEL, Files, OfOneFile, Original, ReadError, Source
 from simclr_dist.data.pixels.channels import write_png
 from simclr_dist.data.pixels.images import check_pixels
 from simclr_dist.system.errors import DataError, reason_of
@@ -41,13 +41,12 @@ class _Array(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ArrayChunk:
+class ArrayChunk(OfOneFile):
     """Images from `row` of an array, `member` of the .npz at `path`.
 
     Messages call it `name`. `labels` int64 [n].
     """
 
-    path: str
     name: str
     member: str
     array: _Array
@@ -59,9 +58,6 @@ class ArrayChunk:
 
     def identity(self) -> bytes:
         return json.dumps([self.name, self.member, self.array, self.row]).encode() + self.labels.tobytes()
-
-    def stamp(self) -> bytes:
-        return file_stamp(self.path)
 
     def read(self) -> Iterator[Original]:
         shape, type_ = self.array.shape[1:], np.dtype(self.array.type)

@@ -88,6 +88,16 @@ class Chunk(Protocol):
 
 
 @dataclass(frozen=True)
+class OfOneFile:
+    """A part of the file at `path`."""
+
+    path: str
+
+    def stamp(self) -> bytes:
+        return file_stamp(self.path)
+
+
+@dataclass(frozen=True)
 class Source:
     """All images of a source, in order.
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
     NO_LABEL,
+    OfOneFile,
     Original,
     Problem,
     ReadError,
     Source,
-    file_stamp,
     why_no_bytes,
     why_no_label,
 )
@@ -41,13 +41,12 @@ class Columns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TableChunk:
+class TableChunk(OfOneFile):
     """Consecutive row groups (Parquet) or record batches (Arrow) of one file. There are `groups`; the first has number `group`.
 
     `first` is the index of the first row. `first_row` is that row's number in the file `path`, which messages call `name`.
     """
 
-    path: str
     name: str
     group: int
     groups: int
@@ -61,9 +60,6 @@ class TableChunk:
 
     def identity(self) -> bytes:
         return json.dumps([self.name, self.first_row, self.rows, self.columns]).encode()
-
-    def stamp(self) -> bytes:
-        return file_stamp(self.path)
 
     def read(self) -> Iterator[Original]:
         label, image = self.columns.label, self.columns.image.split(".")[0]

@@ -17,15 +17,15 @@ from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
     NO_LABEL,
     Files,
+    OfOneFile,
     Original,
     ReadError,
     Source,
-    file_stamp,
     why_no_bytes,
     why_no_label,
 )
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES
-from simclr_dist.system.errors import DataError, printable
+from simclr_dist.system.errors import DataError, printable, refusing
 
 _HEAD, _CRC = 12, 4  # a record: its length, that length's checksum, the bytes, their checksum
 _IMAGES = ("image/encoded", "image", "image_raw", "img")
@@ -42,13 +42,12 @@ class Columns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExampleChunk:
+class ExampleChunk(OfOneFile):
     """Consecutive records of the file `path`, which messages call `name`.
 
     The first is that file's `record`, and the source's image `first`. `places` int64 [n, 2]: where their bytes are, and sizes.
     """
 
-    path: str
     name: str
     first: int
     record: int
@@ -61,25 +60,19 @@ class ExampleChunk:
     def identity(self) -> bytes:
         return json.dumps([self.name, self.record, self.columns]).encode() + self.places.tobytes()
 
-    def stamp(self) -> bytes:
-        return file_stamp(self.path)
-
     def read(self) -> Iterator[Original]:
         checksum = _checksum(self.path)
-        try:
-            with Path(self.path).open("rb") as file:
-                for offset, (place, size) in enumerate(self.places.tolist()):
-                    name = f"{self.name}#{self.record + offset}"
-                    label, start, end, problem = -1, 0, 0, why_no_bytes(size)
-                    content = b"" if problem else os.pread(file.fileno(), size + _CRC, place)
-                    if not problem and checksum(content[:size]) != content[size:]:
-                        problem = "its bytes do not fit its CRC"
-                    if not problem:
-                        label, start, end, problem = _values(content[:size], self.columns)
-                    image = content[start:end]
-                    yield Original(self.first + offset, name, label, image, self.path, place + start, problem)
-        except OSError as error:
-            raise ReadError(f"{self.path}: cannot be read: {error.strerror}") from None
+        with refusing(f"{self.path}: cannot be read", ReadError), Path(self.path).open("rb") as file:
+            for offset, (place, size) in enumerate(self.places.tolist()):
+                name = f"{self.name}#{self.record + offset}"
+                label, start, end, problem = -1, 0, 0, why_no_bytes(size)
+                content = b"" if problem else os.pread(file.fileno(), size + _CRC, place)
+                if not problem and checksum(content[:size]) != content[size:]:
+                    problem = "its bytes do not fit its CRC"
+                if not problem:
+                    label, start, end, problem = _values(content[:size], self.columns)
+                image = content[start:end]
+                yield Original(self.first + offset, name, label, image, self.path, place + start, problem)
 
 
 def tfrecord_source(files: Files) -> Source:
@@ -94,14 +87,11 @@ def tfrecord_source(files: Files) -> Source:
     chunks: list[ExampleChunk] = []
     first = 0
     for path, name in zip(files.paths, files.names, strict=True):
-        try:
-            with path.open("rb") as file:
-                places = _places(path, file.fileno())
-                if columns is None and len(places):
-                    start, size = places[0].tolist()
-                    columns = _columns(files, path, os.pread(file.fileno(), min(size, MAX_FILE_BYTES), start))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        with refusing(f"{path}: cannot be read"), path.open("rb") as file:
+            places = _places(path, file.fileno())
+            if columns is None and len(places):
+                start, size = places[0].tolist()
+                columns = _columns(files, path, os.pread(file.fileno(), min(size, MAX_FILE_BYTES), start))
         for record in range(0, len(places), IMAGES_A_CHUNK):
             assert columns is not None, "there is a record"
             part = places[record : record + IMAGES_A_CHUNK]

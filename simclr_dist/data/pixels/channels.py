@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,14 @@ from simclr_dist.data.pixels import tiff
 from simclr_dist.data.pixels.images import (
     FORMATS,
     KEPT_FORMATS,
+    MODES,
     PNG_CHANNELS,
     PNG_SIGNATURE,
     PreparedImage,
     bits_of,
+    changes_of,
     check_bright,
     check_pixels,
-    has_more_frames,
-    is_sound_jpeg,
-    is_sound_png,
     orientation_of,
     prepare_image,
     unreadable,
@@ -33,7 +31,6 @@ from simclr_dist.system.errors import DataError
 Pixels = NDArray[Any]  # uint8 or uint16 [h, w, c]
 
 _COLOURS = {channels: colour for colour, channels in PNG_CHANNELS.items()}
-_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1}
 # Pillow shows the upper bytes of 16-bit colours alone. Asked for the other byte order, it shows the lower ones; gray and alpha
 # of 16 bits are as long as four channels of 8. (13.0)
 _RAW = {2: ("RGBA", ("RGBA",)), 3: ("RGB", ("RGB;16B", "RGB;16L")), 4: ("RGBA", ("RGBA;16B", "RGBA;16L"))}
@@ -98,7 +95,7 @@ def fitted(pixels: Pixels, kind: Kind) -> Pixels:
 def pillow_pixels(image: Image.Image, kind: Kind) -> Pixels:
     """Turn a PIL image upright and into pixels of this kind. Raises DataError for what does not fit."""
     mode = "RGB" if kind.channels == 3 and not image.mode.startswith("I;16") else image.mode
-    if mode not in _MODES or image.mode in ("I", "F"):
+    if mode not in MODES or image.mode in ("I", "F"):
         raise DataError(f"pixels of mode {image.mode}, and the encoder takes {kind}")
     pixels = np.atleast_3d(np.asarray(image if image.mode == mode else image.convert(mode)))
     pixels = pixels.astype(np.uint16 if mode.startswith("I;16") else np.uint8)
@@ -126,32 +123,9 @@ def _read(content: bytes, channels: int) -> tiff.Read:
 def _by_pillow(image: Image.Image, content: bytes) -> tiff.Read:
     turn = orientation_of(image)  # before it is loaded: of a TIFF, Pillow then turns it, and forgets
     turned_by_pillow = image.format == "TIFF"
-    changes = tuple(_changes(image, content, turn))
+    changes = tuple(changes_of(image, content, turn, deep=True))
     pixels, extension = _pixels(image, content, convert=True), KEPT_FORMATS.get(image.format or "")
     return tiff.Read(pixels, pixels.shape[2] in (2, 4), 1 if turned_by_pillow else turn, extension, changes)
-
-
-def _changes(image: Image.Image, content: bytes, turn: int) -> Iterator[str]:
-    """List what is changed whatever is asked for. Nothing for what can stay."""
-    name, bits = image.format, bits_of(image, content)
-    if name not in KEPT_FORMATS:
-        yield f"a {name} file"
-    if bits not in (8, 16):
-        yield f"{bits} bits a channel"
-    elif image.mode not in _MODES:
-        yield f"pixels of mode {image.mode}"
-    if "transparency" in image.info and image.mode != "P":
-        yield "transparency dropped"
-    if 1 < turn <= 8:
-        yield "rotated by its EXIF block"
-    if name != "MPO" and has_more_frames(image):
-        yield "pages beyond the first dropped" if name == "TIFF" else "frames beyond the first dropped"
-    if name in ("JPEG", "MPO") and not is_sound_jpeg(content):
-        yield "an incomplete or unusual JPEG"
-    if name == "PNG" and bits in (8, 16) and image.mode in _MODES:
-        image.load()
-        if not is_sound_png(content):
-            yield "an incomplete or unusual PNG"
 
 
 def _pixels(image: Image.Image, content: bytes, *, convert: bool = False) -> Pixels:
@@ -162,7 +136,7 @@ def _pixels(image: Image.Image, content: bytes, *, convert: bool = False) -> Pix
     if image.mode in ("I", "F") or (bits > 8 and not image.mode.startswith("I;16")):
         cure = "save it as PNG or TIFF of 8 or 16 bits without sign"
         raise DataError(f"a {image.format} with pixels of mode {image.mode} and {bits} bits a channel; {cure}")
-    if image.mode not in _MODES:
+    if image.mode not in MODES:
         if not convert:
             raise DataError(f"pixels of mode {image.mode}; `simclr-dist shard` converts them")
         has_alpha = image.mode == "PA" or (image.mode == "P" and "transparency" in image.info)

@@ -21,6 +21,7 @@ MAX_PIXELS = 100_000_000
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by its type of colour; palettes are another
 
+MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 1, "I;16B": 1}  # their channels
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # A closed list: Pillow's other readers include formats that start programs (EPS) or name other files.
 # (MPO, several JPEGs in one file, opens as JPEG; AVIF and WebP may be missing from a build of Pillow.)
@@ -102,7 +103,7 @@ def _prepare(content: bytes, short_side: int | None, quality: int) -> PreparedIm
             image.load()
         extension = KEPT_FORMATS.get(image.format or "")
         turn = orientation_of(image)
-        changes = tuple(_changes(image, content, turn if turn in _UPRIGHT else orientation))
+        changes = tuple(changes_of(image, content, turn if turn in _UPRIGHT else orientation))
         shrink = short_side is not None and min(width, height) > short_side
         if not changes and not shrink:
             return PreparedImage(content, str(extension), width, height)
@@ -137,26 +138,33 @@ def _turned(rgb: Image.Image, orientation: int) -> Image.Image:
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
-def _changes(image: Image.Image, content: bytes, orientation: int) -> Iterator[str]:
-    """List why a decoded image is not stored as it is. Nothing for 8-bit RGB and gray JPEG, PNG and WebP, upright."""
-    if image.format not in KEPT_FORMATS:
-        yield f"a {image.format} file"
-    if (bits := bits_of(image, content)) != 8:
+def changes_of(image: Image.Image, content: bytes, turn: int, *, deep: bool = False) -> Iterator[str]:
+    """List why an image is not stored as it is. Nothing for JPEG, PNG and WebP of a kept mode, upright.
+
+    Those are 8-bit RGB and gray; `deep`: what sets of other kinds keep, alpha and 16 bits among it.
+    """
+    name, bits, mode, see_through = image.format, bits_of(image, content), image.mode, "transparency" in image.info
+    depths, kept = ((8, 16), MODES) if deep else ((8,), ("RGB", "L"))
+    if name not in KEPT_FORMATS:
+        yield f"a {name} file"
+    if bits not in depths:
         yield f"{bits} bits a channel"
-    elif image.mode not in ("RGB", "L", "RGBA", "LA"):
-        yield f"pixels of mode {image.mode}"
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    elif mode not in (*kept, "RGBA", "LA"):
+        yield f"pixels of mode {mode}"
+    if (see_through and mode != "P") if deep else (see_through or mode in ("RGBA", "LA", "PA")):
         yield "transparency dropped"
-    if image.format == "TIFF" and tiff.has_more_channels(image):
+    if name == "TIFF" and not deep and tiff.has_more_channels(image):
         yield "channels beyond RGB or gray dropped"
-    if orientation in _UPRIGHT:
+    if turn in _UPRIGHT:
         yield "rotated by its EXIF block"
-    if image.format != "MPO" and has_more_frames(image):
-        yield "pages beyond the first dropped" if image.format == "TIFF" else "frames beyond the first dropped"
-    if (image.format == "PNG" and bits == 8 and image.mode in ("RGB", "L") and not is_sound_png(content)) or (
-        image.format in ("JPEG", "MPO") and not is_sound_jpeg(content)
-    ):
-        yield f"an incomplete or unusual {'PNG' if image.format == 'PNG' else 'JPEG'}"
+    if name != "MPO" and has_more_frames(image):
+        yield "pages beyond the first dropped" if name == "TIFF" else "frames beyond the first dropped"
+    if name in ("JPEG", "MPO") and not is_sound_jpeg(content):
+        yield "an incomplete or unusual JPEG"
+    if name == "PNG" and bits in depths and mode in kept:
+        image.load()
+        if not is_sound_png(content):
+            yield "an incomplete or unusual PNG"
 
 
 def bits_of(image: Image.Image, content: bytes) -> int:

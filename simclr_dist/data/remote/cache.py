@@ -17,7 +17,7 @@ from pathlib import Path
 
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.remote.fetch import Patience, fetch, join
-from simclr_dist.system.errors import ConfigError, UnreachableError, redact
+from simclr_dist.system.errors import ConfigError, UnreachableError, redact, refusing
 from simclr_dist.system.files import lock, unlock
 
 FOLDER_VARIABLE = "SIMCLR_DIST_CACHE"
@@ -77,10 +77,8 @@ class ShardCache:
         self._names: dict[int, str] = {}
         largest = int(manifest.shard_bytes.max())
         self.check_room(largest, f"its largest shard has {largest / 2**30:.3g}")
-        try:
+        with refusing(f"data.cache: {settings.folder}: cannot be made", ConfigError, "; name another folder"):
             (settings.folder / "locks").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"data.cache: {settings.folder}: cannot be made: {error.strerror}; name another folder") from None
         with self._lock("room"):
             pass  # fails now if this disk cannot lock files
 
@@ -248,11 +246,9 @@ class ShardCache:
     def _lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold the lock of that name. Without `wait`, yields False where another process has it."""
         path = self._settings.folder / "locks" / name
-        try:
+        with refusing(f"data.cache: {path}: cannot be opened", UnreachableError, "; name another folder"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             _held.add(descriptor)
-        except OSError as error:
-            raise UnreachableError(f"data.cache: {path}: cannot be opened: {error.strerror}; name another folder") from None
         try:
             try:
                 locked = lock(descriptor, wait=wait)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simclr_dist.data.views.colour import Colour, half_kernels
 from simclr_dist.data.views.draws import ViewDraws, ViewSettings
-from simclr_dist.system.errors import ConfigError, printable, reason_of
+from simclr_dist.system.errors import ConfigError, printable, refusing
 from simclr_dist.system.machine import cpp_compiler
 
 _SOURCE = Path(__file__).with_name("colour.cpp")
@@ -43,15 +43,14 @@ def compile_colour() -> Colour:
     """Compile `colour_views` for CPUs. It takes a second. Raises ConfigError where that cannot be."""
     compiler = cpp_compiler()
     cure = "set TMPDIR to a folder from which programs may be run, or compile: false"
-    try:
-        # Not kept: it is only good for this kind of processor, and nobody has to trust a file that lies about.
-        # (NFS keeps what is loaded under another name, in a folder that cannot be removed then.)
-        with tempfile.TemporaryDirectory(prefix="simclr_dist-", ignore_cleanup_errors=True) as folder:
-            library = Path(folder, "colour.so")
-            _compile(compiler, library)
-            native = ctypes.CDLL(str(library)).simclr_colour
-    except OSError as error:  # of one rank alone, maybe: as a ConfigError it reaches the others
-        raise ConfigError(f"compile: true: cannot load what was compiled: {reason_of(error)}; {cure}") from None
+    # Of one rank alone, maybe: as a ConfigError it reaches the others.
+    refused = refusing("compile: true: cannot load what was compiled", ConfigError, f"; {cure}")
+    # Not kept: it is only good for this kind of processor, and nobody has to trust a file that lies about.
+    # (NFS keeps what is loaded under another name, in a folder that cannot be removed then.)
+    with refused, tempfile.TemporaryDirectory(prefix="simclr_dist-", ignore_cleanup_errors=True) as folder:
+        library = Path(folder, "colour.so")
+        _compile(compiler, library)
+        native = ctypes.CDLL(str(library)).simclr_colour
     native.restype = None
 
     def colour(crops: Tensor, draws: ViewDraws, settings: ViewSettings, out: Tensor | None = None) -> Tensor:

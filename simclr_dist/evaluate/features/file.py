@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from simclr_dist.evaluate.space import empty
-from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.system.errors import DataError, reason_of, refusing
 from simclr_dist.system.files import fitting, replacing
 
 FORMAT = "simclr_dist features 1"
@@ -101,7 +101,9 @@ def write_features(
             {"key": key} if source is None else {"key": key, "class_name": map(classes.get, label.tolist()), "source": source}
         )
         arrays = {name: np.array([text or "" for text in column]) for name, column in texts.items()}
-        _write_arrays(path, {_MARK: np.array(described), **arrays, "label": label, "embedding": embedding})
+        arrays = {_MARK: np.array(described), **arrays, "label": label, "embedding": embedding}
+        with refusing(f"{path}: cannot write the features"), replacing(path) as target:
+            np.savez(target, allow_pickle=False, **arrays)
         return
     rows, size = max(1, _ROW_GROUP_BYTES // embedding[0].nbytes), embedding.shape[1]
     schema = _schema(size, pa.from_numpy_dtype(embedding.dtype), named=source is not None)
@@ -114,29 +116,19 @@ def write_features(
         "compression": compression,
         "write_page_checksum": True,
     }
-    try:
-        with replacing(path) as target, pq.ParquetWriter(target, schema, **options) as writer:
-            for start in range(0, len(key), rows):
-                part = slice(start, start + rows)
-                columns = [
-                    pa.array(key[part], type=pa.string()),
-                    pa.array(label[part], type=pa.int64(), mask=label[part] < 0),
-                    pa.FixedSizeListArray.from_arrays(pa.array(embedding[part].reshape(-1)), type=schema.types[2]),
-                ]
-                if source is not None:
-                    columns.append(pa.array([classes.get(number) for number in label[part].tolist()], pa.string()))
-                    columns.append(pa.array(source[part], pa.string()))
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
-
-
-def _write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    try:
-        with replacing(path) as target:
-            np.savez(target, allow_pickle=False, **arrays)
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the features: {reason_of(error)}") from None
+    refused = refusing(f"{path}: cannot write the features")
+    with refused, replacing(path) as target, pq.ParquetWriter(target, schema, **options) as writer:
+        for start in range(0, len(key), rows):
+            part = slice(start, start + rows)
+            columns = [
+                pa.array(key[part], type=pa.string()),
+                pa.array(label[part], type=pa.int64(), mask=label[part] < 0),
+                pa.FixedSizeListArray.from_arrays(pa.array(embedding[part].reshape(-1)), type=schema.types[2]),
+            ]
+            if source is not None:
+                columns.append(pa.array([classes.get(number) for number in label[part].tolist()], pa.string()))
+                columns.append(pa.array(source[part], pa.string()))
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=rows)
 
 
 def read_features(path: str | Path) -> FeatureTable:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simclr_dist.system.errors import DamagedError, DataError, reason_of
+from simclr_dist.system.errors import DamagedError, DataError, reason_of, refusing
 from simclr_dist.system.files import fitting, write_atomically
 
 Result = dict[str, Any]
@@ -44,10 +44,8 @@ def claim(path: Path, *, named: bool = False) -> None:
 
     A path that the user has `named` may be that of an encoder, or of its card: nothing but a result is overwritten there.
     """
-    try:
+    with refusing(f"{path}: cannot make the result's folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot make the result's folder: {error.strerror}") from None
     if path.is_dir():
         raise DataError(f"{path}: is a folder; --out names the result's file")
     if named and path.suffix != ".json":

@@ -15,9 +15,9 @@ from simclr_dist.evaluate.protocols.scores import confusions
 from simclr_dist.evaluate.result.charts import line_chart
 from simclr_dist.evaluate.result.curves import comparable
 from simclr_dist.evaluate.result.file import SETS, TRAINED, UNTRAINED, Result, title
-from simclr_dist.evaluate.result.report import counts, leak, protocol_notes, signal_rows
+from simclr_dist.evaluate.result.report import cell, counts, leak, percent, protocol_notes, signal_rows
 from simclr_dist.run.folder import read_metrics
-from simclr_dist.system.errors import DataError, reason_of
+from simclr_dist.system.errors import DataError, refusing
 from simclr_dist.system.files import write_atomically
 
 _LABELS = {RAW_PIXELS: "raw pixels", UNTRAINED: "untrained encoder", TRAINED: "trained encoder"}
@@ -54,10 +54,8 @@ _BEGIN = (
 
 def write_page(path: Path, text: str) -> None:
     """Write the page's `text`. Raises DataError when the disk does not take it."""
-    try:
+    with refusing(f"{path}: cannot write the page"):
         write_atomically(path, text.encode())
-    except OSError as error:
-        raise DataError(f"{path}: cannot write the page: {reason_of(error)}") from None
 
 
 def claim_page(path: Path) -> None:
@@ -137,7 +135,7 @@ def comparison_page(comparison: Result, links: Mapping[str, str]) -> str:
 
 
 def _interval(row: Sequence[float] | None) -> str:
-    return "{:.2f} ({:.2f} to {:.2f})".format(*row) if row else ""
+    return f"{percent(row[0], *row[3:])} ({row[1]:.2f} to {row[2]:.2f})" if row else ""
 
 
 def _whole(title: str, parts: Iterable[str]) -> str:
@@ -155,8 +153,9 @@ def _accuracies(result: Result) -> str:
         for name, measured in part["results"].items():
             low, high = measured.get("interval") or (math.nan, math.nan)
             interval = "" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
-            cells = [_number(measured.get(key)) for key in ("top1", "top5", "mean_per_class")]
-            rows.append([f"{title(protocol)}: {_LABELS.get(name, name)}", cells[0], interval, *cells[1:]])
+            cells = [_number(measured.get(key)) for key in ("top5", "mean_per_class")]
+            top1 = cell(measured)
+            rows.append([f"{title(protocol)}: {_LABELS.get(name, name)}", top1, interval, *cells])
     return _table(["protocol", "top-1 %", "95 % interval", "top-5 %", "mean per class %"], rows, strong=_LABELS[TRAINED])
 
 

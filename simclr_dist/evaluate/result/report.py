@@ -18,6 +18,7 @@ from simclr_dist.method.distributed import World
 from simclr_dist.system.machine import cores
 
 Say = Callable[[str], None]
+DEVIATION = "±: the standard deviation of three runs (parts of the labels, or seeds); the number is their mean"
 
 
 def summary(result: Result) -> dict[str, dict[str, float]]:
@@ -47,7 +48,7 @@ def table(result: Result) -> str:
     names = [name for name in labels if any(name in part["results"] for part in parts.values())]
     lines += [
         f"{counts(result)}, largest class {result['largest_class_percent']:.1f} % of the test images",
-        *grid(titles, {labels[name]: [part["results"].get(name, {}).get("top1") for part in parts.values()] for name in names}),
+        *grid(titles, {labels[name]: [cell(part["results"].get(name, {})) for part in parts.values()] for name in names}),
     ]
     intervals = [part["results"][TRAINED]["interval"] for part in parts.values()]
     ranges = (f"{one} {low:.2f}-{high:.2f}" for one, (low, high) in zip(titles, intervals, strict=True))
@@ -56,14 +57,27 @@ def table(result: Result) -> str:
     return "\n".join([*lines, *unlabelled(result)])
 
 
-def grid(titles: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> list[str]:
+def deviation(row: Mapping[str, Any]) -> list[float]:
+    """Return [the standard deviation of a row's runs]. Return [] for a single run."""
+    return [sd] if (sd := row.get("spread", {}).get("top1", {}).get("sd")) is not None else []
+
+
+def percent(top1: float | None, *deviation: float) -> str:
+    """Show a percentage, with its `deviation` where that is given. Show '' for none."""
+    return "" if top1 is None else " ±".join(f"{value:.2f}" for value in (top1, *deviation))
+
+
+def cell(row: Mapping[str, Any]) -> str:
+    """Show the top-1 of a result's row."""
+    return percent(row.get("top1"), *deviation(row))
+
+
+def grid(titles: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
     """Format percentages: a line a name, a column a title."""
-    lines = []
-    for name, values in {"top-1 %": titles, **rows}.items():
-        cells = (f"{value:.2f}" if isinstance(value, float) else value or "" for value in values)
-        columns = "".join(f"  {cell:>{max(6, len(one))}}" for one, cell in zip(titles, cells, strict=True))
-        lines.append(f"{name:<{max(map(len, rows))}}{columns}")
-    return lines
+    lines = {"top-1 %": titles, **rows}
+    widths = [max(6, *map(len, column)) for column in zip(*lines.values(), strict=True)]
+    first = max(map(len, lines))
+    return ["  ".join([f"{name:<{first}}", *map("{:>{}}".format, line, widths)]) for name, line in lines.items()]
 
 
 def counts(result: Result) -> str:
@@ -120,14 +134,14 @@ def protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
             lines.append(f"linear: this l2 is an end of {tried}, a better one may lie beyond: {'; '.join(ends)}")
         if stopped := [labels[name] for name, row in rows.items() if not row["converged"]]:
             lines.append(f"linear probe stopped before it had converged: {'; '.join(stopped)}")
+    if any(deviation(part["results"][TRAINED]) for part in parts.values()):
+        lines.append(DEVIATION)
     if sgd := parts.get("sgd"):
         row = sgd["results"][TRAINED]
         paper = "" if row["as_in_paper"] else f"; the paper's {row['paper_epochs']}"
         lines.append(f"SGD: {row['epochs']} epochs of new crops{paper}")
     if mlp := parts.get("mlp"):
         row = mlp["results"][TRAINED]
-        sd = row["spread"]["top1"]["sd"]
-        lines.append(f"MLP: mean of {row['spread']['runs']} seeds" + ("" if sd is None else f", deviation {sd:.2f}"))
         if result["classes"] > DENSE:
             return [*lines, f"MLP: the first seed's {result['classes']} classes, one by one, are in the result"]
         names = result["class_names"] or None

@@ -26,7 +26,7 @@ from simclr_dist.launch.slurm.requeue import Kind
 from simclr_dist.launch.slurm.work import Work
 from simclr_dist.run.folder import check_run_folder, newest_step
 from simclr_dist.run.status import record_event
-from simclr_dist.system.errors import ConfigError, reason_of
+from simclr_dist.system.errors import ConfigError, reason_of, refusing
 from simclr_dist.system.files import read_object, write_atomically
 from simclr_dist.train.profiling import Profile as StepProfile
 
@@ -156,15 +156,13 @@ def store_config(submission: Submission | Work, scripts: Mapping[Path, str] = Ma
     files = dict(scripts)
     if isinstance(submission, Submission):  # the file that the user named may change until the jobs start
         files[submission.folder / "config.yaml"] = write_yaml(submission.config.to_dict())
-    try:
+    with refusing(f"run_folder: {str(submission.run)!r}: cannot be written", ConfigError):
         submission.folder.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             write_atomically(path, text.encode())
         (submission.run / "cancelled").unlink(missing_ok=True)
         for earlier in submission.folder.glob("*.pkl"):  # of ended jobs, or put there to be run in the place of ours
             earlier.unlink()
-    except OSError as error:
-        raise ConfigError(f"run_folder: {str(submission.run)!r}: cannot be written: {reason_of(error)}") from None
 
 
 def read_record(run: Path) -> dict[str, Any]:

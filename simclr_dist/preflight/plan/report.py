@@ -141,6 +141,8 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     matrix_bytes = rows * rows * config.number_bytes
     matrix = f" (the whole {rows} x {rows} matrix would be {_size(matrix_bytes)})"
     kept = ", blocks' inputs alone (activation_checkpointing)" if config.activation_checkpointing else ""
+    less = " (compile may need less)" if config.compile else ""
+    beside = "" if plan.machines.on_cuda else "; in the log Python and torch are in it, too"
     lines = [
         ("weights", _size(memory.weights)),
         ("gradients", _size(memory.gradients) + (" (DDP's buckets included)" if memory.gradients > memory.weights else "")),
@@ -148,7 +150,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
         ("loss", f"{_size(memory.loss)}{matrix if matrix_bytes > memory.loss else ''}"),
         ("views", f"{_size(memory.views)}, as float32, of one step"),
         ("activations", f"{_size(memory.activations)} kept for the backward of {_count(views, 'view')} at a time{kept}"),
-        ("peak", f"{_size(memory.peak)}, in: {memory.highest}" + (" (compile may need less)" if config.compile else "")),
+        ("peak", f"{_size(memory.peak)}, in: {memory.highest}{less}{beside}"),
     ]
     table = [(f"memory a rank: {name}", value) for name, value in lines]
     if plan.machines.gpu is not None:

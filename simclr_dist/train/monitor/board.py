@@ -49,7 +49,7 @@ LAYOUT: dict[str, dict[str, tuple[str, list[str]]]] = {
         ),
         "own work a step, ms: slowest rank, and the others": ("Multiline", ["ranks/own_ms"]),
         "waiting for data, %: rank 0, and the worst": ("Multiline", ["(speed|ranks)/data_wait_percent"]),
-        "memory, GiB: rank 0, and the most": ("Multiline", ["(speed|ranks)/memory_gib"]),
+        "peak memory, GiB: rank 0, and the most": ("Multiline", ["(speed|ranks)/memory_gib"]),
         "seconds a checkpoint": ("Multiline", ["run/checkpoint_seconds$"]),
         "restarts": ("Multiline", ["run/restarts$"]),
     },

@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import image, scalar, text
 
 from simclr_dist.run.loggers import Follower, end_all
 from simclr_dist.run.status import write_status
+from simclr_dist.run.summary import learning
 from simclr_dist.system.errors import LAYOUT, printable, say
 from simclr_dist.system.files import append
 from simclr_dist.system.progress import Progress, clear, clock, columns
@@ -104,17 +105,15 @@ class Monitor:
                 partners, others = cosines(*z)
                 summaries += [cosine_histogram("cosine/partners", partners), cosine_histogram("cosine/others", others)]
             self._show(self._board, summaries, step)
-        loss = metrics["loss/nt_xent"] if "loss/nt_xent" in metrics else metrics["loss/dcl"]
-        against = f"loss {loss:.4f} (chance {metrics['loss/chance']:.2f})"
-        top1 = f"top-1 {100 * metrics['retrieval/top1']:.0f} %"
+        against, nearest = learning(metrics)
         speed, left = f"{timing['speed/images_per_second']:.0f} img/s", clock(timing["speed/seconds_left"])
         line = (
             f"step {step}/{self._total}  {against}  pos {metrics['similarity/positive']:.3f}"
-            f"  {top1}  lr {metrics['optim/learning_rate']:.2e}  {speed}  data {timing['speed/data_wait_percent']:.0f} %"
-            f"  mem {timing['speed/memory_gib']:.2f} GiB  ETA {left}"
+            f"  {nearest}  lr {metrics['optim/learning_rate']:.2e}  {speed}  data {timing['speed/data_wait_percent']:.0f} %"
+            f"  peak memory {timing['speed/memory_gib']:.2f} GiB  ETA {left}"
         )
         if self._on_terminal:
-            self._line.note = f"{against}  {top1}  {speed}  {left} left"
+            self._line.note = f"{against}  {nearest}  {speed}  {left} left"
             self._note(line)
         else:
             self.say(line)

@@ -298,7 +298,7 @@ def test_status(here: Path, slurm: StandIns, command: Command) -> None:
     card = {line[2:13].strip(): line[14:] for line in lines[3 + 6 :]}
     assert card["state"] == "waiting: SLURM job 100"
     assert card["step"] == "24 of 40 (60.0 %)"
-    assert card["loss"] == "1.2500 (chance 0.00), top-1 0 %, at step 23"
+    assert card["loss"] == "1.2500 (chance 0.00), partner nearest 0 %, at step 23"
     assert card["starts"].startswith("2, 2 steps lost between them")
     assert "; last heard of 0 s ago" in card["last start"]
 

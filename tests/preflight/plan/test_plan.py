@@ -54,6 +54,7 @@ def test_the_papers_run() -> None:
     assert rows["memory a rank: gradients"] == f"{2 * one:.1f} MiB (DDP's buckets included)"
     assert rows["memory a rank: optimizer"] == f"{one:.1f} MiB"
     assert rows["memory a rank: activations"].endswith("kept for the backward of 1024 views at a time")
+    assert rows["memory a rank: peak"].endswith(", in: backward")
     assert "whole 8192 x 8192 matrix would be 256.0 MiB" in rows["memory a rank: loss"]
 
 
@@ -191,6 +192,7 @@ def test_on_a_cpu_the_table_has_the_numbers_of_ranks_of_one_machine_and_no_empty
     assert header == ["ranks", "pieces", "images", "group", "memory", "sent", "a", "step"]
     assert [line[0] for line in lines] == ["1", "2", "4", "8"]
     assert "?" not in text(made)
+    assert "; in the log Python and torch are in it, too\n" in text(made), "there the peak is the process's"
     assert text(made).endswith(
         "\nspeed and network are not known: --images-per-second and --bandwidth would say where it stops"
     )
