@@ -10,7 +10,7 @@ help:
 	@echo "make demo       the first run: small built-in data set, training, result"
 	@echo "make test       all tests          make test-fast   those of a few seconds"
 	@echo "make test-oldest    those of a few seconds, with the oldest packages that setup.cfg allows (5 GB of disk)"
-	@echo "make lint       ruff and mypy      make bench       measurements of what a run learns"
+	@echo "make lint       ruff and mypy      make bench       what a run learns: README's table anew (CIFAR=FOLDER adds CIFAR-10's)"
 	@echo "make api        the API reference from the docstrings, in build/api"
 	@echo "make bench-faults   kills, preemptions, lost nodes and full disks, many times each (more than an hour, root, SLURM)"
 	@echo "make gpu        all that is proved and measured on a GPU, in 8 minutes (benchmarks/gpu.py)"
@@ -67,8 +67,14 @@ api: $(VENV)/.installed-dev
 	$(BIN)/python docs/api.py build/api
 	@echo "open build/api/index.html"
 
-bench: $(VENV)/.installed-dev demo
+# Five seeds of the demo (15 minutes), and with CIFAR=FOLDER of train.parquet and test.parquet three of its recipe (40). Writes README's table.
+bench: $(VENV)/.installed-dev
+	test -z "$(CIFAR)" || ls $(CIFAR)/train.parquet $(CIFAR)/test.parquet
+	rm -rf benchmarks/results/demo.json runs/demo-seed-* runs/demo-control-*
 	$(BIN)/python benchmarks/demo_seeds.py
+	test -z "$(CIFAR)" || rm -rf benchmarks/results/recipe.json runs/recipe
+	test -z "$(CIFAR)" || $(BIN)/python benchmarks/recipe.py --train $(CIFAR)/train.parquet --test $(CIFAR)/test.parquet --folder runs/recipe
+	$(BIN)/python benchmarks/tables.py
 
 # Prints the tables that benchmarks/RESULTS.md holds.
 bench-faults: $(VENV)/.installed-dev

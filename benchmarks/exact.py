@@ -2,7 +2,7 @@
 
     python benchmarks/exact.py
 
-The runs are those of step.py: the network, batch and optimizer of configs/cifar10_cpu.yaml, on JPEG images of 32 pixels. With
+The runs are those of step.py: the network and optimizer of configs/cifar10_cpu.yaml, on JPEG images of 32 pixels. With
 `exact` a rank has one thread; otherwise the ranks share the cores. All live all the time and stand still but for their turn (as
 in threads.py), so that a round sees them within a minute.
 """

@@ -23,7 +23,8 @@ from loss import hardware, installed, spread
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_dist.method.optim import LARS, Group, parameter_groups
+from simclr_dist.method.lars import LARS, Group
+from simclr_dist.method.optim import parameter_groups
 
 DROPPED = 3
 RATE, MOMENTUM, WEIGHT_DECAY, TRUST = 0.1, 0.9, 1e-6, 0.001

@@ -19,10 +19,7 @@ A signal's sign is set so that more should be better. Spearman's rho, and the 95
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,29 +27,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import small_runs
 import torch
 from scipy.stats import spearmanr
+from small_runs import BENCHMARKS
 from torch import Tensor
 
-from simclr_dist.convert.shards import write_shards
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.encoder.file import load_encoder
 from simclr_dist.encoder.names import encoder_path
 from simclr_dist.evaluate.features import views
 from simclr_dist.evaluate.features.extraction import extract
-from simclr_dist.evaluate.protocols.knn import weighted_knn
-from simclr_dist.evaluate.protocols.linear import linear_probe
 from simclr_dist.evaluate.signals import alignment, effective_rank, pairs
 from simclr_dist.run.folder import read_metrics
 
-HERE = Path(__file__).resolve().parents[1]
 BASE: dict[str, object] = {
-    "global_batch_size": 256, "steps": 600, "data.workers": 0, "optim.warmup_steps": 60, "checkpoint.every": 600,
-    "log.every": 10, "log.tensorboard": False,
+    **small_runs.OLD, "global_batch_size": 256, "steps": 600, "data.workers": 0, "optim.warmup_steps": 60,
+    "checkpoint.every": 600, "log.every": 10, "log.tensorboard": False,
 }  # fmt: skip
 IMAGES, VOTING, ASKING, SMALL = 16_000, 6_000, 4_000, 1_000
 CONTROL = "shuffled pairs"
-K, VIEWS, ANCHORS = 200, 8, 500
+VIEWS, ANCHORS = 8, 500
 RUNS: dict[str, dict[str, object]] = {
     "base": {},
     "no colour": {"views.jitter": 0, "views.gray": 0},
@@ -72,7 +67,7 @@ RUNS: dict[str, dict[str, object]] = {
     "rate 1e-3": {"optim.base_lr": 1e-3},
     "temperature .5": {"loss.temperature": 0.5},
     "z of 8 numbers": {"model.projector_dim": 8},
-    "DCL": {"loss.decoupled": "true"},
+    "DCL": {"loss.decoupled": True},
     "seed 2": {"seed": 2},
 }  # fmt: skip
 
@@ -85,41 +80,24 @@ SAME_OBJECTIVE = (
 
 def make_shards(cifar: Path, folder: Path) -> None:
     """Write the shards `train`, its part `small`, `voting` (a part of it, too), and `asking`, once."""
-    table = pq.read_table(cifar)
-    order = np.random.default_rng(0).permutation(len(table))
+    order = np.random.default_rng(0).permutation(pq.read_metadata(cifar).num_rows)
     parts = {
         "train": order[:IMAGES], "small": order[:SMALL], "voting": order[:VOTING], "asking": order[IMAGES : IMAGES + ASKING],
     }  # fmt: skip
-    for name, rows in parts.items():
-        if not (folder / name / "manifest.parquet").is_file():
-            pq.write_table(table.take(rows), folder / f"{name}.parquet")
-            write_shards(folder / f"{name}.parquet", folder / name, processes=1)
+    small_runs.write_parts(cifar, folder, parts)
 
 
 def train(name: str, folder: Path) -> list[Path]:
     """Train the run, or find it done; its three encoders."""
     run, settings = folder / name.replace(" ", "-"), {**BASE, **RUNS[name]}
     steps = int(str(settings["steps"]))
-    settings["data.shards"] = folder / str(settings.get("data.shards", "train"))
-    settings |= {"run_folder": run, "checkpoint.export_every": steps // 3}
+    settings["data.shards"] = str(folder / str(settings.get("data.shards", "train")))
+    settings |= {"run_folder": str(run), "checkpoint.export_every": steps // 3}
     encoders = [encoder_path(run, steps * third // 3) for third in (1, 2, 3)]
     if not all(path.is_file() for path in encoders):
-        program = [HERE / "benchmarks" / "shuffled_positives.py"] if name == CONTROL else ["-m", "simclr_dist.train"]
-        pairs = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *map(str, program), str(HERE / "configs" / "cifar10_cpu.yaml"), *pairs]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        program = [str(BENCHMARKS / "shuffled_positives.py")] if name == CONTROL else ["-m", "simclr_dist.train"]
+        small_runs.train(settings, program)
     return encoders
-
-
-def accuracies(encoder: Any, folder: Path) -> tuple[dict[str, float], Tensor]:
-    """Top-1 in percent by kNN and the linear probe; and h [n, d] of the images asked."""
-    sets = {name: ShardDataset(folder / name) for name in ("voting", "asking")}
-    voting, asking = (extract(images, {"h": encoder}, encoder.card, title=name)["h"] for name, images in sets.items())
-    votes = weighted_knn(voting.h, voting.label, asking.h, k=K, classes=10)
-    predict, _ = linear_probe(voting.h, voting.label, classes=10, l2=1e-2)
-    of = {"knn": votes, "linear": predict(asking.h)}
-    return {name: 100 * float((one.argmax(1) == asking.label).double().mean()) for name, one in of.items()}, asking.h
 
 
 def random_views(encoder: Any, folder: Path) -> Tensor:
@@ -194,7 +172,7 @@ def of_training(run: Path, step: int) -> dict[str, float]:
 def measure(encoder_file: Path, folder: Path) -> dict[str, Any]:
     """All of one encoder."""
     encoder = load_encoder(encoder_file)
-    accuracy, h = accuracies(encoder, folder)
+    accuracy, h = small_runs.judge(encoder, folder / "voting", folder / "asking", l2=1e-2)
     of_views = random_views(encoder, folder)
     behind: Any = load_encoder(encoder_file, layer="z")
     with torch.inference_mode():
@@ -272,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar", type=Path, help="CIFAR-10's training images as Parquet")
     parser.add_argument("--folder", type=Path, help="where shards and runs go; without it the results are printed again")
-    parser.add_argument("--results", type=Path, default=HERE / "benchmarks" / "results" / "signals.json")
+    parser.add_argument("--results", type=Path, default=BENCHMARKS / "results" / "signals.json")
     told = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # scipy's of signals that do not move

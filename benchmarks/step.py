@@ -2,7 +2,7 @@
 
     python benchmarks/step.py
 
-The run is `simclr-dist train` with the network, batch and optimizer of configs/cifar10_cpu.yaml, on JPEG images of 32 pixels:
+The run is `simclr-dist train` with the network and optimizer of configs/cifar10_cpu.yaml, in fp32 on JPEG images of 32 pixels:
 reading, views, encoder, projector, all-gather, NT-Xent, gradient exchange, clipping, optimizer, log.every 3. Bare is the same
 encoder, in training mode, over as many pixels (two views of each image): forward, the sum of its output, backward, without
 gradient exchange, on tensors that are already there. With two ranks each has half of the batch and one thread. All live all
@@ -42,6 +42,7 @@ def recipe(batch: int, encoder: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
     name, _, stem = encoder.partition(":")
     more: dict[str, Any] = {"global_batch_size": batch, "steps": 100_000, "checkpoint": {"every": 100_000}}
+    more["precision"] = "fp32"  # as the bare network
     more |= {"model": {**config["model"], "encoder": name, "stem": stem}, "data": {"workers": 1}}
     return {**config, **more, "log": {"every": EVERY, "tensorboard": False}}
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from simclr_dist.data.reader import ShardDataset
     from simclr_dist.encoder.file import load_encoder
+    from simclr_dist.method.lars import LARS
     from simclr_dist.method.loss import NTXentLoss
-    from simclr_dist.method.optim import LARS
     from simclr_dist.train.session import train
 
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __all__ = ["LARS", "NTXentLoss", "ShardDataset", "load_encoder", "train"]
 
 _HOMES = {
     "NTXentLoss": "method.loss",
-    "LARS": "method.optim",
+    "LARS": "method.lars",
     "ShardDataset": "data.reader",
     "load_encoder": "encoder.file",
     "train": "train.session",  # while simclr_dist.train is not imported: that is a module which does the same when it is called

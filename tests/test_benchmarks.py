@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from simclr_dist.config.load import load_config
+from simclr_dist.config.strict_yaml import spell
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -125,3 +130,127 @@ def test_targets_are_judged(gpu: argparse.Namespace, tmp_path: Path, monkeypatch
     assert rows["N = 4096, reference"]["value"] == "out of memory"
     assert rows["N = 4096, lightly"]["value"] == "failed: TypeError: no such argument"
     assert not any(row["failed"] for row in rows.values()), "a peer's fault is no fault"
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """The learning curves' module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import curves
+
+    return curves
+
+
+def test_equal_settings_are_equal(curves: argparse.Namespace, tmp_path: Path) -> None:
+    """A recipe that changes later changes its own curve alone, but for the network."""
+    own, equal = (
+        curves.config_for("a run", tmp_path, curves.SETS["cifar"], tmp_path, 115_200, choice=c) for c in (None, (2e-3, 0.2))
+    )
+    assert own.global_batch_size * own.steps == pytest.approx(115_200, abs=own.global_batch_size)
+    assert (equal.global_batch_size, equal.steps, equal.peak_lr, equal.loss.temperature) == (256, 450, 2e-3, 0.2)
+    assert (equal.optim.name, equal.optim.clip_norm, equal.precision) == ("adamw", 0, "fp32")
+    assert dataclasses.replace(equal.model, projector_dim=own.model.projector_dim) == own.model
+    assert [curves.stops(steps) for steps in (450, 4, 1)] == [[56, 112, 224, 450], [1, 2, 4], [1]]
+
+
+def test_curves_of_a_result(curves: argparse.Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def record(knn: list[float], cpu: float) -> dict[str, list[float]]:
+        return {"images": [256, 512], "cpu": [cpu, 2 * cpu], "asked": [100], "knn": knn, "linear": [50, 50]}
+
+    results = {"about": {}, "cifar ours 0": record([40, 60], 10), "cifar ours 1": record([44, 60], 10)}
+    results |= {"cifar lightly 0": record([30, 50], 100), "tuning lightly 0.001 0.2": record([1, 1], 1)}
+    first, last = curves.curve(results, "cifar", "ours")
+    assert first.knn == pytest.approx((42, 1.96 * (8 / 2 + 42 * 58 / 100) ** 0.5))
+    assert last.knn == pytest.approx((60, 1.96 * 24**0.5))
+    assert curves.work_to_reach([first, last], "knn", 51) == "15"
+    assert curves.work_to_reach([first, last], "knn", 61) == "never"
+    curves.report(results, tmp_path / "curves.png")
+    assert "| lightly, knn 50.0 | 14 | 200 |" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_are_chosen_by_both_accuracies(curves: argparse.Namespace, tmp_path: Path) -> None:
+    told = argparse.Namespace(folder=tmp_path, images=115_200)
+    jobs = curves.tuning_jobs(told)
+    assert len(jobs) == 18
+    results = {job.name: {"knn": [1.0], "linear": [2.0]} for job in jobs.values()}
+    for system, rate, temperature in (("ours", 5e-3, 0.1), ("lightly", 1e-3, 0.5), ("stable", 2e-3, 0.2)):
+        results[jobs[system, rate, temperature].name] = {"knn": [0.0], "linear": [9.0]}
+    assert curves.choose(results, jobs) == {"ours": (5e-3, 0.1), "lightly": (1e-3, 0.5), "stable": (2e-3, 0.2)}
+
+
+def test_missing_libraries_are_one_line(curves: argparse.Namespace, tmp_path: Path) -> None:
+    found, line = curves.versions(str(tmp_path / "python"))
+    assert not found
+    assert line.startswith(f"--peers {tmp_path}/python: No such file or directory; make one")
+    assert "\n" not in line
+    assert "pip install lightly==" in line
+
+
+def test_recipes_are_accepted_and_each_seed_is_measured_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import recipe
+
+    for changes in recipe.RECIPES.values():
+        settings = {**recipe.QUIET, **changes}
+        config = load_config(recipe.small_runs.RECIPE, [w for key, v in settings.items() for w in (f"--{key}", spell(v))])
+        assert config.optim.name == ("adamw" if changes is recipe.BEFORE else "muon")
+    done: list[tuple[str, int]] = []
+
+    def measure(run: tuple[str, int], _: object) -> dict[str, float]:
+        done.append(run)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return {"knn": 50 + run[1], "linear": 60, "cpu_seconds": 100}
+
+    monkeypatch.setattr(recipe, "measure", measure)
+    monkeypatch.setattr(recipe.small_runs, "write_parts", lambda *_: None)
+    for name in ("train", "test"):
+        pq.write_table(pa.table({"image": [b""]}), tmp_path / f"{name}.parquet")
+    told = [f"--train={tmp_path / 'train.parquet'}", f"--test={tmp_path / 'test.parquet'}", f"--folder={tmp_path / 'runs'}"]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *told, f"--results={tmp_path / 'results.json'}", "--at-once=1"])
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main()
+    recipe.main()
+    assert sorted({*done}) == sorted((name, seed) for name in recipe.RECIPES for seed in range(3))
+    assert [done.count(run) for run in done[:3]] == [1, 1, 1], "what the file holds is not measured again"
+    lines = list(recipe.table(json.loads((tmp_path / "results.json").read_text())))
+    assert lines[-1] == "| the recipe | 3 | 100 (100 to 100) | 51.0 (50.0 to 52.0) | 60.0 (60.0 to 60.0) |"
+    results = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**results, "recipe": {**results["recipe"], "steps": 1}}))
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "results.json: was measured with another recipe; name another file" in capsys.readouterr().err
+
+
+def test_readmes_table_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    plain = {"raw_pixels": 20.94, "untrained": 30}
+    of = [{by: {**plain, "trained": trained} for by in ("knn", "linear")} for trained in (70, 80)]
+    published = {by: {"results": {name: {"top1": value} for name, value in plain.items()}} for by in ("knn", "linear")}
+    run = {"0": {"knn": 60, "linear": 65, "cpu_seconds": 280.6}}
+    for file, what in {
+        "demo": {"runs": {"seed 0": of[0], "seed 1": of[1], "control, seed 0": of[0]}},
+        "recipe": {"runs": {"the recipe": run, "half of the steps": run}},
+        "cifar10_cpu/eval": {"protocols": published},
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.json").write_text(json.dumps(what))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = tables.README.read_text(encoding="utf-8")
+    written = tables.written(text)
+    assert (
+        "2 seeds, mean (lowest to highest) | 20.9 / 20.9 | 30.0 / 30.0 | 75.0 (70.0 to 80.0) / 75.0 (70.0 to 80.0) |" in written
+    )
+    assert "| CIFAR-10, small ResNet, 281 CPU seconds, 1 seeds | 20.9 / 20.9 | 30.0 / 30.0 | 60.0 (60.0 to 60.0) /" in written
+    assert tables.written(written) == written
+    assert (written.split(tables.BEGIN)[0], written.split(tables.END)[1]) == (
+        text.split(tables.BEGIN)[0],
+        text.split(tables.END)[1],
+    )
+    with pytest.raises(AssertionError, match="has no place for the table"):
+        tables.written(text.replace(tables.END, ""))

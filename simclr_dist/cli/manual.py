@@ -73,7 +73,7 @@ shard PHOTOS data/mine --split 0.8/0.2 --short-side 256
 shard PHOTOS data/mine --split 0.8/0.1/0.1
 shard images.parquet data/mine --strict
 train configs/cifar10_cpu.yaml
-train my.yaml --processes 2 --global_batch_size 512 --optim.name adamw
+train my.yaml --processes 2 --global_batch_size 512 --loss.temperature 0.2
 train my.yaml --run_folder runs/sweep --sweep optim.base_lr=0.1,0.3 --sweep seed=0,1
 train my.yaml --nnodes 2 --rdzv-endpoint 10.0.0.1:29500
 eval runs/mine/encoders/step-00001000.safetensors --train data/mine/train --test data/mine/test

@@ -169,7 +169,7 @@ class OptimConfig:
     """Optimizer and learning rate."""
 
     name: str = "lars"
-    """`lars`, `sgd`, `adamw`, or `torch_optimizer.NAME` for one of torch-optimizer's."""
+    """`lars`, `muon`, `sgd`, `adamw`, or `torch_optimizer.NAME` for one of torch-optimizer's."""
     base_lr: NonNegative = 0.3
     """Learning rate before the rule below."""
     lr_rule: Literal["linear", "sqrt", "constant"] = "linear"
@@ -177,9 +177,9 @@ class OptimConfig:
     weight_decay: NonNegative = 1e-6
     """Weight decay of the weights of linear layers and convolutions (never of norms, biases, positions and tokens)."""
     momentum: Annotated[float, Range(least=0, below=1)] = 0.9
-    """Momentum of lars and sgd."""
+    """Momentum of lars, muon and sgd."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Averaging of adamw's gradient and of its square; large batches want 0.95 for the latter."""
+    """Averaging of adamw's gradient and of its square (of muon's, for what is no weight); large batches want 0.95 there."""
     trust_coefficient: NonNegative = 0.001
     """LARS's eta."""
     warmup_epochs: NonNegative = 10.0

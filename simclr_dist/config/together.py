@@ -13,7 +13,7 @@ from simclr_dist.config.ranges import LARGEST, out_of_range
 from simclr_dist.config.settings import ENCODERS, Config, DataConfig, ModelConfig, OptimConfig, ProbeConfig
 from simclr_dist.config.strict_yaml import spell, suggest
 from simclr_dist.system.errors import ConfigError, redact, shown
-from simclr_dist.system.machine import cpp_compiler, memory_bytes, most_processes
+from simclr_dist.system.machine import cpp_compiler, has_bfloat16, memory_bytes, most_processes
 
 RGB = ("red", "green", "blue")
 BLURRING_PRESETS = ("imagenet",)
@@ -174,7 +174,7 @@ def optimizer_names() -> tuple[str, ...]:
         match node:
             case ast.Assign(targets=[ast.Name("_package_opts")], value=ast.List(classes)):  # what its `get` takes
                 names = sorted(ast.unparse(cls).lower() for cls in classes)
-    return ("lars", *TORCH_OPTIMIZERS, *(f"torch_optimizer.{name}" for name in names if name not in REFUSED_OPTIMIZERS))
+    return ("lars", "muon", *TORCH_OPTIMIZERS, *(f"torch_optimizer.{name}" for name in names if name not in REFUSED_OPTIMIZERS))
 
 
 def _check_optimizer(config: Config, refuse: _Refuse) -> None:
@@ -186,12 +186,15 @@ def _check_optimizer(config: Config, refuse: _Refuse) -> None:
         refuse("optim.name", f"is unknown{suggest(name, optimizer_names())}; known: {', '.join(optimizer_names())}")
     if third_party in CONTIGUOUS_OPTIMIZERS and config.channels_last:
         refuse("optim.name", "cannot update weights in channels_last order; set channels_last to false, or take another")
-    if config.optim.momentum != OptimConfig.momentum and name not in ("lars", "sgd", "torch_optimizer.lars"):
-        refuse("optim.momentum", f"has no effect on {name}; leave it out")
-    if config.optim.betas != OptimConfig.betas and name != "adamw":
-        refuse("optim.betas", f"has no effect on {name}; leave it out")
-    if config.optim.trust_coefficient != OptimConfig.trust_coefficient and name not in ("lars", "torch_optimizer.lars"):
-        refuse("optim.trust_coefficient", f"has no effect on {name}; leave it out")
+    used = {
+        "momentum": ("lars", "muon", "sgd", "torch_optimizer.lars"),
+        "betas": ("adamw", "muon"),
+        "trust_coefficient": ("lars", "torch_optimizer.lars"),
+    }
+    for key, names in used.items():
+        plain = getattr(OptimConfig, key)
+        if getattr(config.optim, key) != plain and name not in names:
+            refuse(f"optim.{key}", f"has no effect on {name}; leave it out, or set it to its default {spell(plain)}")
     if third_party == "lars" and config.optim.weight_decay == 0:
         refuse("optim.name", "turns its own adaptation off at weight_decay 0; use lars, or set optim.weight_decay above 0")
 
@@ -229,12 +232,17 @@ def check_fits(config: Config, samples: int, world_size: int, done: int = 0) -> 
         raise ConfigError(f"{length}: {why}; ask for more, or name another run_folder")
 
 
-def doubts(config: Config, samples: int, world_size: int, side: int, short_side: float | None) -> Iterator[str]:
+def doubts(
+    config: Config, samples: int, world_size: int, side: int, short_side: float | None, *, on_cpu: bool
+) -> Iterator[str]:
     """Yield a line for each setting that is allowed and seldom meant.
 
     `side`: of a view in pixels; `short_side`: of the median image, None where it is not known.
     """
     batch = config.global_batch_size
+    if on_cpu and config.precision == "bf16" and not has_bfloat16():
+        slower = "a step takes 1.4 times as long as in fp32 with AVX-512, and 9 times without"
+        yield f"precision: bf16: this CPU has no instructions for it: {slower}; --precision fp32 learns the same"
     if config.warmup_steps(samples) == config.total_steps(samples):
         yield f"optim.warmup_epochs: all {config.total_steps(samples)} steps are warm-up, so the rate never falls; lower it"
     if 2 * batch > samples:

@@ -107,10 +107,7 @@ def write_part(
     _check_range("part", part, 1, parts)
     conversion = _Conversion(source, destination, settings, parts=parts, processes=processes, progress=progress)
     conversion.check_unused()
-    with (
-        refusing(f"{conversion.destination}: cannot be written"),
-        hold(conversion.destination, conversion.about, part) as partial,
-    ):
+    with hold(conversion.destination, conversion.about, part) as partial:
         with conversion.workers(share := range(part - 1, len(conversion.source.chunks), parts)) as run:
             good, bad, first_bad = conversion.decode(partial, share, run)
         if strict and bad:

@@ -1,4 +1,4 @@
-"""Ask what this machine has: cores, memory, processes, a compiler. Rule its threads."""
+"""Ask what this machine has: cores, memory, processes, bfloat16, a compiler. Rule its threads."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from simclr_dist.system.errors import ConfigError
 
-_GROUPS, _MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_GROUPS, _MINE, _CPUINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/cpuinfo")
 
 
 def cores() -> int:
@@ -69,6 +69,16 @@ def _limits(path: Path) -> list[int]:
     with suppress(OSError, ValueError):  # it is not there, or says "max"
         return [int(path.read_text())]
     return []
+
+
+def has_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 by instructions of its own. True where it does not say."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return True
+    words = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    return not words or not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def cpp_compiler() -> str:

@@ -202,7 +202,8 @@ class Trainer:
         if unfinished:
             self.monitor.say(described)
             short_side = self.images.manifest.short_side if isinstance(self.images, ShardDataset) else None
-            for doubt in doubts(config, len(self.images), self.world.size, self.view_settings.image_size, short_side):
+            on_cpu, side = self.world.device.type == "cpu", self.view_settings.image_size
+            for doubt in doubts(config, len(self.images), self.world.size, side, short_side, on_cpu=on_cpu):
                 self.monitor.say(f"WARNING: {doubt}")
             problem = together(lambda: kernel_problem(config, embedding_size(config, self.learner.model), self.world))
             if self.world.device.type == "cuda":

@@ -738,10 +738,21 @@ def test_a_batch_of_one_has_no_negatives(file: Path) -> None:
 def test_what_is_seldom_meant_is_said_with_its_numbers(
     batch: int, samples: int, ranks: int, side: int, short_side: float | None, lines: list[str]
 ) -> None:
-    said = list(doubts(Config(global_batch_size=batch), samples, ranks, side, short_side))
+    said = list(doubts(Config(global_batch_size=batch), samples, ranks, side, short_side, on_cpu=True))
     assert len(said) == len(lines)
     for line, begin in zip(said, lines, strict=True):
         assert line.startswith(begin)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("able", [False, True])
+def test_bfloat16_without_instructions_is_said(
+    monkeypatch: pytest.MonkeyPatch, precision: Any, on_cpu: bool, able: bool
+) -> None:
+    monkeypatch.setattr("simclr_dist.config.together.has_bfloat16", lambda: able)
+    said = list(doubts(Config(global_batch_size=256, precision=precision), 10**6, 1, 32, None, on_cpu=on_cpu))
+    assert [line.split(": this")[0] for line in said] == ["precision: bf16"] * (precision == "bf16" and on_cpu and not able)
 
 
 @given(*(st.integers(1, 40) for _ in range(3)), st.integers(0, 12), st.integers(0, 12))

@@ -13,7 +13,7 @@ _VIT = {"encoder": "timm/test_vit", "stem": "imagenet", "drop_path": 0.2}
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {"exact_piece": 2},
     "bfloat16": {"exact_piece": 2, "precision": "bf16", "optim": {"name": "adamw", "base_lr": 1e-3}},
-    "float32, micro-batches": {"exact_piece": 1, "micro_batches": 2},
+    "float32, micro-batches": {"exact_piece": 1, "micro_batches": 2, "optim": {"name": "muon", "base_lr": 1e-2}},
     "float32, a ViT with drop path": {"exact_piece": 2, "model": _VIT, "views": {"image_size": 32}},
 }
 

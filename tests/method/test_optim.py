@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from host_sync import no_host_sync
 from simclr_dist.config.together import CONTIGUOUS_OPTIMIZERS, REFUSED_OPTIMIZERS, optimizer_names
 from simclr_dist.method.encoders import build_encoder
-from simclr_dist.method.optim import LARS, build_optimizer, learning_rate, parameter_groups, step_unless
+from simclr_dist.method.lars import LARS
+from simclr_dist.method.optim import build_optimizer, learning_rate, parameter_groups, step_unless
 
 
 def _parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -57,7 +58,7 @@ def _official_lars(weights: list[Tensor], groups: list[tuple[slice, float, bool]
 @pytest.mark.parametrize("skippable", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_lars_is_the_official_one(monkeypatch: pytest.MonkeyPatch, decay: float, skippable: bool, foreach: bool) -> None:
-    monkeypatch.setattr("simclr_dist.method.optim._CACHE_BYTES", 300)
+    monkeypatch.setattr("simclr_dist.method.lars._CACHE_BYTES", 300)
     weights = _parameters()
     start = [weight.detach().clone() for weight in weights]
     rates = [learning_rate(step, peak=4.8, warmup_steps=10, total_steps=50) for step in range(50)]
@@ -175,7 +176,7 @@ def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor
     return tensors
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "torch_optimizer.yogi"])
+@pytest.mark.parametrize("name", ["lars", "muon", "sgd", "adamw", "torch_optimizer.yogi"])
 @pytest.mark.parametrize("first", [0, 3], ids=["at once", "after three steps"])
 def test_a_skipped_step_changes_nothing(name: str, first: int) -> None:
     """Two runs, one of which meets non-finite gradients on the way: they stay equal, bit for bit."""
@@ -199,7 +200,7 @@ def test_a_skipped_step_changes_nothing(name: str, first: int) -> None:
     assert all(map(torch.equal, *ends))
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "muon", "sgd", "adamw"])
 def test_skipping_is_decided_on_the_device(name: str) -> None:
     """No read of the flag by the host, for those that can do without."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -364,7 +365,7 @@ def test_every_optimizer_steps_and_is_saved(name: str) -> None:
 
 
 def test_every_name_of_torch_optimizer_is_offered_or_refused() -> None:
-    offered = {name.removeprefix("torch_optimizer.") for name in optimizer_names()} - {"sgd", "adamw"}
+    offered = {name.removeprefix("torch_optimizer.") for name in optimizer_names()} - {"muon", "sgd", "adamw"}
     assert not offered & set(REFUSED_OPTIMIZERS)
     assert offered | set(REFUSED_OPTIMIZERS) == set(torch_optimizer._NAME_OPTIM_MAP)
 

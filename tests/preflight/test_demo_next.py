@@ -49,11 +49,11 @@ def test_the_demo_removes_no_images_of_others(tmp_path: Path, monkeypatch: pytes
         path.parent.mkdir()
         path.write_text("a picture")
     with pytest.raises(DataError, match=r"test: exists and is not empty; name a new folder$"):
-        demo._prepare_images()
+        demo.prepare_images()
     assert [path.read_text() for path in mine] == ["a picture"] * 2
     assert len(load_manifest(tmp_path / "train")) == 20
     mine.pop().unlink()
-    demo._prepare_images()
+    demo.prepare_images()
     assert len(load_manifest(tmp_path / "test")) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "test", "train"]
     assert mine[0].exists()

@@ -26,3 +26,22 @@ def test_the_least_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert machine.most_processes() == 77
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert machine.most_processes() == 1000
+
+
+@pytest.mark.parametrize(
+    ("said", "able"),
+    [
+        ("model name\t: an older one\nflags\t\t: fpu sse4_2 avx2 avx512f\n", False),
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd i8mm bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("cpu\t\t: POWER9\n", True),
+        (None, True),
+    ],
+)
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str | None, able: bool) -> None:
+    if said is not None:
+        (tmp_path / "cpuinfo").write_text(said)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.has_bfloat16() is able

@@ -58,6 +58,7 @@ def _views(config: Config) -> Views:
         {"micro_batches": 2, "precision": "bf16"},
         {"micro_batches": 2, "activation_checkpointing": True},
         {"optim": OptimConfig(name="adamw")},
+        {"optim": OptimConfig(name="muon")},
         {"optim": OptimConfig(name="sgd")},
         {"loss": LossConfig(decoupled=True, scale=2)},
         {"model": dataclasses.replace(CONFIG.model, projector_dim=512)},  # wider than the kernels take: tiles
@@ -66,7 +67,7 @@ def _views(config: Config) -> Views:
             "views": ViewsConfig(),
         },
     ],
-    ids=["fp32", "bf16", "fp16", "pieces", "checkpointed", "adamw", "sgd", "decoupled", "wide", "vit"],
+    ids=["fp32", "bf16", "fp16", "pieces", "checkpointed", "adamw", "muon", "sgd", "decoupled", "wide", "vit"],
 )
 def test_a_step(changes: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, **changes)
@@ -92,6 +93,9 @@ def test_a_step(changes: dict[str, Any]) -> None:
         for parameter in learner.model.parameters():
             assert parameter.grad is not None
             assert (parameter.device, parameter.dtype, parameter.grad.stride()) == (DEVICE, torch.float32, parameter.stride())
+        of_host = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.cpu(), learner.optimizer.state_dict())
+        learner.optimizer.load_state_dict(of_host)  # as a checkpoint has it
+        learner.optimizer.step()
         state = [value for of in learner.optimizer.state.values() for value in of.values()]
         assert {tensor.device for tensor in [*learner.model.buffers(), *learner.counters.values(), *state]} == {DEVICE}
     wide = config.model.projector_dim > 256

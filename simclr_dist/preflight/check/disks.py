@@ -57,10 +57,11 @@ def shards(config: Config, world: World) -> list[Finding]:
         return [Finding("shards", "failure", f"{config.data.shards}: not the same images on every rank", "copy them anew")]
     if misfit is not None:  # on every rank, since the manifest is the same
         return [Finding("shards", "failure", *misfit)]
-    side, short_side = view_settings(config).image_size, images.manifest.short_side
+    side, short_side, on_cpu = view_settings(config).image_size, images.manifest.short_side, world.device.type == "cpu"
+    doubted = doubts(config, len(images), world.size, side, short_side, on_cpu=on_cpu)
     return [
         Finding("shards", "ok", f"{read} images a rank are whole; the slowest rank reads {min(rates):.0f} MiB/s"),
-        *(Finding("shards", "warning", doubt) for doubt in doubts(config, len(images), world.size, side, short_side)),
+        *(Finding("shards", "warning", doubt) for doubt in doubted),
     ]
 
 

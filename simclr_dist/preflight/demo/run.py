@@ -31,7 +31,7 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
         print(f"{run} is a finished run; remove the folder to start anew\n")
     else:
         with Progress("images"):
-            _prepare_images()
+            prepare_images()
         if code := torchrun(processes, ["-m", "simclr_dist.train", str(CONFIG), *overrides], run):
             return code
         with Progress("evaluation"):
@@ -49,7 +49,8 @@ def run_demo(run: Path, *, seed: int = 0, processes: int = 2) -> int:
     return 0
 
 
-def _prepare_images() -> None:
+def prepare_images() -> None:
+    """Generate the images and make shards of them, unless they are there."""
     if (DATA / "test" / MANIFEST_NAME).exists():
         return
     images = DATA / ".simclr-dist-images"  # a name that is nobody else's, since it is removed

@@ -65,7 +65,9 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
         pieces = local // (config.micro_batches * config.exact_piece)
         exchange = max(sum(footprint.tensors[some]) for some in groups(footprint.tensors, pieces)) * (number * pieces + 24)
     decays_copies = config.optim.name == "lars" and on_cuda and config.optim.weight_decay
-    copies = footprint.decayed_parameters * number if decays_copies else 0
+    # Muon's are of one shape at a time, 6 of a wide matrix and 12 of a square one: less than 4 of all networks' weights.
+    copied = 4 if config.optim.name == "muon" else bool(decays_copies)
+    copies = footprint.decayed_parameters * number * copied
 
     view = local * config.data.channels * footprint.side**2 * 4
     z = 2 * local * dim * number

@@ -77,7 +77,9 @@ def test_micro_batches_and_processes() -> None:
     assert rows["memory a rank: activations"].endswith("kept for the backward of 512 views at a time")
 
 
-@pytest.mark.parametrize(("name", "times"), [("lars", 1), ("sgd", 1), ("adamw", 2), ("torch_optimizer.yogi", None)])
+@pytest.mark.parametrize(
+    ("name", "times"), [("lars", 1), ("muon", 1), ("sgd", 1), ("adamw", 2), ("torch_optimizer.yogi", None)]
+)
 def test_optimizer_memory(name: str, times: int | None) -> None:
     rows = table(paper(optim=OptimConfig(name=name)), samples=IMAGENET)
     weights = float(rows["memory a rank: weights"].removesuffix(" MiB"))
