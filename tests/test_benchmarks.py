@@ -254,3 +254,11 @@ def test_readmes_table_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
     with pytest.raises(AssertionError, match="has no place for the table"):
         tables.written(text.replace(tables.END, ""))
+
+
+def test_readmes_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    text = tables.README.read_text(encoding="utf-8")
+    assert tables.written(text) == text, "python benchmarks/tables.py writes it"
