@@ -23,7 +23,8 @@ from loss import hardware, installed, spread
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simclr_dist.method.lars import LARS, Group
+from simclr_dist.method.group_optimizer import Group
+from simclr_dist.method.lars import LARS
 from simclr_dist.method.optim import parameter_groups
 
 DROPPED = 3

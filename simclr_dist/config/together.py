@@ -241,7 +241,7 @@ def doubts(
     """
     batch = config.global_batch_size
     if on_cpu and config.precision == "bf16" and not has_bfloat16():
-        slower = "a step takes 1.4 times as long as in fp32 with AVX-512, and 9 times without"
+        slower = "a step takes 1.5 times as long as in fp32 with AVX-512, and 9 times without"
         yield f"precision: bf16: this CPU has no instructions for it: {slower}; --precision fp32 learns the same"
     if config.warmup_steps(samples) == config.total_steps(samples):
         yield f"optim.warmup_epochs: all {config.total_steps(samples)} steps are warm-up, so the rate never falls; lower it"

@@ -1,19 +1,17 @@
 """Build LARS, the optimizer of large batches."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-Group = dict[str, Any]
+from simclr_dist.method.group_optimizer import Group, GroupOptimizer, in_order_of
 
 _CACHE_BYTES = 2**20
 
 
-class LARS(Optimizer):
+class LARS(GroupOptimizer):
     """LARS as in SimCLR's official code (google-research/simclr, `lars_optimizer.py`; You et al. 2017).
 
     For a group with `adapt`: g += weight_decay * w; trust = eta * |w| / |g| (1 if either norm is 0); then classic momentum
@@ -23,6 +21,8 @@ class LARS(Optimizer):
     is True on CUDA and False on the CPU. `trust_ratios` are those of the last step, in device tensors: one for each weight
     with a gradient in a group with `adapt`, in the order of the parameters. Raises ValueError for a negative or infinite rate.
     """
+
+    RATES = (*GroupOptimizer.RATES, "trust_coefficient")
 
     def __init__(
         self,
@@ -37,30 +37,14 @@ class LARS(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"trust_coefficient": trust_coefficient, "adapt": adapt})
-        self._step_supports_amp_scaling = True
         self.trust_ratios: list[Tensor] = []
         self._foreach = foreach
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add parameters with settings of their own. The others are those of the optimizer."""
-        bounds = {"lr": math.inf, "momentum": 1, "weight_decay": math.inf, "trust_coefficient": math.inf}
-        check_group("LARS", {**self.defaults, **param_group}, bounds)
-        super().add_param_group(param_group)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the parameters from their .grad."""
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def _step(self) -> None:
         self.trust_ratios = []
         for group in self.param_groups:
             for weights in self._portions([p for p in group["params"] if p.grad is not None]):
                 self._update(group, weights)
-        return loss
 
     def _portions(self, weights: list[Tensor]) -> Iterator[list[Tensor]]:
         """Cut a group into portions that stay in a core's cache. With `foreach` it is one portion."""
@@ -107,15 +91,3 @@ class LARS(Optimizer):
         plain: Any = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
         found_inf = getattr(self, "found_inf", None)
         torch._fused_sgd_(weights, gradients, buffers, lr=1.0, momentum=group["momentum"], found_inf=found_inf, **plain)
-
-
-def in_order_of(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Lay a gradient, or momentum, out as the weight. Fused kernels walk through memory."""
-    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
-
-
-def check_group(optimizer: str, settings: Mapping[str, Any], below: Mapping[str, float]) -> None:
-    """Refuse settings of a group that are negative or too large. Raises ValueError."""
-    for name, bound in below.items():
-        if not 0 <= settings[name] < bound:
-            raise ValueError(f"{optimizer}: {name}: {settings[name]} must be at least 0 and below {bound}")

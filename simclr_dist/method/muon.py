@@ -1,15 +1,14 @@
 """Build Muon. It makes the update of each weight matrix orthogonal, and leaves all else to AdamW."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from simclr_dist.method.lars import Group, check_group, in_order_of
+from simclr_dist.method.group_optimizer import Group, GroupOptimizer, in_order_of
 
 # Jordan's: five steps lift a singular value of a thousandth of the norm to about a half, and put the large ones near 1.
 _STEPS = 5
@@ -17,7 +16,7 @@ _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 _LEAST = 1e-15  # a norm below is taken for it: squares of much smaller numbers are 0 in float32, and so would be their norm
 
 
-class Muon(Optimizer):
+class Muon(GroupOptimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) at AdamW's rates (Liu et al. 2025).
 
     For a group with `adapt`, with a weight as the matrix w [outputs, rest]: m = momentum * m + (1 - momentum) * g;
@@ -39,23 +38,8 @@ class Muon(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "adapt": adapt}
         super().__init__(params, defaults)
-        self._step_supports_amp_scaling = True
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add parameters with settings of their own. The others are those of the optimizer."""
-        bounds = {"lr": math.inf, "momentum": 1, "weight_decay": math.inf}
-        check_group("Muon", {**self.defaults, **param_group}, bounds)
-        super().add_param_group(param_group)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the parameters from their .grad."""
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if not group["adapt"]:
@@ -67,7 +51,6 @@ class Muon(Optimizer):
                 of_shape.setdefault((shape, weight.dtype, weight.device), []).append(weight)
             for alike in of_shape.values():
                 self._update(group, alike)
-        return loss
 
     def _update(self, group: Group, weights: list[Tensor]) -> None:
         """Update weights that are matrices of one shape."""

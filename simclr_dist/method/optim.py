@@ -9,7 +9,8 @@ import torch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simclr_dist.method.lars import LARS, Group
+from simclr_dist.method.group_optimizer import Group
+from simclr_dist.method.lars import LARS
 from simclr_dist.method.muon import Muon
 
 OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "muon": 1, "adamw": 2}  # numbers that each keeps for a weight; others' are not known
