@@ -238,6 +238,12 @@ def test_a_run_without_its_kernels_says_so(shards: Path, monkeypatch: pytest.Mon
     assert line in Path("run/train.log").read_text()
 
 
+def test_bfloat16_on_a_cpu_without_it_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simclr_dist.config.together.has_bfloat16", lambda: False)
+    assert start(shards, "--precision", "bf16", steps=2) == 0
+    assert "WARNING: precision: bf16: this CPU has no instructions for it: " in Path("run/train.log").read_text()
+
+
 def test_each_step_draws_by_its_number_and_images(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout is keyed by what the loop hands in; a run that goes on counts from where it was."""
     seen: list[tuple[int, list[int]]] = []

@@ -191,7 +191,8 @@ def test_a_batch_that_the_shards_cannot_fill_is_not_blamed_on_them(
         assert "copy them anew" in rows[0][3]
 
 
-def test_what_is_seldom_meant_is_a_warning(folder: Path) -> None:
+def test_what_is_seldom_meant_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simclr_dist.config.together.has_bfloat16", lambda: False)
     one = World(0, 1, 0, torch.device("cpu"))
     assert [level for _, level, _, _ in _shards(one, _config(folder), "")] == ["ok"]
     config = dataclasses.replace(_config(folder), global_batch_size=205, views=ViewsConfig(preset="small", image_size=32))
@@ -199,6 +200,8 @@ def test_what_is_seldom_meant_is_a_warning(folder: Path) -> None:
     assert [level for _, level, _, _ in rows] == ["ok", "warning", "warning"]
     assert "a step takes 100 % of the 205 images" in rows[1][2]
     assert "views.image_size: 32: is more than the images have: the median's short side is 18 pixels" in rows[2][2]
+    [_, (_, level, line, _)] = _shards(one, dataclasses.replace(_config(folder), precision="bf16"), "")
+    assert (level, line.split(": this")[0]) == ("warning", "precision: bf16")
 
 
 def test_what_train_refuses_of_the_folder_is_a_failure_and_another_length_a_warning(folder: Path) -> None:
