@@ -112,7 +112,7 @@ class Ranks:
     def hold(self) -> None:
         """Stop everybody where they are, until SIGCONT; returns once the ranks stand still."""
         self.signal(signal.SIGSTOP)
-        until(lambda: all(_state(process.pid) in ("T", "Z", "") for process in self._processes))
+        until(lambda: all(state_of(process.pid) in ("T", "Z", "") for process in self._processes))
 
     def kill(self) -> None:
         """kill -9 of everybody at once."""
@@ -242,6 +242,14 @@ def listens(pid: int) -> bool:
     return any(line.startswith("SigCgt") and int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1 for line in lines)
 
 
+def state_of(pid: int | None) -> str:
+    """R, S, T for stopped, Z for ended; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def until(condition: Callable[[], bool], seconds: float = 120.0, pause: float = 0.01) -> None:
     """Wait, asking every `pause` seconds; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -264,14 +272,6 @@ def _rank(folder: Path, variables: dict[str, Any], group: int, arguments: list[s
     if hook is not None:
         hook()
     sys.exit(main(arguments))
-
-
-def _state(pid: int | None) -> str:
-    """R, S, T for stopped, Z for ended; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""
 
 
 def _group(pid: int | None) -> int | None:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check these machines; return the exit code. Start ranks for it unless this process is one. Raises UserError."""
     if under_torchrun():
-        signals.die_with(os.getppid())  # there is nothing to save: Ctrl-C kills torchrun, and with it all ranks
+        signals.die_with_torchrun()  # there is nothing to save: Ctrl-C kills torchrun, and with it all ranks
     if overrides and arguments.config is None:
         raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
     if arguments.only in OF_A_CONFIG and arguments.config is None:

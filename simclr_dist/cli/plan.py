@@ -13,7 +13,7 @@ from simclr_dist.cli.train import tell_start
 from simclr_dist.config.load import load_config
 from simclr_dist.launch.torchrun import torchrun
 from simclr_dist.preflight.plan.settings import PlanSettings
-from simclr_dist.system.signals import die_with, uncollected
+from simclr_dist.system.signals import die_with_torchrun, uncollected
 
 HELP = "what a config will need, before it runs"
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         tell_start(settings.processes)
         return torchrun(settings.processes, ["-m", "simclr_dist", *sys.argv[1:]])
     if under_torchrun():
-        die_with(os.getppid())  # there is nothing to save
+        die_with_torchrun()  # there is nothing to save
     with uncollected():
         from simclr_dist.preflight.plan.report import make_plan, text
 

@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
 def _train(argv: Sequence[str]) -> int:
     signals.listen()
     if under_torchrun():
-        signals.die_with(os.getppid())  # an agent that was killed leaves its ranks, with their GPUs, behind
+        signals.die_with_torchrun()  # an agent that was killed leaves its ranks, with their GPUs, behind
     if not argv or argv[0].startswith("-"):
         raise ConfigError("usage: python -m simclr_dist.train CONFIG [--key value ...]")
     read_place()

@@ -157,6 +157,7 @@ def _run_ranks(
             # its ranks would not see that nohup has had it ignored.
             agent = [f"--log-dir={folder}", "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", *agent]
             agent += [f"--nproc-per-node={processes}", "--max-restarts=0"]
+            env[signals.LAUNCHER] = str(os.getpid())
             command = ["-m", "torch.distributed.run", *agent, *command]
             code = supervise(
                 [sys.executable, *command], env=env, tell=children, give_up=lambda child: is_over(child) or _is_refused(note)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from simclr_dist.system import progress
@@ -20,6 +21,8 @@ from simclr_dist.system.errors import LAST_WORD, say
 # `sbatch --signal` sends SIGUSR1 or SIGUSR2 before a time limit; preemption and requeue send SIGTERM only. A terminal that
 # goes, as when ssh is cut off, sends SIGHUP; nohup has that ignored, and it stays so.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+
+LAUNCHER = "SIMCLR_DIST_LAUNCHER"  # variable with the process that has started torchrun, for torchrun's ranks
 
 _requested = 0
 _requested_at: float | None = None
@@ -112,6 +115,21 @@ def die_with(parent: int, number: int = signal.SIGKILL) -> None:
     """Let the kernel send us signal `number` when our `parent` ends (Linux)."""
     ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def die_with_torchrun() -> None:
+    """Let the kernel kill this rank when its torchrun ends (Linux).
+
+    While a rank starts, torchrun may have ended already: then the rank's parent is another process. Only our launcher lets it
+    tell the two apart, as the parent of torchrun.
+    """
+    parent = os.getppid()
+    die_with(parent)
+    if launcher := os.environ.pop(LAUNCHER, ""):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if f"\nPPid:\t{launcher}\n" in Path(f"/proc/{parent}/status").read_text():
+                return
         os._exit(1)
 
 

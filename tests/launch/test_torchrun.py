@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -420,6 +421,32 @@ def test_a_rank_that_starts_after_the_signal_hears_of_it(tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "agent.py"], capture_output=True, text=True, check=True)
     assert done.stdout == "10\n"
+
+
+SLOW_RANK = """
+import os, time
+from pathlib import Path
+from simclr_dist.system import signals
+agent = os.getppid()
+Path("new").write_text(str(os.getpid()))
+Path("new").rename("rank")
+while os.getppid() == agent:
+    time.sleep(0.01)
+signals.die_with_torchrun()
+Path("outlived").touch()
+"""
+
+
+def test_a_rank_that_starts_after_the_end_of_torchrun_ends_too(tmp_path: Path) -> None:
+    """Its parent is another process then, which does not end."""
+    (tmp_path / "rank.py").write_text(SLOW_RANK)
+    code = "from simclr_dist.launch.torchrun import torchrun\ntorchrun(1, ['rank.py'])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as started:
+        runs.until(lambda: (tmp_path / "rank").exists())
+        started.send_signal(signal.SIGINT)
+        assert started.communicate()[1].endswith("KeyboardInterrupt\n")
+    runs.until(lambda: runs.state_of(int((tmp_path / "rank").read_text())) in ("", "Z"))
+    assert not (tmp_path / "outlived").exists()
 
 
 # The command line
