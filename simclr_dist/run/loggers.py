@@ -59,7 +59,7 @@ class Follower:
     def __init__(self, name: str, run: Path, warn: Callable[[str], None]) -> None:
         self._name, self._warn, self._log = name, warn, run / "loggers" / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
-        command = [sys.executable, "-m", __name__, name, str(run.resolve())]
+        command = [sys.executable, "-m", __name__, name, str(run.resolve()), str(os.getpid())]
         try:
             self._log.parent.mkdir(exist_ok=True)
             with self._log.open("ab") as log:
@@ -113,13 +113,13 @@ def end_all(followers: Sequence[Follower]) -> None:
         follower.wait(max(0.0, until - time.monotonic()))
 
 
-def follow(name: str, run: Path) -> None:
+def follow(name: str, run: Path, training: int) -> None:
     """Send the lines of RUN/metrics.jsonl to a logger, as they come. Returns when the training has ended."""
     signals.ignore()  # a scheduler tells all processes: the training decides
     # A logger that hangs does not see the end of the pipe, and would hold the lock for ever. Where the training had threads,
     # this signal comes several times.
     signal.signal(signal.SIGRTMIN, lambda *_: signal.alarm(_LAST_SECONDS))
-    signals.die_with(os.getppid(), signal.SIGRTMIN)
+    signals.die_with(training, signal.SIGRTMIN)
     state = run / "loggers" / f"{name}.json"
     with (run / "loggers" / f"{name}.log").open("rb") as log:
         with suppress(OSError):  # no locks
@@ -227,4 +227,4 @@ def _trackio(run: Path, config: Config, identity: str) -> Sink:
 OPENERS: dict[str, Callable[[Path, Config, str], Sink]] = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}
 
 if __name__ == "__main__":
-    follow(sys.argv[1], Path(sys.argv[2]))
+    follow(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
