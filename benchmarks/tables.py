@@ -1,4 +1,4 @@
-"""Write README's table of accuracies anew, of what benchmarks/results/ holds.
+"""Write README's tables of accuracies anew, of what benchmarks/results/ holds.
 
 python benchmarks/tables.py
 """
@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import curves
 
 HERE = Path(__file__).resolve().parents[1]
 RESULTS, README = HERE / "benchmarks" / "results", HERE / "README.md"
@@ -39,6 +41,24 @@ def rows() -> Iterator[str]:
                  for of in ("raw_pixels", "untrained")]  # fmt: skip
         trained = " / ".join(several([run[by] for run in runs]) for by in ("knn", "linear"))
         yield f"| {title}, {seconds:.0f} CPU seconds, {len(runs)} seeds | {' | '.join(plain)} | {trained} |"
+    yield ""
+    yield from beside_others(json.loads((RESULTS / "curves.json").read_text()))
+
+
+def beside_others(results: curves.Result) -> Iterator[str]:
+    """Yield a table of where the learning curves end."""
+    about, names = results["about"], curves.NAMES
+    ends = {system: curves.curve(results, "cifar", system) for system in ("recipe", "ours", "stable", "lightly")}
+    to_peers = {other: ends[other][-1].knn[0] for other in ("lightly", "stable")}
+    title = f"CIFAR-10, the same small ResNet, {about['images']:,} images seen, one thread"
+    yield f"| {title} | kNN, % | linear, % | CPU s | CPU s to lightly's kNN | to stable-pretraining's |"
+    yield "|---|---|---|---|---|---|"
+    for system, points in ends.items():
+        version = about["versions"].get(names[system], "")
+        accuracies = [f"{middle:.1f} ± {half:.1f}" for middle, half in (points[-1].knn, points[-1].linear)]
+        reached = [curves.work_to_reach(points, "knn", top1) for top1 in to_peers.values()]
+        cells = [f"{names[system]} {version}".strip(), *accuracies, f"{points[-1].cpu:.0f}", *reached]
+        yield f"| {' | '.join(cells)} |"
 
 
 def written(text: str) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -172,11 +173,34 @@ def test_curves_of_a_result(curves: argparse.Namespace, tmp_path: Path, capsys: 
 def test_settings_are_chosen_by_both_accuracies(curves: argparse.Namespace, tmp_path: Path) -> None:
     told = argparse.Namespace(folder=tmp_path, images=115_200)
     jobs = curves.tuning_jobs(told)
-    assert len(jobs) == 18
+    assert len(jobs) == 24
     results = {job.name: {"knn": [1.0], "linear": [2.0]} for job in jobs.values()}
     for system, rate, temperature in (("ours", 5e-3, 0.1), ("lightly", 1e-3, 0.5), ("stable", 2e-3, 0.2)):
         results[jobs[system, rate, temperature].name] = {"knn": [0.0], "linear": [9.0]}
     assert curves.choose(results, jobs) == {"ours": (5e-3, 0.1), "lightly": (1e-3, 0.5), "stable": (2e-3, 0.2)}
+
+
+def test_a_curve_of_another_choice_is_measured_again(
+    curves: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when rates are added: of the others nothing is."""
+    monkeypatch.setattr(curves, "make_shards", lambda _: None)
+    monkeypatch.setattr(curves, "plain", lambda *_: None)
+    measured: list[str] = []
+
+    def measure(job: Any, *_: object) -> dict[str, list[float]]:
+        measured.append(job.name)
+        return {"knn": [float("lightly 0.001" in job.name)], "linear": [0.0]}
+
+    monkeypatch.setattr(curves, "measure", measure)
+    told = argparse.Namespace(
+        folder=tmp_path, images=115_200, photos=25_600, seeds=1, at_once=1, animals=None, peers="", results=tmp_path / "r.json"
+    )
+    results = {"about": {"chosen": {"ours": [0.001, 0.2], "lightly": [0.005, 0.2], "stable": [0.001, 0.2]}}}
+    results |= {f"cifar {name} 0": {"knn": [2.0], "linear": [2.0]} for name in curves.NAMES}
+    curves.run(told, results)
+    assert [name for name in measured if name.startswith("cifar")] == ["cifar lightly 0"]
+    assert json.loads(told.results.read_text())["about"]["chosen"]["lightly"] == [0.001, 0.2]
 
 
 def test_missing_libraries_are_one_line(curves: argparse.Namespace, tmp_path: Path) -> None:
@@ -233,7 +257,13 @@ def test_readmes_table_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     of = [{by: {**plain, "trained": trained} for by in ("knn", "linear")} for trained in (70, 80)]
     published = {by: {"results": {name: {"top1": value} for name, value in plain.items()}} for by in ("knn", "linear")}
     run = {"0": {"knn": 60, "linear": 65, "cpu_seconds": 280.6}}
+    curve = {"images": [256, 512], "cpu": [10, 20], "asked": [100], "knn": [40, 50], "linear": [50, 60]}
+    others = {
+        "about": {"images": 512, "versions": {"lightly": "1.6"}},
+        **{f"cifar {name} 0": curve for name in tables.curves.NAMES},
+    }
     for file, what in {
+        "curves": others,
         "demo": {"runs": {"seed 0": of[0], "seed 1": of[1], "control, seed 0": of[0]}},
         "recipe": {"runs": {"the recipe": run, "half of the steps": run}},
         "cifar10_cpu/eval": {"protocols": published},
@@ -247,6 +277,7 @@ def test_readmes_table_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "2 seeds, mean (lowest to highest) | 20.9 / 20.9 | 30.0 / 30.0 | 75.0 (70.0 to 80.0) / 75.0 (70.0 to 80.0) |" in written
     )
     assert "| CIFAR-10, small ResNet, 281 CPU seconds, 1 seeds | 20.9 / 20.9 | 30.0 / 30.0 | 60.0 (60.0 to 60.0) /" in written
+    assert "| lightly 1.6 | 50.0 ± 9.8 | 60.0 ± 9.6 | 20 | 20 | 20 |" in written
     assert tables.written(written) == written
     assert (written.split(tables.BEGIN)[0], written.split(tables.END)[1]) == (
         text.split(tables.BEGIN)[0],
