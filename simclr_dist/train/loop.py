@@ -222,8 +222,8 @@ class Trainer:
         """Export the last encoder if a kill prevented it. Say where it is."""
         self.agreement.finish()
         encoder = encoder_path(self.folder, self.step)
-        if not encoder.exists():
-            on_rank_0(self._export)  # killed between the last checkpoint and its encoder
+        # Killed between the last checkpoint and its encoder. What rank 0 sees decides: another may come late.
+        self._write([self._export] * (not encoder.exists()), required=True)
         already = " already" if self.first == self.total else ""
         self.monitor.say(f"done{already}: {self.step} steps; encoder {encoder}")
 
