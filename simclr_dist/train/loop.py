@@ -71,6 +71,8 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     Raises UserError, DivergedError, and SaveError when a required write fails. Raises StoppedError after a stop signal; all
     work is saved by then.
     """
+    if profile is not None:
+        profile.check(world.size)
     images = together(lambda: open_images(config, world))
     check_fits(config, len(images), world.size)
     together(lambda: check_machine(config, view_settings(config).image_size, local_ranks(), world.size))
