@@ -18,8 +18,9 @@ from simclr_dist.evaluate.collect import Collector
 from simclr_dist.evaluate.features.extraction import EncoderError, Features, check_alike
 from simclr_dist.evaluate.features.store import FeatureStore, features_folder
 from simclr_dist.evaluate.features.views import TrainingViews, training_views
-from simclr_dist.evaluate.finetune import train_and_test
+from simclr_dist.evaluate.finetune import draw_subsets, train_and_test
 from simclr_dist.evaluate.map import feature_map
+from simclr_dist.evaluate.protocols.linear import check_choice
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset
 from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
 from simclr_dist.evaluate.result.earlier import Baselines, shape
@@ -98,7 +99,7 @@ def measure(
     sets.check_channels(card, file_of(encoder))
     path = result_path(file_of(encoder), out, settings.layer)
     on_rank_0(lambda: claim_both(path, named=out is not None))
-    subsets = {share: _subsets(sets, share) for _, _, share in settings.measured if share < 1 and sets.classes}
+    subsets = _subsets(sets, settings)
     described = _describe_encoder(file_of(encoder), card, trained.digests)
     reused = reused if reused and reused.shape == shape(described) else None
     fresh = settings.baselines and reused is None
@@ -169,8 +170,18 @@ def _write(path: Path, result: Result, sets: Sets, test: Features, *, say: Say, 
         raise UnwrittenError(str(error), result, stored=path) from None
 
 
-def _subsets(sets: Sets, share: float) -> list[Rows]:
-    return [balanced_subset(sets.train, share, classes=sets.classes, seed=seed) for seed in range(SUBSETS)]
+def _subsets(sets: Sets, settings: Settings) -> dict[float, list[Rows]]:
+    """Draw the rows of each share of the labels. Raises DataError for what a protocol would refuse hours later."""
+    subsets: dict[float, list[Rows]] = {}
+    for _, protocol, share in settings.measured if sets.classes else ():
+        if protocol == "finetune":
+            subsets[share] = draw_subsets(sets, share, SUBSETS)
+        elif share < 1:
+            subsets[share] = [balanced_subset(sets.train, share, classes=sets.classes, seed=seed) for seed in range(SUBSETS)]
+        if protocol == "linear" and settings.l2 is None and "val" not in sets.images:
+            for rows in subsets.get(share, [sets.train.label >= 0]):
+                check_choice(torch.from_numpy(sets.train.label[rows].astype(np.int64)))
+    return subsets
 
 
 def _finetune(

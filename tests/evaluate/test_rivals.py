@@ -343,7 +343,7 @@ def test_a_share_learns_from_its_subset_alone(
     how = {"protocols": ("knn",), "labels": (0.2,), "keep_features": False, "baselines": False, **HOW}
     encoder = make_encoder()
     whole = job.evaluate(encoder, *sets, **how)["protocols"]["knn@0.2"]["results"]["trained"]
-    kept = np.unique(np.concatenate(job._subsets(Sets(*sets), 0.2)))
+    kept = np.unique(np.concatenate(job._subsets(Sets(*sets), job.Settings(protocols=("knn",), labels=(0.2,)))[0.2]))
     seen: list[Any] = []
 
     def wrong(features: Any, *rest: Any, **how: Any) -> Any:
@@ -365,6 +365,25 @@ def test_one_class_cannot_be_finetuned(make_encoder: Make, make_shards: Make) ->
     one = make_shards("one", images, labels * 0, classes=("all",))
     with pytest.raises(DataError, match="one: has one class; finetuning needs two or more"):
         job.evaluate(make_encoder(), one, one, protocols=("finetune",), labels=(0.17,), **HOW)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "line"),
+    [
+        ({"protocols": ("linear", "finetune"), "labels": (0.1,)}, 3, "linear probe: 3 labelled training images are too few"),
+        ({"protocols": ("knn", "finetune")}, 2, "train: class 'striped' has no image, so it cannot be learned"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_work(
+    settings: dict[str, Any], kept: int, line: str, make_encoder: Make, make_shards: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the shares, nine finetunings came before the linear probe's refusal, and no number of them was kept."""
+    images, labels = draw_images(40, seed=0)
+    train = make_shards("train", images[labels < kept], labels[labels < kept])
+    test = make_shards("test", *draw_images(24, seed=1))
+    monkeypatch.setattr(job, "Collector", None)
+    with pytest.raises(DataError, match=line):
+        job.evaluate(make_encoder(), train, test, **settings, **HOW)
 
 
 def test_what_a_part_of_the_labels_decides_is_said_by_its_rows(make_encoder: Make, sets: tuple[Path, Path]) -> None:
