@@ -441,7 +441,9 @@ def test_validation_images_choose_all_that_is_not_set(make_encoder: Make, three:
         assert words in text
     fixed = job.evaluate(make_encoder(run="b"), three["train"], three["test"], val=three["val"], k=7, temperature=0.4, **HOW)
     row = fixed["protocols"]["knn"]["results"]["trained"]
-    assert (row["k"], row["temperature"]) == (7, 0.4), "what is set is not chosen"
+    assert (row["k"], row["temperature"], row["choice"]) == (7, 0.4, None), "what is set is not chosen"
+    assert "\nkNN: k=7, temperature 0.4\n" in result_table(fixed)
+    assert "chosen_on" not in fixed["protocols"]["knn"]["settings"]
 
 
 def test_no_test_image_has_a_say_in_the_choice(make_encoder: Make, make_shards: Make, three: dict[str, Path]) -> None:
@@ -469,6 +471,12 @@ def test_validation_images_that_cannot_be(make_encoder: Make, make_shards: Make,
         job.evaluate(make_encoder(), three["train"], three["test"], val=bare, **HOW)
     with pytest.raises(DataError, match="bare: no image has a label, so there is nothing to choose by it; leave --val out"):
         job.evaluate(make_encoder(), bare, bare, val=bare, **HOW)
+    for settings in (
+        {"protocols": ("sgd", "finetune")},
+        {"protocols": ("knn", "linear"), "k": 3, "temperature": 0.1, "l2": 0.1},
+    ):
+        with pytest.raises(ConfigError, match=r"^val: .*/val: there is nothing to choose by it, as all is set; leave it out$"):
+            job.evaluate(make_encoder(), three["train"], three["test"], val=three["val"], **settings, **HOW)
     classes = make_shards("classes", images, labels, classes=("a", "b", "c"))
     with pytest.raises(DataError, match=r"classes: its 3 classes are not the 3 of .*train"):
         job.evaluate(make_encoder(), three["train"], three["test"], val=classes, **HOW)
