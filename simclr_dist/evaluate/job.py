@@ -59,6 +59,7 @@ def evaluate(
     that cannot be written.
     """
     checked = Settings(**settings)
+    check_layer(encoder, checked)
     with process_group(device) as world:
         return measure_one(world, encoder, Sets(train, test, val), checked, out=out, say=say)
 
@@ -203,6 +204,12 @@ def _finetune(
             given[name] = {**given.get(name, {}), kind: row}
 
 
+def check_layer(encoder: str | Path | Foreign, settings: Settings) -> None:
+    """Raise ConfigError for a layer that a published checkpoint has not."""
+    if isinstance(encoder, Foreign) and settings.layer != "h":
+        raise ConfigError(f"layer: {settings.layer!r}: a published checkpoint has h alone")
+
+
 def file_of(encoder: str | Path | Foreign) -> str | Path:
     """Return the file that the encoder is in."""
     return encoder.weights if isinstance(encoder, Foreign) else encoder
@@ -233,7 +240,7 @@ def command_of(encoder: str | Path | Foreign, sets: Sets, settings: Settings) ->
             command.append(f"--no-{name.removeprefix('keep_')}")
         else:
             between = "," if name == "protocols" else "/"
-            typed = between.join(map(str, value)) if isinstance(value, tuple) else str(value)
+            typed = between.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
             command += [f"--{name.replace('_', '-')}", typed]
     return command
 

@@ -292,6 +292,12 @@ def test_encoders_are_checked_before_the_first_is_measured(
     two = [Foreign("resnet18", str(tmp_path / folder / "weights.pth")) for folder in ("a", "b")]
     with pytest.raises(ConfigError, match=r"resnet18 \(weights.pth\): is named twice"):
         compare_encoders([encoder, *two], *sets, **HOW)
+    for measured in (
+        lambda: compare_encoders([encoder, two[0]], *sets, layer="z", **HOW),
+        lambda: job.evaluate(two[0], *sets, layer="z", **HOW),
+    ):
+        with pytest.raises(ConfigError, match=r"^layer: 'z': a published checkpoint has h alone$"):
+            measured()
 
 
 # How many labels an encoder saves
@@ -388,7 +394,9 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
 
 def test_what_a_part_of_the_labels_decides_is_said_by_its_rows(make_encoder: Make, sets: tuple[Path, Path]) -> None:
     """A fifth of 40 images is 8; of three classes alike they are 9."""
-    part = job.evaluate(make_encoder(), *sets, protocols=("knn",), labels=(0.2,), **HOW)["protocols"]["knn@0.2"]
+    result = job.evaluate(make_encoder(), *sets, protocols=["knn"], labels=[0.2], **HOW)
+    assert "--protocols knn --labels 0.2" in " ".join(result["command"]), "of lists, too"
+    part = result["protocols"]["knn@0.2"]
     assert part["settings"]["k_used"] is None
     assert part["results"]["trained"]["k"] == 9
 
