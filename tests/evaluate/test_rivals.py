@@ -316,7 +316,7 @@ def test_shares_of_the_labels_in_one_command(
         r"^top-1 % +linear, 20 % of the labels  linear  finetuned, 20 % of the labels +finetuned$", out, re.MULTILINE
     )
     assert re.search(r"^its network, untrained +[\d.]+ ±[\d.]+ +[\d.]+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+$", out, re.MULTILINE)
-    assert "±: the standard deviation of three runs" in out
+    assert "±: the standard deviation of a row's runs" in out
     assert re.search(r"^finetuned, 20 % of the labels: .* its network, untrained", out, re.MULTILINE)
     folder = encoder.parent.parent / "eval"
     parts = json.loads((folder / "step-00001200.json").read_text())["protocols"]
@@ -443,7 +443,7 @@ def test_validation_images_choose_all_that_is_not_set(make_encoder: Make, three:
         "chosen on validation images",
         "kNN: k ",
         "MLP: lr ",
-        "±: the standard deviation of three runs",
+        "±: the standard deviation of a row's runs",
         "SGD: 3 epochs of new crops",
     ):
         assert words in text
