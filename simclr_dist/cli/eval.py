@@ -79,8 +79,6 @@ def _evaluate(arguments: argparse.Namespace, foreign: Foreign | None, settings: 
         from simclr_dist.evaluate.rivals import compare_encoders, comparison_table
     encoders = [foreign] if foreign else [*arguments.encoder, *map(rival, arguments.rival)]
     several = len(encoders) > 1 or settings.labels is not None
-    if settings.layer != "h" and any(isinstance(one, Foreign) for one in encoders):
-        raise ConfigError(f"--layer: {settings.layer!r}: a published checkpoint has h alone")
     encoder: Any = encoders if several else encoders[0]
     work: Any = compare_encoders if several else evaluate
     shown = comparison_table if several else table

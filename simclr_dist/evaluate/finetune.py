@@ -139,11 +139,7 @@ def train_and_test(
 ) -> tuple[Recipe, list[Rows], list[dict[str, Any]], list[Scores]]:
     """Train a copy of the encoder for each seed and test it. Returns the subsets, and of each seed its part of a result."""
     card, classes, device = pretrained.card, sets.classes, next(pretrained.parameters()).device
-    if classes < 2:
-        lack = "has one class; finetuning needs two or more"
-        lack = lack if classes else "no image has a label; finetuning needs labelled shards"
-        raise DataError(f"{sets.train.folder}: {lack}")
-    subsets = [balanced_subset(sets.train, settings.labels, classes=classes, seed=seed) for seed in range(settings.seeds)]
+    subsets = draw_subsets(sets, settings.labels, settings.seeds)
     recipe, runs, scores = make_recipe(len(subsets[0]), settings), [], []
     for seed, rows in enumerate(subsets):
         start = untrained_encoder(card, seed, device) if settings.start == "random" else copy.deepcopy(pretrained)
@@ -154,6 +150,15 @@ def train_and_test(
         scores.append(measured)
         say(f"seed {seed}: top-1 {measured.top1:.2f} % after {run['seconds']['training']:.0f} s of training")
     return recipe, subsets, runs, scores
+
+
+def draw_subsets(sets: Sets, labels: float, seeds: int) -> list[Rows]:
+    """Draw the training rows of each seed. Raises DataError for a set that cannot be learnt from."""
+    if sets.classes < 2:
+        lack = "has one class; finetuning needs two or more"
+        lack = lack if sets.classes else "no image has a label; finetuning needs labelled shards"
+        raise DataError(f"{sets.train.folder}: {lack}")
+    return [balanced_subset(sets.train, labels, classes=sets.classes, seed=seed) for seed in range(seeds)]
 
 
 def _write(path: Path, result: Result, beside: dict[Path, bytes], say: Say) -> None:

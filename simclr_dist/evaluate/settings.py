@@ -93,6 +93,12 @@ class Settings(SearchSettings):
         )
         return [(protocol if share == 1 else f"{protocol}@{share:g}", protocol, share) for protocol, share in every]
 
+    @property
+    def choosing(self) -> set[str]:
+        """Name the protocols that choose something on validation images."""
+        free = {"knn": None in (self.k, self.temperature), "linear": self.l2 is None, "mlp": True}
+        return {name for name in self.protocols if free.get(name)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.protocols or len(set(self.protocols)) < len(self.protocols):

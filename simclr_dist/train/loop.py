@@ -71,6 +71,8 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     Raises UserError, DivergedError, and SaveError when a required write fails. Raises StoppedError after a stop signal; all
     work is saved by then.
     """
+    if profile is not None:
+        profile.check(world.size)
     images = together(lambda: open_images(config, world))
     check_fits(config, len(images), world.size)
     together(lambda: check_machine(config, view_settings(config).image_size, local_ranks(), world.size))
@@ -222,8 +224,8 @@ class Trainer:
         """Export the last encoder if a kill prevented it. Say where it is."""
         self.agreement.finish()
         encoder = encoder_path(self.folder, self.step)
-        if not encoder.exists():
-            on_rank_0(self._export)  # killed between the last checkpoint and its encoder
+        # Killed between the last checkpoint and its encoder. What rank 0 sees decides: another may come late.
+        self._write([self._export] * (not encoder.exists()), required=True)
         already = " already" if self.first == self.total else ""
         self.monitor.say(f"done{already}: {self.step} steps; encoder {encoder}")
 

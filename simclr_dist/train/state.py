@@ -13,7 +13,7 @@ from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.data.stream import StreamImages
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
-from simclr_dist.method.optim import OPTIMIZER_BUFFERS
+from simclr_dist.method.optim import numbers_kept
 from simclr_dist.run import checkpoint
 from simclr_dist.run.folder import check_same_images
 from simclr_dist.run.steps import step_name
@@ -60,7 +60,7 @@ def saved_bytes(config: Config) -> tuple[float, float]:
     model = build_shapes(config)
     weights = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    copies = OPTIMIZER_BUFFERS.get(config.optim.name, 0) if config.optim.momentum else 0
+    copies = numbers_kept(config.optim.name, config.optim.momentum) or 0
     # An encoder leaves as float32, whatever it was trained in.
     return float(weights * config.number_bytes * (1 + copies) + buffers), float(4 * weights + buffers)
 

@@ -292,6 +292,12 @@ def test_encoders_are_checked_before_the_first_is_measured(
     two = [Foreign("resnet18", str(tmp_path / folder / "weights.pth")) for folder in ("a", "b")]
     with pytest.raises(ConfigError, match=r"resnet18 \(weights.pth\): is named twice"):
         compare_encoders([encoder, *two], *sets, **HOW)
+    for measured in (
+        lambda: compare_encoders([encoder, two[0]], *sets, layer="z", **HOW),
+        lambda: job.evaluate(two[0], *sets, layer="z", **HOW),
+    ):
+        with pytest.raises(ConfigError, match=r"^layer: 'z': a published checkpoint has h alone$"):
+            measured()
 
 
 # How many labels an encoder saves
@@ -310,7 +316,7 @@ def test_shares_of_the_labels_in_one_command(
         r"^top-1 % +linear, 20 % of the labels  linear  finetuned, 20 % of the labels +finetuned$", out, re.MULTILINE
     )
     assert re.search(r"^its network, untrained +[\d.]+ ±[\d.]+ +[\d.]+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+$", out, re.MULTILINE)
-    assert "±: the standard deviation of three runs" in out
+    assert "±: the standard deviation of a row's runs" in out
     assert re.search(r"^finetuned, 20 % of the labels: .* its network, untrained", out, re.MULTILINE)
     folder = encoder.parent.parent / "eval"
     parts = json.loads((folder / "step-00001200.json").read_text())["protocols"]
@@ -343,7 +349,7 @@ def test_a_share_learns_from_its_subset_alone(
     how = {"protocols": ("knn",), "labels": (0.2,), "keep_features": False, "baselines": False, **HOW}
     encoder = make_encoder()
     whole = job.evaluate(encoder, *sets, **how)["protocols"]["knn@0.2"]["results"]["trained"]
-    kept = np.unique(np.concatenate(job._subsets(Sets(*sets), 0.2)))
+    kept = np.unique(np.concatenate(job._subsets(Sets(*sets), job.Settings(protocols=("knn",), labels=(0.2,)))[0.2]))
     seen: list[Any] = []
 
     def wrong(features: Any, *rest: Any, **how: Any) -> Any:
@@ -367,9 +373,30 @@ def test_one_class_cannot_be_finetuned(make_encoder: Make, make_shards: Make) ->
         job.evaluate(make_encoder(), one, one, protocols=("finetune",), labels=(0.17,), **HOW)
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept", "line"),
+    [
+        ({"protocols": ("linear", "finetune"), "labels": (0.1,)}, 3, "linear probe: 3 labelled training images are too few"),
+        ({"protocols": ("knn", "finetune")}, 2, "train: class 'striped' has no image, so it cannot be learned"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_work(
+    settings: dict[str, Any], kept: int, line: str, make_encoder: Make, make_shards: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the shares, nine finetunings came before the linear probe's refusal, and no number of them was kept."""
+    images, labels = draw_images(40, seed=0)
+    train = make_shards("train", images[labels < kept], labels[labels < kept])
+    test = make_shards("test", *draw_images(24, seed=1))
+    monkeypatch.setattr(job, "Collector", None)
+    with pytest.raises(DataError, match=line):
+        job.evaluate(make_encoder(), train, test, **settings, **HOW)
+
+
 def test_what_a_part_of_the_labels_decides_is_said_by_its_rows(make_encoder: Make, sets: tuple[Path, Path]) -> None:
     """A fifth of 40 images is 8; of three classes alike they are 9."""
-    part = job.evaluate(make_encoder(), *sets, protocols=("knn",), labels=(0.2,), **HOW)["protocols"]["knn@0.2"]
+    result = job.evaluate(make_encoder(), *sets, protocols=["knn"], labels=[0.2], **HOW)
+    assert "--protocols knn --labels 0.2" in " ".join(result["command"]), "of lists, too"
+    part = result["protocols"]["knn@0.2"]
     assert part["settings"]["k_used"] is None
     assert part["results"]["trained"]["k"] == 9
 
@@ -416,13 +443,15 @@ def test_validation_images_choose_all_that_is_not_set(make_encoder: Make, three:
         "chosen on validation images",
         "kNN: k ",
         "MLP: lr ",
-        "±: the standard deviation of three runs",
+        "±: the standard deviation of a row's runs",
         "SGD: 3 epochs of new crops",
     ):
         assert words in text
     fixed = job.evaluate(make_encoder(run="b"), three["train"], three["test"], val=three["val"], k=7, temperature=0.4, **HOW)
     row = fixed["protocols"]["knn"]["results"]["trained"]
-    assert (row["k"], row["temperature"]) == (7, 0.4), "what is set is not chosen"
+    assert (row["k"], row["temperature"], row["choice"]) == (7, 0.4, None), "what is set is not chosen"
+    assert "\nkNN: k=7, temperature 0.4\n" in result_table(fixed)
+    assert "chosen_on" not in fixed["protocols"]["knn"]["settings"]
 
 
 def test_no_test_image_has_a_say_in_the_choice(make_encoder: Make, make_shards: Make, three: dict[str, Path]) -> None:
@@ -450,6 +479,12 @@ def test_validation_images_that_cannot_be(make_encoder: Make, make_shards: Make,
         job.evaluate(make_encoder(), three["train"], three["test"], val=bare, **HOW)
     with pytest.raises(DataError, match="bare: no image has a label, so there is nothing to choose by it; leave --val out"):
         job.evaluate(make_encoder(), bare, bare, val=bare, **HOW)
+    for settings in (
+        {"protocols": ("sgd", "finetune")},
+        {"protocols": ("knn", "linear"), "k": 3, "temperature": 0.1, "l2": 0.1},
+    ):
+        with pytest.raises(ConfigError, match=r"^val: .*/val: there is nothing to choose by it, as all is set; leave it out$"):
+            job.evaluate(make_encoder(), three["train"], three["test"], val=three["val"], **settings, **HOW)
     classes = make_shards("classes", images, labels, classes=("a", "b", "c"))
     with pytest.raises(DataError, match=r"classes: its 3 classes are not the 3 of .*train"):
         job.evaluate(make_encoder(), three["train"], three["test"], val=classes, **HOW)

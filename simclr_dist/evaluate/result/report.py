@@ -18,7 +18,7 @@ from simclr_dist.method.distributed import World
 from simclr_dist.system.machine import cores
 
 Say = Callable[[str], None]
-DEVIATION = "±: the standard deviation of three runs (parts of the labels, or seeds); the number is their mean"
+DEVIATION = "±: the standard deviation of a row's runs (parts of the labels, seeds, or both); the number is their mean"
 
 
 def summary(result: Result) -> dict[str, dict[str, float]]:
