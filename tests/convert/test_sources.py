@@ -504,6 +504,20 @@ def test_names_in_a_list_stay_in_its_folder_and_links_are_followed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_absolute_names_may_go_by_a_link_to_the_lists_folder(tmp_path: Path, kind: str) -> None:
+    source = write_folder(tmp_path / "disk" / "src", {f"im/{i}.png": encoded(i) for i in range(2)})
+    (tmp_path / "home").symlink_to("disk")
+    names = [f"{tmp_path}/home/src/im/{i}.png" for i in range(2)] + [f"{tmp_path}/home/src/../secret.png", "/\0/x.png"]
+    if kind == "csv":
+        (source / "list.csv").write_text("\n".join(names[:3]))
+    else:
+        pq.write_table(pa.table({"path": names}), source / "list.parquet")
+    summary = write_shards(tmp_path / "home" / "src" / f"list.{kind}", tmp_path / "out", processes=1)
+    assert set(stored(tmp_path / "out")) == {"im/0.png", "im/1.png"}
+    assert {problem.reason for problem in summary.rejected} == {"an absolute path"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_list_behind_a_link_lists_what_is_beside_the_link(tmp_path: Path, kind: str) -> None:
     """As one in a folder of links does. The target may have another name, in a store with no images beside it."""
     (tmp_path / "blobs").mkdir()
