@@ -257,7 +257,7 @@ def test_an_archive_with_splits(tmp_path: Path) -> None:
 
 def test_a_split_alone_is_no_class(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "src", {f"train/{name}": content for name, content in class_folders().items()})
-    assert f"shard each, like {source / 'train'}, or take" in refused(source, tmp_path / "out")
+    assert f"name one, like {source / 'train'}, or take" in refused(source, tmp_path / "out")
     assert write_shards(source / "train", tmp_path / "out", processes=1).classes == ("cat", "dog")
 
 
@@ -420,7 +420,7 @@ def test_no_labels_are_taken_of_folders_and_archives(tmp_path: Path, write: Call
     source = write(
         tmp_path / {write_tar: "a.tar", write_zip: "a.zip"}.get(write, "src"), {"1.png": encoded(), **class_folders()}
     )
-    assert refused(source, tmp_path / "out").endswith("or take no labels with --label-column none")
+    assert refused(source, tmp_path / "out").endswith("or take no labels, with `simclr-dist shard --label-column none`")
     summary = write_shards(source, tmp_path / "out", label_column="none", processes=1)
     assert (summary.written, summary.classes) == (1 + len(class_folders()), ())
     assert set(load_manifest(tmp_path / "out").label.tolist()) == {-1}
