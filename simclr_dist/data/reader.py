@@ -51,7 +51,7 @@ class ShardDataset(Dataset[Sample]):
     `where` is a folder, its URL, or tars in brace notation (`data.collection`). Remote shards go through a `cache` on the local
     disk. The next ones are fetched ahead where the order is known (`expect`) or is that of the manifest. No more than
     `open_shards` files, or a quarter of `ulimit -n`, are open at a time. Raises DataError, naming key and shard, when the bytes
-    are not those of the manifest. Raises UnreachableError when the server fails, ConfigError when the cache's limit is too small.
+    are not those of the manifest. Raises UnreachableError when the server fails, ConfigError when the cache is too small.
     `checked`: all labels and keys are compared with the manifest's digest first, for those who use them. `kind`: raises
     ConfigError where the images are of another.
     """
