@@ -140,6 +140,7 @@ def read_manifest(folder: Path, *, cache: Path | None = None, fresh: bool = Fals
     of_images = f"if it holds images, `simclr-dist shard {folder} DST` makes shards of them, and DST is what to name"
     if not os.path.isdir(folder):
         cure = of_images if os.path.exists(folder) else f"make one with `simclr-dist shard SRC {folder}`"
+        cure = f"name its folder, {folder.parent}" if folder.name == MANIFEST_NAME else cure
         raise DataError(f"{folder}: no such folder of shards; {cure}")
     if not path.is_file():
         cure = of_images if any(folder.glob("*")) else f"make it with `simclr-dist shard SRC {folder}`"

@@ -120,32 +120,29 @@ class StreamImages(Dataset[Sample]):
 
         info = get_worker_info()
         part = self._rank if info is None else self._rank * info.num_workers + info.id
-        seed = f"{self._seed}/{self.start}/{part}"
-        mixed = shuffle(self._shuffle, initial=self._shuffle, rng=random.Random(seed))
-        samples: Iterator[dict[str, Any]] = mixed(group_by_keys(self._files(part, seed), handler=self._double))
-        return samples
+        for number in itertools.count():
+            order = random.Random(f"{self._seed}/{self.start}/{part}/{number}")
+            # A buffer that held images of two passes would hold some of them twice, and so would a batch.
+            mixed = shuffle(self._shuffle, initial=self._shuffle, rng=order)
+            yield from mixed(group_by_keys(self._files(part, order), handler=self._double))
 
-    def _files(self, part: int, seed: str) -> Iterator[dict[str, Any]]:
-        """Read members of this part's tars without end. {} follows each tar, as in webdataset's expander.
+    def _files(self, part: int, order: random.Random) -> Iterator[dict[str, Any]]:
+        """Read members of this part's tars, once. {} follows each tar, as in webdataset's expander.
 
         What cannot be read comes as a member too: it takes its turn, and its reader reports it.
         """
         from webdataset.tariterators import base_plus_ext
 
-        tars, epoch = self._shards[part :: self._parts], 0
-        while True:
-            order = random.Random(f"{seed}/{epoch}")
-            any_named = False
-            for shard in sorted(tars, key=lambda _: order.random()):
-                for member in self._members(shard):
-                    any_named = any_named or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
-                    yield member
-                yield {}
-            if not any_named:
-                raise UnreachableError(
-                    f"data.shards: {redact(tars[0])}: no file with an ending in it, nor in {len(tars) - 1} more tars"
-                )
-            epoch += 1
+        tars, any_named = self._shards[part :: self._parts], False
+        for shard in order.sample(tars, len(tars)):
+            for member in self._members(shard):
+                any_named = any_named or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
+                yield member
+            yield {}
+        if not any_named:
+            raise UnreachableError(
+                f"data.shards: {redact(tars[0])}: no file with an ending in it, nor in {len(tars) - 1} more tars"
+            )
 
     def _members(self, shard: str) -> Iterator[dict[str, Any]]:
         shown = redact(shard)
