@@ -199,7 +199,10 @@ def _finetune(
         for kind, start in starts.items() if protocol == "finetune" else ():
             begin, epochs = time.perf_counter(), settings.finetune_epochs
             how = FinetuneSettings(share, start, SUBSETS, epochs, workers=settings.workers)
-            recipe, _, _, scores = train_and_test(pretrained, sets, how, say)
+            try:
+                recipe, _, _, scores = train_and_test(pretrained, sets, how, say)
+            except ConfigError as error:  # it diverged; of another encoder the same recipe may not
+                raise EncoderError(str(error)) from None
             row = {**row_of(scores, [recipe._asdict()]), "seconds": time.perf_counter() - begin}
             given[name] = {**given.get(name, {}), kind: row}
 

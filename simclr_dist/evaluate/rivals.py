@@ -98,7 +98,7 @@ def _measured(
     """Return an encoder's result, stored or new, and its page's path."""
     path, out = result_path(file_of(encoder), layer=settings.layer), None
     if isinstance(encoder, Foreign) and first is not None:
-        path = out = rivals / f"{encoder.arch.replace('/', '-')}-{Path(encoder.weights).stem}.json"
+        path = out = rivals / f"{encoder.arch.replace('/', '-')}-{Path(encoder.weights).name}.json"
         seed = settings.seed if "sgd" in settings.protocols else 0
         settings = dataclasses.replace(settings, baselines=False, seed=seed)
     say(f"{_name(encoder)}: {path}")

@@ -130,7 +130,7 @@ def test_several_encoders_are_one_table_and_one_page(make_encoder: Make, sets: t
         assert 100 * row["right"][0].count("1") / 24 == pytest.approx(row["top1"])
     second = json.loads((other.parent.parent / "eval" / "step-00000007.json").read_text())
     assert second["baselines_measured_for"] == "step-00001200.safetensors", "measured once, for the first"
-    theirs = json.loads((folder / "rivals" / "torchvision-resnet18-resnet18-f37072fd.json").read_text())
+    theirs = json.loads((folder / "rivals" / "torchvision-resnet18-resnet18-f37072fd.pth.json").read_text())
     assert theirs["encoder"]["image_size"] == 224, "each at its own size"
     assert set(theirs["protocols"]["knn"]["results"]) == {"trained"}
     assert not list(published.parent.glob("*.json"))
@@ -167,6 +167,28 @@ def test_what_was_measured_is_not_measured_again(
     assert measured[2:] == [smaller], "the same file at another image size"
     compare_encoders([encoders[0]], *sets, val=sets[1], **HOW)
     assert measured[3:] == [encoders[0]], "chosen on validation images"
+
+
+def test_each_file_of_weights_has_a_result_of_its_own(
+    make_encoder: Make, sets: tuple[Path, Path], published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that differ in the suffix alone had one, and each comparison measured both anew. Its name is no hindrance now."""
+    suffixed, bare = published.with_name("w.pth"), published.with_name("w")
+    shutil.copy(published, suffixed)
+    torch.save({name: 2 * value for name, value in torch.load(published, weights_only=True).items()}, bare)
+    how: dict[str, Any] = {"protocols": ("knn",), **HOW}
+    encoders = [make_encoder(), *(Foreign("resnet18", str(file), 32) for file in (suffixed, bare))]
+    folder = encoders[0].parent.parent / "eval" / "rivals"
+    compare_encoders(encoders[:2], *sets, **how)
+    (folder / "resnet18-w.pth.json").rename(folder / "resnet18-w.json")  # as an earlier version named it
+    first = compare_encoders(encoders, *sets, **how)
+    results = {path.name: json.loads(path.read_text())["encoder"]["file"] for path in folder.glob("*.json")}
+    kept = next(name for name in results if ".kept-" in name)
+    assert results == {"resnet18-w.pth.json": str(suffixed), "resnet18-w.json": str(bare), kept: str(suffixed)}
+    links = re.findall(r'<a href="([^"]+)"', (folder.parent / "step-00001200.rivals.html").read_text())
+    assert links[1:] == [str(folder / "resnet18-w.pth.html"), str(folder / "resnet18-w.html")]
+    monkeypatch.setattr(rivals, "measure_one", None)
+    assert compare_encoders(encoders, *sets, **how) == first
 
 
 def test_the_command_line(make_encoder: Make, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

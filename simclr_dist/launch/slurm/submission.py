@@ -61,8 +61,9 @@ def prepare(
             steps = f"the job has steps {done + 1} to {total}"
             raise ConfigError(f"--profile-steps: {profiled.options[1]!r}: {steps}: none to profile")
     if evaluation is not None:
-        for shards in (evaluation.train, evaluation.test):
-            load_collection(shards, beside=folder)
+        for shards in (evaluation.train, evaluation.val, evaluation.test):
+            if shards is not None:
+                load_collection(shards, beside=folder)
     return Submission(config, profile, folder, evaluation, source, tuple(overrides), total, profiled)
 
 
