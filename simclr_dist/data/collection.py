@@ -1,6 +1,7 @@
 """Load shards by name: a folder, its URL, or tars in braces."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -126,6 +127,12 @@ def find_tars(where: str, *, allow_pipe: bool, beside: str | Path = ".", ranks: 
             " lower data.workers, or cut the images into more tars"
         )
     return tars
+
+
+def digest_of_tars(tars: Sequence[str], samples: int) -> str:
+    """Return a digest of tars that have no manifest. Their folder is left out: they may be moved."""
+    names = [tar if tar.startswith(PIPE) else tar.rpartition("/")[2] for tar in tars]
+    return f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
 
 
 def _only(manifest: Manifest, names: Sequence[str]) -> Manifest:

@@ -5,7 +5,6 @@ images as any other, so ranks stay together. But which images, and how often, de
 starts its tars anew.
 """
 
-import hashlib
 import io
 import itertools
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 
-from simclr_dist.data.collection import PIPE, find_tars
+from simclr_dist.data.collection import PIPE, digest_of_tars, find_tars
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.pixels.decode import decode, decode_any, turn_upright
 from simclr_dist.data.pixels.images import check_pixels, orientation_of
@@ -82,9 +81,7 @@ class StreamImages(Dataset[Sample]):
         self._shards = find_tars(where, allow_pipe=allow_pipe, ranks=world_size, workers=workers)
         self._seed, self._rank, self._shuffle, self._cache = seed, rank, shuffle, cache
         self._parts = world_size * max(1, workers)
-        # The folder is left out: the tars may be moved.
-        names = [shard if shard.startswith(PIPE) else shard.rpartition("/")[2] for shard in self._shards]
-        self.digest = f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
+        self.digest = digest_of_tars(self._shards, samples)
         self._process = -1
         self._running: Iterator[dict[str, Any]] = iter(())
         self._doubled: deque[str] = deque()

@@ -1,5 +1,6 @@
 """Check what a run reads, before there is a run. Needs no torch."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,10 @@ from numpy.typing import NDArray
 
 from simclr_dist.config.settings import Config, ProbeConfig
 from simclr_dist.config.together import check_fits
-from simclr_dist.data.collection import find_tars, load_collection
+from simclr_dist.data.collection import digest_of_tars, find_tars, load_collection
 from simclr_dist.data.manifest import Manifest
-from simclr_dist.run.folder import newest_step
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.run.folder import check_same_images, digest_before, newest_step
+from simclr_dist.system.errors import ConfigError, DamagedError
 
 _ROWS = 1 << 18
 
@@ -20,18 +21,22 @@ def check_inputs(config: Config, ranks: int, *, beside: str | Path = ".") -> int
 
     Shards, length, the probe's shards and the file of start weights; a relative path starts from the folder `beside`.
     """
-    data, probe, done = config.data, config.probe, newest_step(Path(config.run_folder))
-    if data.samples is not None:
-        find_tars(data.shards, allow_pipe=data.allow_pipe, beside=beside, ranks=ranks, workers=data.workers)
-        check_fits(config, data.samples, ranks, done)
+    data, run = config.data, Path(config.run_folder)
+    done = newest_step(run)
+    if (samples := data.samples) is not None:
+        tars = find_tars(data.shards, allow_pipe=data.allow_pipe, beside=beside, ranks=ranks, workers=data.workers)
+        digest = digest_of_tars(tars, samples)
     else:
         images = load_collection(data.shards, beside=beside, kind=data.kind)
-        check_fits(config, len(images), ranks, done)
-        if probe.every_epochs:
-            choose(probe, load_collection(probe.shards, beside=beside, kind=data.kind), images)
+        samples, digest = len(images), images.identity
+    check_fits(config, samples, ranks, done)
+    with suppress(DamagedError):  # the start says it, and writes that file anew
+        check_same_images(config, digest_before(run), digest)
+    if config.probe.every_epochs:
+        choose(config.probe, load_collection(config.probe.shards, beside=beside, kind=data.kind), images)
     if (file := config.model.init_file) and not done and not Path(beside, file).is_file():
         raise ConfigError(f"model.init_file: {file!r}: no such file; name one with start weights")
-    return len(images) if data.samples is None else data.samples
+    return samples
 
 
 def choose(probe: ProbeConfig, images: Manifest, train: Manifest) -> tuple[NDArray[np.int64], int]:

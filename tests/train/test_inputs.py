@@ -1,5 +1,6 @@
 """What a run cannot begin with: every door says the same line, and there is no run folder behind it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from simclr_dist.cli import train
 from simclr_dist.cli.main import main
 from simclr_dist.config.load import load_config
 from simclr_dist.config.settings import DataConfig
+from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.launch import torchrun
 from simclr_dist.method.distributed import World
 from simclr_dist.preflight.check import disks
+from simclr_dist.train.images import open_images
+from simclr_dist.train.state import data_identity
 
 PROFILE = "{partition: main, nodes: 1, gpus_per_node: 0, tasks_per_node: 2, cpus_per_task: 1, time: '10'}"
 STREAM = {"reader": "stream", "samples": 205, "window": DataConfig.window}
@@ -82,3 +86,27 @@ def test_check_says_it(fault: str) -> None:
         [finding] = findings
         assert finding.level == "failure"
         assert fault in finding.seen
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_of_other_images_goes_into_no_queue(
+    stream: bool, sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same ones pass, also where nobody knows which they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchrun, "supervise", lambda *_, **__: pytest.fail("something was started"))
+    tars = {**STREAM, "shards": f"{sets['RGB']}/shard-{{000000..000005}}.tar"}
+    config = load_config(runs.write_config(tmp_path, Path(sets["RGB"]), **({"data": tars} if stream else {})))
+    Path("profile.yaml").write_text(PROFILE)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(write_yaml(config.to_dict()))
+    submit = ["submit", "config.yaml", "--profile", "profile.yaml", "--dry-run"]
+    one = World(0, 1, 0, torch.device("cpu"))
+    for known, code in (("other", 2), (data_identity(open_images(config, one)), 0), (0, 0)):
+        Path("run/env.json").write_text(json.dumps({"data_digest": known}))
+        assert main(submit) == code
+        assert ("holds other images than the run began with; name another" in capsys.readouterr().err) == (code == 2)
+    Path("run/env.json").write_text(json.dumps({"data_digest": "other"}))
+    assert main(["train", "config.yaml", "--processes", "2"]) == 2
+    [finding] = disks.shards(config, one)
+    assert "holds other images than the run began with" in finding.seen
