@@ -18,7 +18,9 @@ from simclr_dist.config.strict_yaml import write_yaml
 from simclr_dist.launch import torchrun
 from simclr_dist.method.distributed import World
 from simclr_dist.preflight.check import disks
+from simclr_dist.system.errors import ConfigError, DataError
 from simclr_dist.train.images import open_images
+from simclr_dist.train.inputs import check_inputs
 from simclr_dist.train.state import data_identity
 
 PROFILE = "{partition: main, nodes: 1, gpus_per_node: 0, tasks_per_node: 2, cpus_per_task: 1, time: '10'}"
@@ -110,3 +112,27 @@ def test_a_run_of_other_images_goes_into_no_queue(
     assert main(["train", "config.yaml", "--processes", "2"]) == 2
     [finding] = disks.shards(config, one)
     assert "holds other images than the run began with" in finding.seen
+
+
+def test_relative_paths_start_from_the_folder_of_the_job(
+    sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that goes on needs its start weights no more."""
+    monkeypatch.chdir(tmp_path)
+    beside, weights = Path(sets["RGB"]).parent, Path(sets["RGB"]) / "shard-000000.tar"  # no weights, but a file
+    tars = {**STREAM, "shards": "shards/shard-{000000..000005}.tar"}
+    start = {"model": {"init": "file", "init_file": str(weights.relative_to(beside))}}
+    probe = {"probe": {"every_epochs": 1, "shards": "shards"}}
+    for changes in (start, {"data": tars}):
+        config = load_config(runs.write_config(tmp_path, Path("shards"), **changes))
+        assert check_inputs(config, 1, beside=beside) == 205
+        with pytest.raises(DataError, match="no such"):
+            check_inputs(config, 1)
+    with pytest.raises(ConfigError, match="205 that it does"):
+        check_inputs(load_config(runs.write_config(tmp_path, Path(sets["RGB"]), **probe)), 1, beside=beside)
+    config = load_config(runs.write_config(tmp_path, Path(sets["RGB"]), model={"init": "file", "init_file": "gone.pt"}))
+    with pytest.raises(ConfigError, match="no such file; name one"):
+        check_inputs(config, 1)
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/step-00000002.json").write_text("{}")
+    assert check_inputs(config, 1) == 205
