@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simclr_dist.data.collection import check_content, check_kind, load_collection
+from simclr_dist.data.collection import check_content, load_collection
 from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.pixels.decode import decode
@@ -64,11 +64,9 @@ class ShardDataset(Dataset[Sample]):
     ) -> None:  # fmt: skip
         if open_shards < 1:
             raise ValueError(f"ShardDataset: open_shards: {open_shards} must be at least 1")
-        self.manifest: Manifest = load_collection(where, cache=cache)
+        self.manifest: Manifest = load_collection(where, cache=cache, kind=kind)
         if checked:
             check_content(self.manifest)
-        if kind is not None:
-            check_kind(self.manifest, Kind(*kind))
         self._open_shards = max(1, min(open_shards, most_open_files() // 4))  # a process has others open
         self._files: OrderedDict[int, int] = OrderedDict()
         self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None

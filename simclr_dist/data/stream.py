@@ -5,7 +5,6 @@ images as any other, so ranks stay together. But which images, and how often, de
 starts its tars anew.
 """
 
-import hashlib
 import io
 import itertools
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 
-from simclr_dist.data.collection import PIPE, find_tars
+from simclr_dist.data.collection import PIPE, digest_of_tars, find_tars
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.pixels.decode import decode, decode_any, turn_upright
 from simclr_dist.data.pixels.images import check_pixels, orientation_of
@@ -33,7 +32,7 @@ from simclr_dist.data.reader import Sample
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import fetch, is_url
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
-from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, reason_of, redact, refusing
+from simclr_dist.system.errors import DataError, UnreachableError, printable, reason_of, redact, refusing
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _DEEP_SUFFIXES = ("tif", "tiff")  # where another kind is asked for than 8-bit RGB, which decoders give at once
@@ -79,17 +78,10 @@ class StreamImages(Dataset[Sample]):
         shuffle: int = 1000, allow_pipe: bool = False, cache: CacheSettings | None = None, kind: Kind = RGB8,
     ) -> None:  # fmt: skip
         self.samples, self.kind, self.start = samples, kind, 0
-        self._shards = find_tars(where, allow_pipe=allow_pipe)
+        self._shards = find_tars(where, allow_pipe=allow_pipe, ranks=world_size, workers=workers)
         self._seed, self._rank, self._shuffle, self._cache = seed, rank, shuffle, cache
         self._parts = world_size * max(1, workers)
-        if len(self._shards) < self._parts:
-            raise ConfigError(
-                f"data.shards: {redact(where)}: {len(self._shards)} tars are too few for {world_size} ranks with"
-                f" {max(1, workers)} readers each; lower data.workers, or cut the images into more tars"
-            )
-        # The folder is left out: the tars may be moved.
-        names = [shard if shard.startswith(PIPE) else shard.rpartition("/")[2] for shard in self._shards]
-        self.digest = f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
+        self.digest = digest_of_tars(self._shards, samples)
         self._process = -1
         self._running: Iterator[dict[str, Any]] = iter(())
         self._doubled: deque[str] = deque()

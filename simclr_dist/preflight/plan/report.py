@@ -8,7 +8,7 @@ from typing import Any
 
 from simclr_dist.config.settings import Config
 from simclr_dist.config.together import check_fits
-from simclr_dist.data.collection import count_images, expand, names_tars
+from simclr_dist.data.collection import expand, load_collection, names_tars
 from simclr_dist.data.remote.fetch import is_url
 from simclr_dist.data.views.draws import view_side
 from simclr_dist.preflight.plan import scaling, trace
@@ -91,7 +91,7 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
     samples = config.data.samples if samples is None else samples
     if samples is None and not (Path(shards).exists() or is_url(shards) or names_tars(shards)):
         raise ConfigError(f"data.shards: {shards!r} is not here; give the number of images by --samples N")
-    samples = count_images(shards, samples, kind=config.data.kind)
+    samples = len(load_collection(shards, kind=config.data.kind)) if samples is None else samples
     check_fits(config, samples, world_size)
     footprint = trace.footprint(config, view_side(config.views.preset, config.views.image_size))
     step = predict_step(config, footprint, world_size, machines)
