@@ -42,6 +42,11 @@ def test_which_images(shards: Path, held_out: Path) -> None:
     assert np.diff(rows).min() >= 8, "evenly spread"
     some = dataclasses.replace(test, label=np.where(np.arange(61) < 10, -1, test.label))
     assert choose(most, some, train)[0].tolist() == list(range(10, 61))
+    hashes = np.concatenate([test.sha256[:59], np.full((1, 32), 0, np.uint8), np.full((1, 32), 255, np.uint8)])
+    for row in range(61):  # found wherever it lies among the hashes, also at their ends
+        parted = dataclasses.replace(train, key=train.key.only([0]), sha256=hashes[[row]])
+        rows, known = choose(most, dataclasses.replace(test, sha256=hashes), parted)
+        assert (sorted({*range(61)} - {*rows.tolist()}), known) == ([row], 1)
     with pytest.raises(ConfigError, match="has 3 labelled images"):
         choose(most, dataclasses.replace(test, label=np.where(np.arange(61) < 58, -1, test.label)), train)
 
