@@ -251,8 +251,10 @@ def test_a_damaged_and_a_compressed_tar(tmp_path: Path) -> None:
 
 
 def test_an_archive_with_splits(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", {f"set/{s}/cat/1.png": encoded() for s in ("train", "test")})
-    assert "holds the splits test, train" in refused(path, tmp_path / "out")
+    (tmp_path / "src").mkdir()
+    path = write_tar(tmp_path / "src/a.tar", {f"set/{s}/cat/1.png": encoded() for s in ("train", "test")})
+    for source in (path, path.parent):  # as one file, and as the only one of a folder, in which there is no such folder
+        assert "holds the splits test, train, not classes; unpack it and name one, or" in refused(source, tmp_path / "out")
 
 
 def test_a_split_alone_is_no_class(tmp_path: Path) -> None:
@@ -287,7 +289,9 @@ def test_a_pattern_that_matches_what_is_no_file(tmp_path: Path, what: str) -> No
         "pipe": os.mkfifo,
     }
     make[what](tmp_path / "x-2.tar")
-    assert f"{tmp_path / 'x-2.tar'}: is no file" in refused(tmp_path / "x-*.tar", tmp_path / "out")
+    said = refused(tmp_path / "x-*.tar", tmp_path / "out")
+    assert f"{tmp_path / 'x-2.tar'}: is no file" in said
+    assert ("remove it" in said) == (what != "folder"), "a folder may be the images"
 
 
 # ---- Arrow

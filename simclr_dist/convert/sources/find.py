@@ -103,7 +103,8 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     if not os.path.exists(source) and "*" in source.name:
         paths = sorted(source.parent.glob(source.name))
         if strange := next((path for path in paths if not os.path.isfile(path)), None):
-            raise DataError(f"{strange}: is no file that can be read, and {source.name} matches it; remove it, or name others")
+            cure = "name others, or the folder" if strange.is_dir() else "remove it, or name others"
+            raise DataError(f"{strange}: is no file that can be read, and {source.name} matches it; {cure}")
         kinds = {source_kind(path.name) for path in paths}
         if len(kinds) != 1 or None in kinds or any(kind and kind.alone for kind in kinds):
             raise DataError(

@@ -152,7 +152,7 @@ def labels_by_folder(source: Path, names: Sequence[str]) -> tuple[tuple[str, ...
             f"put every image into a class folder, or none, {no_labels}"
         )
     if folders and len(split_names(folders, folders=True)) == len(folders):
-        cure = f"name one, like {source / folders[0]}" if source.is_dir() else "unpack it and name one"
+        cure = f"name one, like {source / folders[0]}" if (source / folders[0]).is_dir() else "unpack it and name one"
         raise DataError(f"{source}: holds the splits {', '.join(folders)}, not classes; {cure}, {no_labels}")
     label = {folder: i for i, folder in enumerate(folders)}
     return tuple(printable(folder) for folder in folders), [label.get(name.split("/", 1)[0], -1) for name in names]
