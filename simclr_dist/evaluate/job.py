@@ -29,7 +29,7 @@ from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbou
 from simclr_dist.evaluate.result.page import claim_page, page, write_page
 from simclr_dist.evaluate.result.report import Say, hardware, versions
 from simclr_dist.evaluate.sets import Sets
-from simclr_dist.evaluate.settings import SUBSETS, FinetuneSettings, Settings
+from simclr_dist.evaluate.settings import SUBSETS, FinetuneSettings, Settings, check_val
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
 from simclr_dist.method.distributed import World, on_rank_0, process_group, together
 from simclr_dist.system.errors import ConfigError, DataError
@@ -174,8 +174,7 @@ def _write(path: Path, result: Result, sets: Sets, test: Features, *, say: Say, 
 def _subsets(sets: Sets, settings: Settings) -> dict[float, list[Rows]]:
     """Draw the rows of each share of the labels. Raises UserError for what is of no use, or would be refused hours later."""
     subsets: dict[float, list[Rows]] = {}
-    if "val" in sets.images and not settings.choosing:
-        raise ConfigError(f"val: {sets.named['val']}: there is nothing to choose by it, as all is set; leave it out")
+    check_val(settings, sets.named.get("val"))
     for _, protocol, share in settings.measured if sets.classes else ():
         if protocol == "finetune":
             subsets[share] = draw_subsets(sets, share, SUBSETS)

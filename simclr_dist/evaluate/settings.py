@@ -190,6 +190,12 @@ def check_watch(run: str | Path, poll: float) -> None:
         raise ConfigError(f"--poll: {poll:g}: must be above 0, and finite")
 
 
+def check_val(settings: Settings, val: str | None) -> None:
+    """Raise ConfigError for validation images that have nothing to choose."""
+    if val is not None and not settings.choosing:
+        raise ConfigError(f"val: {val}: there is nothing to choose by it, as all is set; leave it out")
+
+
 def check_alone(verb: str) -> None:
     """Raise ConfigError under torchrun: the verb runs in one process."""
     if "WORLD_SIZE" in os.environ:
