@@ -30,7 +30,7 @@ WITHOUT_TORCH = [
     "system", "config", "run.folder", "run.claim", "run.loggers", "run.status", "run.restarts", "run.steps", "run.summary",
     "run.commands",
     "launch", "cli", "encoder.names",
-    "train.__main__", "train.profiling", "train.session",
+    "train.__main__", "train.inputs", "train.profiling", "train.session",
     "preflight.demo.images", "preflight.plan.hardware", "preflight.plan.settings", "preflight.check.findings",
     "evaluate.__main__", "evaluate.settings", "evaluate.sources", "evaluate.space",
     "evaluate.features.file", "evaluate.features.store", "evaluate.compare", "evaluate.status", "evaluate.result.picture",

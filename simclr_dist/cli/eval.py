@@ -9,7 +9,7 @@ from typing import Any
 
 from simclr_dist.cli.options import add_device, add_settings, settings_from
 from simclr_dist.encoder.names import PATTERN, RESULT_PATTERN, Foreign, check_is_file, encoder_of, result_path
-from simclr_dist.evaluate.settings import POLL, Settings, check_watch
+from simclr_dist.evaluate.settings import POLL, Settings, check_val, check_watch
 from simclr_dist.run.commands import command, printed
 from simclr_dist.system import signals
 from simclr_dist.system.errors import PREEMPTED, ConfigError, say
@@ -62,6 +62,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Foreign | None, Settings, Pa
     foreign = _foreign(arguments)
     _check_what(arguments, foreign)
     settings = settings_from(Settings, arguments)
+    check_val(settings, arguments.val)
     for file in arguments.encoder:
         check_is_file(file)
     several = len(arguments.encoder) + len(arguments.rival) > 1 or settings.labels is not None
@@ -79,8 +80,6 @@ def _evaluate(arguments: argparse.Namespace, foreign: Foreign | None, settings: 
         from simclr_dist.evaluate.rivals import compare_encoders, comparison_table
     encoders = [foreign] if foreign else [*arguments.encoder, *map(rival, arguments.rival)]
     several = len(encoders) > 1 or settings.labels is not None
-    if settings.layer != "h" and any(isinstance(one, Foreign) for one in encoders):
-        raise ConfigError(f"--layer: {settings.layer!r}: a published checkpoint has h alone")
     encoder: Any = encoders if several else encoders[0]
     work: Any = compare_encoders if several else evaluate
     shown = comparison_table if several else table

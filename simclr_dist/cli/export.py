@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("encoder", metavar="ENCODER", help=f"{PATTERN}; or RUN, which is its last saved step; or a checkpoint of it")
     what = "OUT.onnx; OUT.safetensors, an encoder; or a new folder, with weights, a model card (README.md) and results"
-    add("out", metavar="OUT", nargs="?", help=f"{what} (default: {PATTERN})")
+    add("out", metavar="OUT", nargs="?", help=f"{what} (default, of a run: {PATTERN})")
     add("--layer", default="h", help="what comes out of the ONNX file: h, z, or projector.N (default: %(default)s)")
     add("--license", default="", metavar="ID", help="licence of the folder, for its card: apache-2.0, cc-by-nc-4.0, other")
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     """Export an encoder; return the exit code. Print how far ONNX Runtime is from torch. Raises UserError."""
     source = _saved(Path(arguments.encoder))
-    out = arguments.out or str(encoder_path(source.parent.parent, step_of(source) or 0))
+    out = arguments.out or str(_place_in_run(source))
     ending, files = Path(out).suffix, (".onnx", ".safetensors")
     if ending[1:].isalpha() and ending not in files and not out.endswith("/"):  # a folder may be called v1.2
         raise ConfigError(f"export: {out!r} must end in .onnx or .safetensors, or in / for a folder")
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
     if ending != ".onnx" and arguments.layer != "h":
         raise ConfigError(f"--layer: {arguments.layer!r}: has an effect on an .onnx file alone; leave it out")
     with signals.blocked(), signals.uncollected():  # torch's import passes over what a signal raises
+        from simclr_dist.encoder.file import load_encoder
         from simclr_dist.encoder.onnx import export_onnx
         from simclr_dist.evaluate.publish import publish
         from simclr_dist.train.state import export_checkpoint
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
         if source.suffix == ".pt":
             source = export_checkpoint(source, Path(folder, f"{source.stem}.safetensors"))
         if ending == ".safetensors":
+            load_encoder(source)  # nothing else is copied
             print(f"{_copied(source, Path(out))}: {out}{printed(evaluate(out, stored_config(Path(arguments.encoder))))}")
         elif ending == ".onnx":
             difference = export_onnx(source, out, arguments.layer)
@@ -58,17 +60,27 @@ def run(arguments: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _copied(source: Path, out: Path) -> str:
-    """Copy an encoder with its card and projector; return what was done. Raises ConfigError where another one is there."""
+    """Copy an encoder with its card and projector; return what was done. Raises ConfigError where other files are there."""
     with refusing(f"{out}: cannot be written"):
-        if out.exists() and source.read_bytes() == out.read_bytes():
-            return "there already"
+        files = [(out.with_suffix(suffix), source.with_suffix(suffix)) for suffix in (".safetensors", ".projector", ".json")]
+        contents = {path: file.read_bytes() for path, file in files if file.exists()}
+        for path, content in contents.items():
+            if path.exists() and path.read_bytes() != content:
+                raise ConfigError(f"export: {str(path)!r} is there already, with other content; name a new file")
         if out.exists():
-            raise ConfigError(f"export: {str(out)!r} is there already, and is another encoder; name a new file")
+            return "there already"
         out.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".json", ".projector", ".safetensors"):  # the encoder last: where it is, the others are
-            if (file := source.with_suffix(suffix)).exists():
-                write_atomically(out.with_suffix(suffix), file.read_bytes())
+        for path, content in reversed(contents.items()):  # the encoder last: where it is, the others are
+            write_atomically(path, content)
     return "written"
+
+
+def _place_in_run(source: Path) -> Path:
+    """Return where a run has the encoder of its file `source`. Raises ConfigError for one that is in no run."""
+    path = source if len(source.parts) > 1 else source.absolute()
+    if (step := step_of(path)) is None or path.parent.name not in ("encoders", "checkpoints"):
+        raise ConfigError(f"export: {str(source)!r} is in no run folder; name OUT")
+    return encoder_path(path.parent.parent, step)
 
 
 def _saved(path: Path) -> Path:

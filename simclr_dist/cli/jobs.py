@@ -21,8 +21,8 @@ from simclr_dist.system.errors import ConfigError, say
 def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Check the verb's options as the verb does, then submit it. Return the exit code. Raises UserError."""
     verb, parts, place = arguments.config, arguments.parts, Path.cwd()
-    # submit has taken two options that eval has too.
-    words = [*rest, *(word for name in ("train", "test") if (path := getattr(arguments, name)) for word in (f"--{name}", path))]
+    given = {name: getattr(arguments, name) for name in ("labels", "train", "val", "test")}  # options of submit and of eval
+    words = [*rest, *(word for name, value in given.items() if value is not None for word in (f"--{name}", value))]
     parser = Parser(f"simclr-dist {verb}", allow_abbrev=False)
     {"shard": shard, "embed": embed, "eval": eval}[verb].add_arguments(parser)
     typed = parser.parse_args(words)
@@ -74,6 +74,7 @@ def _checked(verb: str, typed: argparse.Namespace) -> Path:
     foreign, _, path = eval.checked(typed)
     if foreign:
         check_is_file(foreign.weights)
-    for shards in filter(None, (typed.train, typed.val, typed.test)):
-        load_collection(shards, beside=Path.cwd())
+    for shards in (typed.train, typed.val, typed.test):
+        if shards is not None:
+            load_collection(shards, beside=Path.cwd())
     return path

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simclr_dist.cli.options import at_least
+from simclr_dist.cli import eval
+from simclr_dist.cli.options import Parser, at_least, settings_from
 from simclr_dist.config.strict_yaml import pairs
 from simclr_dist.config.sweep import read_sweep
 from simclr_dist.encoder.names import newest_encoder, result_path
+from simclr_dist.evaluate.settings import Settings
 from simclr_dist.launch.slurm import scheduler
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.profile import Profile, load_profile, profile_from_dict, refuse_programs
@@ -33,22 +35,23 @@ HELP = "train on a SLURM cluster, or shard, embed, eval; submit status | logs | 
 
 ACTIONS = ("status", "logs", "cancel", "resume")
 VERBS = ("shard", "embed", "eval")
-_OF_JOBS = {"profile", "dry_run", "allow_setup", "eval", "train", "test", "eval_profile", "profile_steps", "profile_rank"}
+_OF_EVAL = ("train", "val", "test", "labels")
+_OF_JOBS = {"profile", "dry_run", "allow_setup", "eval", *_OF_EVAL, "eval_profile", "profile_steps", "profile_rank"}
 # What each form takes.
 _OPTIONS = {
     "submit": {"local", "sweep", *_OF_JOBS},
     "resume": _OF_JOBS,
     "shard": {"profile", "dry_run", "allow_setup", "parts", "finish_profile"},
     "embed": {"profile", "dry_run", "allow_setup"},
-    "eval": {"profile", "dry_run", "allow_setup", "train", "test"},
+    "eval": {"profile", "dry_run", "allow_setup", *_OF_EVAL},
     "logs": {"follow", "eval"},
     "status": set(),
     "cancel": set(),
 }
 _FOLLOW_SECONDS = 5.0  # between two questions whether a job has ended
 
-USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--eval --train SHARDS --test SHARDS]
-                          [--profile-steps STEPS] [--sweep KEY=V,V] [--key value ...]
+USAGE = """simclr-dist submit CONFIG --profile FILE [--dry-run | --local] [--profile-steps STEPS] [--sweep KEY=V,V]
+                          [--eval --train SHARDS [--val SHARDS] --test SHARDS [--labels SHARES]] [--key value ...]
        simclr-dist submit shard SRC DST --parts N --profile FILE [--finish-profile FILE] [options of shard]
        simclr-dist submit embed | eval ... --profile FILE [options of that verb]
        simclr-dist submit status | logs [-f] | cancel RUN, or what the jobs write; submit resume RUN"""
@@ -64,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--local", action="store_true", help="run the same job on this machine, with the profile's ranks of one node, or one")
     add("--eval", action="store_true", help="add a job that evaluates the run's encoders; with logs: that job's")
     add("--train", metavar="SHARDS", help="with --eval: labelled shards that kNN and the probe learn from")
+    add("--val", metavar="SHARDS", help="with --eval: labelled shards that choose what eval leaves open")
     add("--test", metavar="SHARDS", help="with --eval: labelled shards that the accuracy is measured on")
+    add("--labels", metavar="SHARES", help="with --eval: shares of the training labels, like 0.01/0.1/1")
     add("--eval-profile", metavar="FILE", help="with --eval: its own profile (default: one rank's share of the training's)")
     add(
         "--allow-setup",
@@ -221,7 +226,7 @@ def _evaluation(
     """Return the evaluation that the command line names, or else `before`."""
     from simclr_dist.launch.slurm.batch import Evaluation
 
-    options = {name: getattr(arguments, name) for name in ("train", "test", "eval_profile")}
+    options = {name: getattr(arguments, name) for name in (*_OF_EVAL, "eval_profile")}
     given = {name: value for name, value in options.items() if value is not None}
     if not arguments.eval and before is None:
         for name in given:
@@ -237,7 +242,11 @@ def _evaluation(
         profile = profile_from_dict(before.get("profile", {}), f"{where}.profile", allow_setup=arguments.allow_setup)
     else:
         profile = profile.of_one_rank
-    return Evaluation(shards["train"], shards["test"], profile)
+    evaluation = Evaluation(shards["train"], shards["test"], profile, shards.get("val"), shards.get("labels"))
+    parser = Parser("simclr-dist eval", allow_abbrev=False)
+    eval.add_arguments(parser)
+    settings_from(Settings, parser.parse_args(evaluation.options))  # refuses what the job would
+    return evaluation
 
 
 def _send(submission: "Submission", *, dry_run: bool) -> int:

@@ -102,17 +102,13 @@ def _checked(arguments: argparse.Namespace, overrides: Sequence[str], *, alone: 
     profile = parse_profile(arguments.profile, arguments.profile_rank)
     config = load_config(arguments.config, overrides, options=_options(arguments.parser))
     nodes = _meeting(arguments, config)
-    from simclr_dist.data.collection import count_images, find_tars
     from simclr_dist.data.views.draws import view_side
-    from simclr_dist.run.folder import check_run_folder, newest_step
+    from simclr_dist.run.folder import check_run_folder
+    from simclr_dist.train.inputs import check_inputs
 
     check_run_folder(config, held=nodes is not None)  # the machines that this one joins may have begun
-    if config.data.samples is not None:
-        find_tars(config.data.shards, allow_pipe=config.data.allow_pipe)
-    samples = count_images(config.data.shards, config.data.samples, kind=config.data.kind)
     machines = range(nodes.least, nodes.most + 1) if nodes else range(1, 2)
-    done = newest_step(Path(config.run_folder))
-    check_fits(config, samples, machines[0] * (arguments.processes or 1), done)  # before torch is imported to count GPUs
+    samples = check_inputs(config, machines[0] * (arguments.processes or 1))  # before torch is imported to count GPUs
     gpus = count_gpus(config)
     given = gpus_given() if config.device != "cpu" else 0
     processes = arguments.processes or max(1, gpus, given)

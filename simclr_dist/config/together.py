@@ -223,13 +223,17 @@ def check_fits(config: Config, samples: int, world_size: int, done: int = 0) -> 
     if total < 1:
         raise ConfigError(f"epochs: {config.epochs} of {samples} images at global_batch_size {batch} is not one step")
     if warmup > total:
-        key = "warmup_epochs" if config.optim.warmup_steps is None else "warmup_steps"
-        value = getattr(config.optim, key)
-        raise ConfigError(f"optim.{key}: {value}: a warm-up of {warmup} steps is longer than the run of {total}; lower it")
+        key = _warmup_key(config)
+        value = operator.attrgetter(key)(config)
+        raise ConfigError(f"{key}: {value}: a warm-up of {warmup} steps is longer than the run of {total}; lower it")
     if done > total:
         length = f"steps: {total}" if config.epochs is None else f"epochs: {config.epochs:g}, or {total} steps"
         why = f"the run in {config.run_folder} has done {done} already"
         raise ConfigError(f"{length}: {why}; ask for more, or name another run_folder")
+
+
+def _warmup_key(config: Config) -> str:
+    return "optim.warmup_epochs" if config.optim.warmup_steps is None else "optim.warmup_steps"
 
 
 def doubts(
@@ -244,7 +248,7 @@ def doubts(
         slower = "a step takes 1.5 times as long as in fp32 with AVX-512, and 9 times without"
         yield f"precision: bf16: this CPU has no instructions for it: {slower}; --precision fp32 learns the same"
     if config.warmup_steps(samples) == config.total_steps(samples):
-        yield f"optim.warmup_epochs: all {config.total_steps(samples)} steps are warm-up, so the rate never falls; lower it"
+        yield f"{_warmup_key(config)}: all {config.total_steps(samples)} steps are warm-up, so the rate never falls; lower it"
     if 2 * batch > samples:
         step = f"a step takes {100 * batch / samples:.0f} % of the {samples} images"
         yield f"global_batch_size: {batch}: {step}, so others of an image's class are most of its negatives; lower it"

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
 
@@ -115,45 +115,24 @@ def _usable_tars(folder: Path) -> tuple[list[Path], list[Problem], list[Problem]
     return tars, rejected, skipped
 
 
-@dataclass
-class _Sample:
-    key: str
-    images: list[TarMember] = field(default_factory=list)
-    label: TarMember | None = None
-
-
-def _row(tar: str, descriptor: int, sample: _Sample, kind: Kind) -> ManifestRow:
-    """Make the sample's row. Raises DataError with the reason why there is none."""
-    plain = [image for image in sample.images if image.name.removeprefix(sample.key).count(".") == 1]
-    images = plain or sample.images
+def _row(
+    tar: str, descriptor: int, key: str, images: list[TarMember], label_file: TarMember | None, kind: Kind
+) -> ManifestRow:  # fmt: skip
+    """Make a sample's row. Raises DataError with the reason why there is none."""
+    images = [image for image in images if image.name.removeprefix(key).count(".") == 1] or images
     if len(images) != 1:
         names = ", ".join(printable(image.name) for image in images)
         raise DataError(f"{len(images)} images of one key: {names}" if images else "no image among its files")
     (image,) = images
     if reason := why_no_bytes(image.size):
         raise DataError(reason)
-    label = -1 if sample.label is None else parse_label(read_label(descriptor, sample.label), "cls")
+    label = -1 if label_file is None else parse_label(read_label(descriptor, label_file), "cls")
     content = os.pread(descriptor, image.size, image.offset)
     prepared = prepare(content, kind)
     if prepared.reason:
         raise DataError(f"{prepared.reason}; `simclr-dist shard {tar} DST` converts it")
     digest, size = hashlib.sha256(content).digest(), (prepared.width, prepared.height)
-    return ManifestRow(sample.key, tar, image.offset, image.size, label, *size, digest)
-
-
-def _joined(samples: list[_Sample]) -> list[_Sample]:
-    """Join an image and its label that lie apart. Some tars hold all images and then all labels."""
-    first: dict[str, _Sample] = {}
-    whole = []
-    for sample in samples:
-        other = first.setdefault(sample.key, sample)
-        if other is not sample and not sample.images and other.label is None:
-            other.label = sample.label
-        elif other is not sample and not other.images and sample.label is None:
-            other.images = sample.images
-        else:
-            whole.append(sample)
-    return whole
+    return ManifestRow(key, tar, image.offset, image.size, label, *size, digest)
 
 
 def _read_tar(path: Path, kind: Kind) -> tuple[pa.Table, list[Problem], list[Problem]]:
@@ -161,7 +140,8 @@ def _read_tar(path: Path, kind: Kind) -> tuple[pa.Table, list[Problem], list[Pro
     rows: dict[str, ManifestRow | None] = {}
     rejected: list[Problem] = []
     skipped: list[Problem] = []
-    samples: list[_Sample] = []
+    samples: list[tuple[str, list[TarMember]]] = []  # images of a key that follow each other
+    labels: dict[str, TarMember] = {}
     with path.open("rb") as file:
         for member in tar_members(path):
             name = member.name.removeprefix("./")
@@ -173,18 +153,21 @@ def _read_tar(path: Path, kind: Kind) -> tuple[pa.Table, list[Problem], list[Pro
                 rejected.append(Problem(printable(f"{path.name}/{name}"), reason))
                 continue
             key = webdataset_key(name)
-            if not samples or key != samples[-1].key:
-                samples.append(_Sample(key))
+            if not samples or key != samples[-1][0]:
+                samples.append((key, []))
             if is_label(name):
-                samples[-1].label = member
+                labels.setdefault(key, member)  # of several the first counts, as for `shard` and `--verify`
             elif is_image_name(name):
-                samples[-1].images.append(member._replace(name=name))
-        for sample in _joined(samples):
+                samples[-1][1].append(member._replace(name=name))
+        pictured = {key for key, images in samples if images}
+        for key, images in samples:
+            if not images and key in pictured:  # its label and other files may lie apart: all images, then all labels
+                continue
             try:
-                if sample.key in rows:
+                if key in rows:
                     raise DataError("its key comes twice in the tar")
-                rows[sample.key] = None
-                rows[sample.key] = _row(path.name, file.fileno(), sample, kind)
+                rows[key] = None
+                rows[key] = _row(path.name, file.fileno(), key, images, labels.get(key), kind)
             except DataError as error:
-                rejected.append(Problem(printable(f"{path.name}/{sample.key}"), str(error)))
+                rejected.append(Problem(printable(f"{path.name}/{key}"), str(error)))
     return row_table(list(filter(None, rows.values()))), rejected, skipped

@@ -39,6 +39,8 @@ class ShardSettings:
                 sides = "shares above 0 of train and test, or of train, val and test"
                 raise ConfigError(f"split: {shares} must be {sides}, that add up to 1, like 0.8/0.2 or 0.8/0.1/0.1")
         check_ranges(self)
+        if self.kind != RGB8 and self.quality != ShardSettings.quality:
+            raise ConfigError(f"quality: {self.quality} has no effect on {self.kind}, stored without loss; leave it out")
 
     @property
     def kind(self) -> Kind:

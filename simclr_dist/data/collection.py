@@ -1,6 +1,7 @@
 """Load shards by name: a folder, its URL, or tars in braces."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -33,12 +34,15 @@ _MOST_MANIFEST_BYTES = 4 << 30
 _ROWS = 1 << 16  # at a time
 
 
-def load_collection(where: str | Path, *, beside: str | Path = ".", cache: CacheSettings | None = None) -> Manifest:
+def load_collection(
+    where: str | Path, *, beside: str | Path = ".", cache: CacheSettings | None = None, kind: tuple[int, int] | None = None
+) -> Manifest:
     """Load the manifest of what `where` names. A relative path starts from the folder `beside`.
 
     A folder, or its URL, stands for all tars of its manifest. Tars (`shards/train-{000000..000099}.tar`, or one) stand for
     these alone, as the manifest beside them describes them and in its order. Local tars are looked for, remote ones are not.
-    Raises DataError when there is no manifest or it does not list the named tars, UnreachableError when its server fails.
+    Raises DataError when there is no manifest or it does not list the named tars, UnreachableError when its server fails,
+    ConfigError where images are not of the `kind` that is asked for.
     """
     text, remote = str(where), is_url(where)
     if text.startswith(PIPE):
@@ -62,26 +66,12 @@ def load_collection(where: str | Path, *, beside: str | Path = ".", cache: Cache
         manifest = _only(manifest, [unquote(name) for name in names] if remote and text.startswith("http") else names)
     if not remote:
         check_shards(manifest)
+    if kind is not None:
+        _check_kind(manifest, Kind(*kind))
     return manifest
 
 
-def count_images(
-    where: str | Path, samples: int | None = None, *, beside: str | Path = ".", kind: tuple[int, int] | None = None
-) -> int:
-    """Count the images of what `where` names. `samples` is the count if the user states it, else the manifest's is used.
-
-    Raises ConfigError where that manifest's images are not of the `kind` that a run asks for.
-    """
-    if samples is not None:
-        return samples
-    manifest = load_collection(where, beside=beside)
-    if kind is not None:
-        check_kind(manifest, Kind(*kind))
-    return len(manifest)
-
-
-def check_kind(manifest: Manifest, kind: Kind) -> None:
-    """Raise ConfigError where a run asks for images of another kind."""
+def _check_kind(manifest: Manifest, kind: Kind) -> None:
     if manifest.kind != kind:
         asks = f"data.channels and data.bit_depth ask for {kind}"
         cure = f"change that, or shard the images again with --channels {kind.channels} --bit-depth {kind.bit_depth}"
@@ -115,23 +105,34 @@ def expand(pattern: str) -> list[str]:
     return tars
 
 
-def find_tars(where: str, *, allow_pipe: bool) -> list[str]:
-    """List the tars that `where` stands for. Raises ConfigError and DataError for what cannot or must not be opened."""
-    tars = expand(where)
+def find_tars(where: str, *, allow_pipe: bool, beside: str | Path = ".", ranks: int = 1, workers: int = 0) -> list[str]:
+    """List the tars that `where` stands for. A relative path starts from the folder `beside`.
+
+    Raises ConfigError and DataError for what cannot or must not be opened, and where a reader would have no tar.
+    """
+    tars, readers = expand(where), max(1, workers)
     pipe = next((tar for tar in tars if tar.startswith(PIPE)), None)  # in braces also one among files
     if pipe is not None and not allow_pipe:
         raise ConfigError(f"data.shards: {pipe!r} runs a shell command; if you trust it, add --data.allow_pipe true")
-    if where.startswith(PIPE):
-        return tars
     if is_url(where):
         check_url(where)
-        return tars
-    if len(tars) == 1 and os.path.isdir(where):
+    elif len(tars) == 1 and os.path.isdir(Path(beside, where)):
         raise DataError(f"{where}: is a folder; data.reader: stream needs its tars, like {where}/shard-{{000000..000099}}.tar")
-    for tar in tars:
-        if not os.path.isfile(tar):
+    for tar in tars if not (is_url(where) or where.startswith(PIPE)) else ():
+        if not os.path.isfile(Path(beside, tar)):
             raise DataError(f"{tar}: no such tar; data.shards: {where!r} stands for {len(tars)}")
+    if len(tars) < ranks * readers:
+        raise ConfigError(
+            f"data.shards: {redact(where)}: {len(tars)} tars are too few for {ranks} ranks with {readers} readers each;"
+            " lower data.workers, or cut the images into more tars"
+        )
     return tars
+
+
+def digest_of_tars(tars: Sequence[str], samples: int) -> str:
+    """Return a digest of tars that have no manifest. Their folder is left out: they may be moved."""
+    names = [tar if tar.startswith(PIPE) else tar.rpartition("/")[2] for tar in tars]
+    return f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
 
 
 def _only(manifest: Manifest, names: Sequence[str]) -> Manifest:

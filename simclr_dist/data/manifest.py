@@ -1,5 +1,6 @@
 """Write and read the manifest. This Parquet table beside the shards has each image's place, label, size in pixels and hash."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -64,6 +65,11 @@ class Manifest:
     def shard(self) -> NDArray[np.int32]:
         """Make each image's index into `shards`, int32 [n]. `shard_of` is for one image."""
         return np.repeat(np.arange(len(self.shards), dtype=np.int32), self.shard_sizes)
+
+    @property
+    def identity(self) -> str:
+        """Return a digest of the images and their order. The same images in other shards are read in another order."""
+        return hashlib.sha256(self.digest.encode() + self.shard_sizes.tobytes()).hexdigest()
 
     def shard_of(self, row: int) -> int:
         return int(self.shard_ends.searchsorted(row, side="right"))
@@ -140,6 +146,7 @@ def read_manifest(folder: Path, *, cache: Path | None = None, fresh: bool = Fals
     of_images = f"if it holds images, `simclr-dist shard {folder} DST` makes shards of them, and DST is what to name"
     if not os.path.isdir(folder):
         cure = of_images if os.path.exists(folder) else f"make one with `simclr-dist shard SRC {folder}`"
+        cure = f"name its folder, {folder.parent}" if folder.name == MANIFEST_NAME else cure
         raise DataError(f"{folder}: no such folder of shards; {cure}")
     if not path.is_file():
         cure = of_images if any(folder.glob("*")) else f"make it with `simclr-dist shard SRC {folder}`"

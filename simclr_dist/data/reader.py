@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simclr_dist.data.collection import check_content, check_kind, load_collection
+from simclr_dist.data.collection import check_content, load_collection
 from simclr_dist.data.index import INDEX_NAME
 from simclr_dist.data.manifest import Manifest
 from simclr_dist.data.pixels.decode import decode
@@ -22,6 +22,7 @@ from simclr_dist.data.remote.ahead import Ahead
 from simclr_dist.data.remote.cache import CacheSettings, ShardCache, cache_settings
 from simclr_dist.system.errors import DataError, printable
 from simclr_dist.system.files import fitting
+from simclr_dist.system.machine import most_open_files
 
 _BLOCK = 512  # of a tar
 _LONGEST_JSON = 1 << 15
@@ -49,8 +50,8 @@ class ShardDataset(Dataset[Sample]):
 
     `where` is a folder, its URL, or tars in brace notation (`data.collection`). Remote shards go through a `cache` on the local
     disk. The next ones are fetched ahead where the order is known (`expect`) or is that of the manifest. No more than
-    `open_shards` files are open at a time. Raises DataError, naming key and shard, when the bytes are not those that the
-    manifest was written for. Raises UnreachableError when the server fails, ConfigError when the cache's limit is too small.
+    `open_shards` files, or a quarter of `ulimit -n`, are open at a time. Raises DataError, naming key and shard, when the bytes
+    are not those of the manifest. Raises UnreachableError when the server fails, ConfigError when the cache is too small.
     `checked`: all labels and keys are compared with the manifest's digest first, for those who use them. `kind`: raises
     ConfigError where the images are of another.
     """
@@ -63,12 +64,10 @@ class ShardDataset(Dataset[Sample]):
     ) -> None:  # fmt: skip
         if open_shards < 1:
             raise ValueError(f"ShardDataset: open_shards: {open_shards} must be at least 1")
-        self.manifest: Manifest = load_collection(where, cache=cache)
+        self.manifest: Manifest = load_collection(where, cache=cache, kind=kind)
         if checked:
             check_content(self.manifest)
-        if kind is not None:
-            check_kind(self.manifest, Kind(*kind))
-        self._open_shards = open_shards
+        self._open_shards = max(1, min(open_shards, most_open_files() // 4))  # a process has others open
         self._files: OrderedDict[int, int] = OrderedDict()
         self._expected: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._newest = -1

@@ -1,5 +1,6 @@
 """Make the two views of a step's images. Worker processes crop ahead; colour comes when the views are wanted."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -117,17 +118,13 @@ class StepDataset(Dataset[Views]):
 
     def _first_readable(self, step: int, slot: int, row: int, bad: list[tuple[int, str]]) -> Sample:
         """Read the slot's own image. If it fails, read (with replace_bad) the first of its spares that can be read."""
-        try:
-            return self.images[row]
-        except UnreachableError as error:
-            raise RankError(str(error)) from None
-        except DataError as error:
-            bad.append((row, str(error)))
-        for spare in self.plan.spares(step, slot) if self.replace_bad else ():
+        for each in itertools.chain([row], self.plan.spares(step, slot) if self.replace_bad else ()):
             try:
-                return self.images[spare]
+                return self.images[each]
+            except UnreachableError as error:
+                raise RankError(str(error)) from None
             except DataError as error:
-                bad.append((spare, str(error)))
+                bad.append((each, str(error)))
         raise RankError(bad[-1][1])
 
 

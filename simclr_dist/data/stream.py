@@ -5,7 +5,6 @@ images as any other, so ranks stay together. But which images, and how often, de
 starts its tars anew.
 """
 
-import hashlib
 import io
 import itertools
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 
-from simclr_dist.data.collection import PIPE, find_tars
+from simclr_dist.data.collection import PIPE, digest_of_tars, find_tars
 from simclr_dist.data.order import Plan, Rows
 from simclr_dist.data.pixels.decode import decode, decode_any, turn_upright
 from simclr_dist.data.pixels.images import check_pixels, orientation_of
@@ -33,7 +32,7 @@ from simclr_dist.data.reader import Sample
 from simclr_dist.data.remote.cache import CacheSettings, cache_settings
 from simclr_dist.data.remote.fetch import fetch, is_url
 from simclr_dist.data.tar_stream import MAX_FILE_BYTES, TAR_ERRORS, tar_files
-from simclr_dist.system.errors import ConfigError, DataError, UnreachableError, printable, reason_of, redact, refusing
+from simclr_dist.system.errors import DataError, UnreachableError, printable, reason_of, redact, refusing
 
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _DEEP_SUFFIXES = ("tif", "tiff")  # where another kind is asked for than 8-bit RGB, which decoders give at once
@@ -79,17 +78,10 @@ class StreamImages(Dataset[Sample]):
         shuffle: int = 1000, allow_pipe: bool = False, cache: CacheSettings | None = None, kind: Kind = RGB8,
     ) -> None:  # fmt: skip
         self.samples, self.kind, self.start = samples, kind, 0
-        self._shards = find_tars(where, allow_pipe=allow_pipe)
+        self._shards = find_tars(where, allow_pipe=allow_pipe, ranks=world_size, workers=workers)
         self._seed, self._rank, self._shuffle, self._cache = seed, rank, shuffle, cache
         self._parts = world_size * max(1, workers)
-        if len(self._shards) < self._parts:
-            raise ConfigError(
-                f"data.shards: {redact(where)}: {len(self._shards)} tars are too few for {world_size} ranks with"
-                f" {max(1, workers)} readers each; lower data.workers, or cut the images into more tars"
-            )
-        # The folder is left out: the tars may be moved.
-        names = [shard if shard.startswith(PIPE) else shard.rpartition("/")[2] for shard in self._shards]
-        self.digest = f"stream-{hashlib.sha256(chr(10).join([*names, str(samples)]).encode()).hexdigest()}"
+        self.digest = digest_of_tars(self._shards, samples)
         self._process = -1
         self._running: Iterator[dict[str, Any]] = iter(())
         self._doubled: deque[str] = deque()
@@ -120,32 +112,29 @@ class StreamImages(Dataset[Sample]):
 
         info = get_worker_info()
         part = self._rank if info is None else self._rank * info.num_workers + info.id
-        seed = f"{self._seed}/{self.start}/{part}"
-        mixed = shuffle(self._shuffle, initial=self._shuffle, rng=random.Random(seed))
-        samples: Iterator[dict[str, Any]] = mixed(group_by_keys(self._files(part, seed), handler=self._double))
-        return samples
+        for number in itertools.count():
+            order = random.Random(f"{self._seed}/{self.start}/{part}/{number}")
+            # A buffer that held images of two passes would hold some of them twice, and so would a batch.
+            mixed = shuffle(self._shuffle, initial=self._shuffle, rng=order)
+            yield from mixed(group_by_keys(self._files(part, order), handler=self._double))
 
-    def _files(self, part: int, seed: str) -> Iterator[dict[str, Any]]:
-        """Read members of this part's tars without end. {} follows each tar, as in webdataset's expander.
+    def _files(self, part: int, order: random.Random) -> Iterator[dict[str, Any]]:
+        """Read members of this part's tars, once. {} follows each tar, as in webdataset's expander.
 
         What cannot be read comes as a member too: it takes its turn, and its reader reports it.
         """
         from webdataset.tariterators import base_plus_ext
 
-        tars, epoch = self._shards[part :: self._parts], 0
-        while True:
-            order = random.Random(f"{seed}/{epoch}")
-            any_named = False
-            for shard in sorted(tars, key=lambda _: order.random()):
-                for member in self._members(shard):
-                    any_named = any_named or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
-                    yield member
-                yield {}
-            if not any_named:
-                raise UnreachableError(
-                    f"data.shards: {redact(tars[0])}: no file with an ending in it, nor in {len(tars) - 1} more tars"
-                )
-            epoch += 1
+        tars, any_named = self._shards[part :: self._parts], False
+        for shard in order.sample(tars, len(tars)):
+            for member in self._members(shard):
+                any_named = any_named or base_plus_ext(member["fname"])[0] is not None  # webdataset passes over others
+                yield member
+            yield {}
+        if not any_named:
+            raise UnreachableError(
+                f"data.shards: {redact(tars[0])}: no file with an ending in it, nor in {len(tars) - 1} more tars"
+            )
 
     def _members(self, shard: str) -> Iterator[dict[str, Any]]:
         shown = redact(shard)

@@ -181,7 +181,8 @@ def _as_timm_names_them(
     if rename is None or not module.startswith("timm."):
         return
     counts = Counter(start for key in tensors for start in _starts(key))
-    starts = [start for start, count in counts.items() if 4 * count > len(tensors)] if prefix is None else [prefix]
+    named = (prefix, f"{prefix}.")
+    starts = [start for start, count in counts.items() if (4 * count > len(tensors) if prefix is None else start in named)]
     for start in sorted(_evaluated(starts), key=len):
         given = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
         try:

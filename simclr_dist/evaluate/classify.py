@@ -32,12 +32,13 @@ def protocol_settings(settings: Settings, rows: int, *, chosen: bool = False) ->
 
     Two results with the same ones can be compared. `chosen` ones are by validation images, where they are not set.
     """
-    views, by = "new crop and flip of each image in every epoch", {"chosen_on": ON_VALIDATION} if chosen else {}
+    views, choosing = "new crop and flip of each image in every epoch", settings.choosing if chosen else ()
     every, l2 = {}, "chosen" if settings.l2 is None else settings.l2
     usual: tuple[Any, Any] = ("chosen", "chosen") if chosen else (MOST_NEIGHBOURS, TEMPERATURE)
     for name, protocol, share in settings.measured:
         k, temperature = settings.k or usual[0], settings.temperature or usual[1]
-        k_used = None if chosen or share < 1 else neighbours(settings.k, rows)  # of a part, each row has its k and folds
+        several = "knn" in choosing or share < 1  # of a part, each row has its k and folds
+        k_used = None if several else neighbours(settings.k, rows)
         kinds: dict[str, dict[str, Any]] = {
             "knn": {"k": k, "temperature": temperature, "similarity": "cosine", "k_used": k_used},
             "linear": {"l2": l2, "max_iter": settings.max_iter, "solver": "L-BFGS", "features": "standardised"},
@@ -50,7 +51,7 @@ def protocol_settings(settings: Settings, rows: int, *, chosen: bool = False) ->
             one["folds"] = folds(rows)
         if share < 1 or protocol == "finetune":
             one |= {"labels": share, "seeds": SUBSETS}
-        every[name] = one | (by if protocol in _PROTOCOLS else {})
+        every[name] = one | ({"chosen_on": ON_VALIDATION} if protocol in choosing else {})
     return every
 
 
@@ -81,10 +82,11 @@ def classify(
             what = f"{kind.replace('_', ' ')}, {title(name)}"
             if protocol in _PROTOCOLS:
                 begin, runs, infos = time.perf_counter(), [], []
+                by = val if protocol in settings.choosing else None
                 for rows in [None] if share == 1 else (subsets or {})[share]:
                     train = labelled(every) if rows is None else (copied(every.h, torch.from_numpy(rows)), every.label[rows])
                     with Progress(what):
-                        predictions, info = _PROTOCOLS[protocol](*train, val, classes, settings)
+                        predictions, info = _PROTOCOLS[protocol](*train, by, classes, settings)
                     runs += [_score(one, test, classes, votes=protocol == "knn") for one in predictions]
                     infos.append(info)
                 results[name][kind] = {**row_of(runs, infos), "seconds": time.perf_counter() - begin}

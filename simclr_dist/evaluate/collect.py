@@ -87,7 +87,8 @@ class Collector:
         wanted = {}
         if pixels:
             dtype = "uint8" if manifest.kind.bit_depth == 8 else "fp32"
-            wanted[RAW_PIXELS] = About("", {"pixels": side}, RAW_PIXELS, side, dtype, manifest.digest, self._sets.names[name])
+            shape = {"pixels": side, "channels": manifest.kind.channels}  # of which the digest says nothing
+            wanted[RAW_PIXELS] = About("", shape, RAW_PIXELS, side, dtype, manifest.digest, self._sets.names[name])
         wanted |= self._encoders(name)
         return self._collect(name, wanted, images, manifest.key.tolist(), manifest.label, title=f"{name} features")
 

@@ -29,7 +29,7 @@ from simclr_dist.data.workers import Loader
 from simclr_dist.encoder.card import Card, LoadedEncoder
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.encoder.names import result_path
-from simclr_dist.evaluate.features.extraction import extract
+from simclr_dist.evaluate.features.extraction import EncoderError, extract
 from simclr_dist.evaluate.features.views import crop, crop_and_flip
 from simclr_dist.evaluate.protocols.scores import Scores, in_blocks, score, spread
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset, describe_subsets
@@ -107,9 +107,9 @@ def finetune(
     seeds is that of all of these. One process; on a CPU the same settings and number of threads give the same bits. Images
     without a label are counted and left out. `say` gets a line a seed.
 
-    Raises ConfigError under torchrun and where the loss is no longer finite; DataError for an encoder or a layer that is not
-    there, sets that do not fit each other, a class with too few images, and an image that cannot be read; UnwrittenError, which
-    has the numbers, for a result that cannot be written.
+    Raises ConfigError under torchrun and where loss or scores are no longer finite; DataError for an encoder or a layer that is
+    not there, sets that do not fit each other, a class with too few images, and an image that cannot be read; UnwrittenError,
+    which has the numbers, for a result that cannot be written.
     """
     check_alone("finetune")
     begin, path = time.perf_counter(), finetune_path(encoder, settings, out)
@@ -139,11 +139,7 @@ def train_and_test(
 ) -> tuple[Recipe, list[Rows], list[dict[str, Any]], list[Scores]]:
     """Train a copy of the encoder for each seed and test it. Returns the subsets, and of each seed its part of a result."""
     card, classes, device = pretrained.card, sets.classes, next(pretrained.parameters()).device
-    if classes < 2:
-        lack = "has one class; finetuning needs two or more"
-        lack = lack if classes else "no image has a label; finetuning needs labelled shards"
-        raise DataError(f"{sets.train.folder}: {lack}")
-    subsets = [balanced_subset(sets.train, settings.labels, classes=classes, seed=seed) for seed in range(settings.seeds)]
+    subsets = draw_subsets(sets, settings.labels, settings.seeds)
     recipe, runs, scores = make_recipe(len(subsets[0]), settings), [], []
     for seed, rows in enumerate(subsets):
         start = untrained_encoder(card, seed, device) if settings.start == "random" else copy.deepcopy(pretrained)
@@ -154,6 +150,15 @@ def train_and_test(
         scores.append(measured)
         say(f"seed {seed}: top-1 {measured.top1:.2f} % after {run['seconds']['training']:.0f} s of training")
     return recipe, subsets, runs, scores
+
+
+def draw_subsets(sets: Sets, labels: float, seeds: int) -> list[Rows]:
+    """Draw the training rows of each seed. Raises DataError for a set that cannot be learnt from."""
+    if sets.classes < 2:
+        lack = "has one class; finetuning needs two or more"
+        lack = lack if sets.classes else "no image has a label; finetuning needs labelled shards"
+        raise DataError(f"{sets.train.folder}: {lack}")
+    return [balanced_subset(sets.train, labels, classes=sets.classes, seed=seed) for seed in range(seeds)]
 
 
 def _write(path: Path, result: Result, beside: dict[Path, bytes], say: Say) -> None:
@@ -227,14 +232,16 @@ def fit(
             if position == 0:  # the host waits for the device here alone
                 last = LastEpoch(float(loss_sum) / recipe.steps_per_epoch, 100 * int(right) / (len(rows) - recipe.left_over))
                 if not math.isfinite(last.loss):
-                    raise ConfigError(
-                        f"base_lr: the loss of seed {seed} is not finite in epoch {epoch} of {recipe.epochs}, at a rate of "
-                        f"{recipe.peak_lr:g} for {recipe.batch_size_used} images a step; take a smaller --base-lr"
-                    )
+                    raise _diverged(f"the loss of seed {seed} is not finite in", epoch, recipe)
                 loss_sum.zero_()
                 right.zero_()
     model.eval()
     return last
+
+
+def _diverged(what: str, epoch: int, recipe: Recipe) -> ConfigError:
+    rate = f"a rate of {recipe.peak_lr:g} for {recipe.batch_size_used} images a step"
+    return ConfigError(f"base_lr: {what} epoch {epoch} of {recipe.epochs}, at {rate}; give finetune a smaller --base-lr")
 
 
 def _crops(images: ShardDataset, rows: Rows, order: Order, settings: ViewSettings, step: int) -> tuple[Tensor, Tensor]:
@@ -252,10 +259,11 @@ def _train_and_test(
     last = fit(model, sets.images["train"], rows, card, recipe, seed=seed, workers=workers)
     trained, device = time.perf_counter(), next(model.parameters()).device
     how: dict[str, Any] = {"batch_size": settings.batch_size, "workers": workers, "device": device, "title": "test images"}
-    encoder, head = model
-    features = extract(sets.images["test"], {"encoder": encoder}, card, **how)["encoder"].labelled()
-    with torch.inference_mode():
-        scores = score(in_blocks(head, features.h, sets.classes), features.label)
+    try:
+        scored = extract(sets.images["test"], {"scores": model}, card, **how)["scores"].labelled()
+    except EncoderError:  # its loss was finite; nobody computes that of the last step's weights
+        raise _diverged(f"the scores of seed {seed} are not finite after", recipe.epochs, recipe) from None
+    scores = score(in_blocks(nn.Identity(), scored.h, sets.classes), scored.label)
     seconds = {"training": trained - begin, "test": time.perf_counter() - trained}
     return {"seed": seed, **scores.to_dict(), "last_epoch": last._asdict(), "seconds": seconds}, scores
 

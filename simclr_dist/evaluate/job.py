@@ -18,8 +18,9 @@ from simclr_dist.evaluate.collect import Collector
 from simclr_dist.evaluate.features.extraction import EncoderError, Features, check_alike
 from simclr_dist.evaluate.features.store import FeatureStore, features_folder
 from simclr_dist.evaluate.features.views import TrainingViews, training_views
-from simclr_dist.evaluate.finetune import train_and_test
+from simclr_dist.evaluate.finetune import draw_subsets, train_and_test
 from simclr_dist.evaluate.map import feature_map
+from simclr_dist.evaluate.protocols.linear import check_choice
 from simclr_dist.evaluate.protocols.subsets import Rows, balanced_subset
 from simclr_dist.evaluate.result.board import board_folder, show_curve, show_projector
 from simclr_dist.evaluate.result.earlier import Baselines, shape
@@ -28,10 +29,10 @@ from simclr_dist.evaluate.result.neighbours import choose_queries, find_neighbou
 from simclr_dist.evaluate.result.page import claim_page, page, write_page
 from simclr_dist.evaluate.result.report import Say, hardware, versions
 from simclr_dist.evaluate.sets import Sets
-from simclr_dist.evaluate.settings import SUBSETS, FinetuneSettings, Settings
+from simclr_dist.evaluate.settings import SUBSETS, FinetuneSettings, Settings, check_val
 from simclr_dist.evaluate.signals import false_negatives, signals, view_signals
 from simclr_dist.method.distributed import World, on_rank_0, process_group, together
-from simclr_dist.system.errors import DataError
+from simclr_dist.system.errors import ConfigError, DataError
 
 
 def evaluate(
@@ -58,6 +59,7 @@ def evaluate(
     that cannot be written.
     """
     checked = Settings(**settings)
+    check_layer(encoder, checked)
     with process_group(device) as world:
         return measure_one(world, encoder, Sets(train, test, val), checked, out=out, say=say)
 
@@ -98,7 +100,7 @@ def measure(
     sets.check_channels(card, file_of(encoder))
     path = result_path(file_of(encoder), out, settings.layer)
     on_rank_0(lambda: claim_both(path, named=out is not None))
-    subsets = {share: _subsets(sets, share) for _, _, share in settings.measured if share < 1 and sets.classes}
+    subsets = _subsets(sets, settings)
     described = _describe_encoder(file_of(encoder), card, trained.digests)
     reused = reused if reused and reused.shape == shape(described) else None
     fresh = settings.baselines and reused is None
@@ -169,8 +171,19 @@ def _write(path: Path, result: Result, sets: Sets, test: Features, *, say: Say, 
         raise UnwrittenError(str(error), result, stored=path) from None
 
 
-def _subsets(sets: Sets, share: float) -> list[Rows]:
-    return [balanced_subset(sets.train, share, classes=sets.classes, seed=seed) for seed in range(SUBSETS)]
+def _subsets(sets: Sets, settings: Settings) -> dict[float, list[Rows]]:
+    """Draw the rows of each share of the labels. Raises UserError for what is of no use, or would be refused hours later."""
+    subsets: dict[float, list[Rows]] = {}
+    check_val(settings, sets.named.get("val"))
+    for _, protocol, share in settings.measured if sets.classes else ():
+        if protocol == "finetune":
+            subsets[share] = draw_subsets(sets, share, SUBSETS)
+        elif share < 1:
+            subsets[share] = [balanced_subset(sets.train, share, classes=sets.classes, seed=seed) for seed in range(SUBSETS)]
+        if protocol == "linear" and settings.l2 is None and "val" not in sets.images:
+            for rows in subsets.get(share, [sets.train.label >= 0]):
+                check_choice(torch.from_numpy(sets.train.label[rows].astype(np.int64)))
+    return subsets
 
 
 def _finetune(
@@ -185,9 +198,18 @@ def _finetune(
         for kind, start in starts.items() if protocol == "finetune" else ():
             begin, epochs = time.perf_counter(), settings.finetune_epochs
             how = FinetuneSettings(share, start, SUBSETS, epochs, workers=settings.workers)
-            recipe, _, _, scores = train_and_test(pretrained, sets, how, say)
+            try:
+                recipe, _, _, scores = train_and_test(pretrained, sets, how, say)
+            except ConfigError as error:  # it diverged; of another encoder the same recipe may not
+                raise EncoderError(str(error)) from None
             row = {**row_of(scores, [recipe._asdict()]), "seconds": time.perf_counter() - begin}
             given[name] = {**given.get(name, {}), kind: row}
+
+
+def check_layer(encoder: str | Path | Foreign, settings: Settings) -> None:
+    """Raise ConfigError for a layer that a published checkpoint has not."""
+    if isinstance(encoder, Foreign) and settings.layer != "h":
+        raise ConfigError(f"layer: {settings.layer!r}: a published checkpoint has h alone")
 
 
 def file_of(encoder: str | Path | Foreign) -> str | Path:
@@ -220,7 +242,7 @@ def command_of(encoder: str | Path | Foreign, sets: Sets, settings: Settings) ->
             command.append(f"--no-{name.removeprefix('keep_')}")
         else:
             between = "," if name == "protocols" else "/"
-            typed = between.join(map(str, value)) if isinstance(value, tuple) else str(value)
+            typed = between.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
             command += [f"--{name.replace('_', '-')}", typed]
     return command
 

@@ -10,7 +10,7 @@ from typing import Any
 from simclr_dist.encoder.file import file_digest
 from simclr_dist.encoder.names import Foreign, check_is_file, result_path
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
-from simclr_dist.evaluate.job import claim_both, command_of, file_of, measure_one
+from simclr_dist.evaluate.job import check_layer, claim_both, command_of, file_of, measure_one
 from simclr_dist.evaluate.protocols.scores import paired_difference
 from simclr_dist.evaluate.result.earlier import baselines, difference
 from simclr_dist.evaluate.result.file import TRAINED, UNTRAINED, Result, UnwrittenError, read_result, title, write_result
@@ -53,6 +53,7 @@ def compare_encoders(
         raise ConfigError(f"{double}: is named twice; name each encoder once, and copy a file whose name another has")
     for encoder in encoders:
         check_is_file(file_of(encoder))
+        check_layer(encoder, checked)
     results, places = dict[str, Result](), dict[str, str]()
     with process_group(device) as world:
         sets = Sets(train, test, val)
@@ -97,7 +98,7 @@ def _measured(
     """Return an encoder's result, stored or new, and its page's path."""
     path, out = result_path(file_of(encoder), layer=settings.layer), None
     if isinstance(encoder, Foreign) and first is not None:
-        path = out = rivals / f"{encoder.arch.replace('/', '-')}-{Path(encoder.weights).stem}.json"
+        path = out = rivals / f"{encoder.arch.replace('/', '-')}-{Path(encoder.weights).name}.json"
         seed = settings.seed if "sgd" in settings.protocols else 0
         settings = dataclasses.replace(settings, baselines=False, seed=seed)
     say(f"{_name(encoder)}: {path}")

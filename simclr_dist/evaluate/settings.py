@@ -93,6 +93,12 @@ class Settings(SearchSettings):
         )
         return [(protocol if share == 1 else f"{protocol}@{share:g}", protocol, share) for protocol, share in every]
 
+    @property
+    def choosing(self) -> set[str]:
+        """Name the protocols that choose something on validation images."""
+        free = {"knn": None in (self.k, self.temperature), "linear": self.l2 is None, "mlp": True}
+        return {name for name in self.protocols if free.get(name)}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.protocols or len(set(self.protocols)) < len(self.protocols):
@@ -182,6 +188,12 @@ def check_watch(run: str | Path, poll: float) -> None:
         raise ConfigError(f"--watch: {str(run)!r} is not a run folder (it has no config.yaml); start the training first")
     if not 0 < poll < math.inf:
         raise ConfigError(f"--poll: {poll:g}: must be above 0, and finite")
+
+
+def check_val(settings: Settings, val: str | None) -> None:
+    """Raise ConfigError for validation images that have nothing to choose."""
+    if val is not None and not settings.choosing:
+        raise ConfigError(f"val: {val}: there is nothing to choose by it, as all is set; leave it out")
 
 
 def check_alone(verb: str) -> None:

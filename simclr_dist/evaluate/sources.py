@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simclr_dist.system.errors import DataError, printable, refusing
+from simclr_dist.system.files import remove_leftovers
 
 if TYPE_CHECKING:
     from simclr_dist.convert.sources.originals import Source
@@ -42,6 +43,7 @@ def check_page_folder(out: str | Path, verb: str) -> tuple[Path, Path]:
     """
     out = Path(out)
     names = f"{verb}.html", f"{verb}.parquet"
+    remove_leftovers(out, f"{verb}.*")
     if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {*names})):
         raise DataError(f"{out}: is there, and holds other things, like {printable(others[0])}; name another folder with --out")
     _try_to_write(out, out)

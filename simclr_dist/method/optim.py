@@ -13,7 +13,10 @@ from simclr_dist.method.group_optimizer import Group
 from simclr_dist.method.lars import LARS
 from simclr_dist.method.muon import Muon
 
-OPTIMIZER_BUFFERS = {"lars": 1, "sgd": 1, "muon": 1, "adamw": 2}  # numbers that each keeps for a weight; others' are not known
+
+def numbers_kept(name: str, momentum: float) -> int | None:
+    """Return how many numbers an optimizer keeps for a weight. None where that is not known."""
+    return {"lars": 1, "muon": 1, "sgd": int(momentum > 0), "adamw": 2}.get(name)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:

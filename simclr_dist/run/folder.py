@@ -81,7 +81,10 @@ def open_run(config: Config, environment: Mapping[str, Any]) -> Claim:
     run = Path(config.run_folder)
     with _writing(run), ExitStack() as on_error:
         if check_run_folder(config, held=True):
-            check_same_images(config, _environment(run).get("data_digest"), environment.get("data_digest"))
+            try:
+                check_same_images(config, digest_before(run), environment.get("data_digest"))
+            except DamagedError as error:
+                say(f"{error}: written anew", "WARNING: ")
         run.mkdir(parents=True, exist_ok=True)
         claim = claim_run(run)
         on_error.callback(claim.release)
@@ -130,6 +133,11 @@ def _mib(size: float) -> str:
 def newest_step(run: Path) -> int:
     """Return the step of the newest sealed checkpoint; 0 for none."""
     return max(steps_in(run / "checkpoints", ".json"), default=0)
+
+
+def digest_before(run: Path) -> object:
+    """Return the digest of a run's images. None where it is not known. Raises DamagedError."""
+    return files.read_object(run / "env.json", {"data_digest?": str | None}).get("data_digest")
 
 
 def check_same_images(config: Config, before: object, now: object) -> None:
@@ -184,15 +192,6 @@ def _is_number(value: object) -> bool:
 
 def _metrics(value: Any) -> dict[str, Any]:
     return files.fitting(value, {"step": int})
-
-
-def _environment(run: Path) -> dict[str, Any]:
-    """Return env.json. Return {} where it is damaged: it is about to be written anew."""
-    try:
-        return files.read_object(run / "env.json", {"data_digest?": str | None})
-    except DamagedError as error:
-        say(f"{error}: written anew", "WARNING: ")
-    return {}
 
 
 def _check_parts(run: Path) -> None:

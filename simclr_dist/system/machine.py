@@ -65,6 +65,12 @@ def most_processes() -> int:
     return min([*most, of_user]) if os.geteuid() and of_user != resource.RLIM_INFINITY else min(most)
 
 
+def most_open_files() -> int:
+    """Return how many files a process may have open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 2**20 if most == resource.RLIM_INFINITY else most
+
+
 def _limits(path: Path) -> list[int]:
     with suppress(OSError, ValueError):  # it is not there, or says "max"
         return [int(path.read_text())]

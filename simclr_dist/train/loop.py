@@ -32,7 +32,7 @@ from simclr_dist.method.loss import triton_problem
 from simclr_dist.method.optim import learning_rate, step_unless
 from simclr_dist.run import checkpoint
 from simclr_dist.run.claim import Claim
-from simclr_dist.run.folder import check_room, open_run, truncate_metrics
+from simclr_dist.run.folder import check_room, newest_step, open_run, truncate_metrics
 from simclr_dist.run.loggers import chosen
 from simclr_dist.run.status import record_event, record_start, recorded
 from simclr_dist.run.steps import step_name
@@ -71,8 +71,10 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     Raises UserError, DivergedError, and SaveError when a required write fails. Raises StoppedError after a stop signal; all
     work is saved by then.
     """
+    if profile is not None:
+        profile.check(world.size)
     images = together(lambda: open_images(config, world))
-    check_fits(config, len(images), world.size)
+    together(lambda: check_fits(config, len(images), world.size, newest_step(Path(config.run_folder))))
     together(lambda: check_machine(config, view_settings(config).image_size, local_ranks(), world.size))
     digest = data_identity(images)
     if not all_equal((digest, config.to_dict())):
@@ -81,11 +83,17 @@ def train(config: Config, world: World, profile: Profile | None = None) -> None:
     # Before there is a run folder, which would hold these settings.
     started = start_model(config, world, resumed=bool(checkpoint.saved_steps(Path(config.run_folder, "checkpoints"))))
     colour = together(lambda: choose_colour(config, world.device))
+    slow = together(lambda: kernel_problem(config, embedding_size(config, started[0]), world))
+    probe = None
+    if config.probe.every_epochs:
+        assert isinstance(images, ShardDataset), "checked"
+        steps = config.steps_per_epoch(len(images))
+        probe = OnlineProbe(config, view_settings(config), images.manifest, world, steps_per_epoch=steps)
     claim = on_rank_0(lambda: open_run(config, {**surroundings(world), "data_digest": digest}))
     with recorded(Path(config.run_folder), claim), lost_ranks_named():
-        trainer = Trainer(config, world, images, claim, build_learner(config, world, started), colour)
+        trainer = Trainer(config, world, images, claim, build_learner(config, world, started), colour, probe)
         with closing(trainer.monitor):
-            trainer.introduce()
+            trainer.introduce(slow)
             trainer.loop(profile)
             trainer.finish()
 
@@ -129,16 +137,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, world: World, images: RunImages, claim: Claim | None, learner: Learner, colour: Colour
-    ) -> None:
+        self, config: Config, world: World, images: RunImages, claim: Claim | None, learner: Learner, colour: Colour,
+        probe: OnlineProbe | None,
+    ) -> None:  # fmt: skip
         self.config, self.world, self.images, self.claim = config, world, images, claim
-        self.learner, self.colour = learner, colour
+        self.learner, self.colour, self.probe = learner, colour, probe
         self.folder, self.of_images = Path(config.run_folder), {"images": len(images), "data_digest": images.digest}
         self.view_settings = view_settings(config)
         self.total, self.warmup = config.total_steps(len(images)), config.warmup_steps(len(images))
         self.step, self.bad_samples = resume(self.learner, config, world, len(images), data_identity(images))
         self.first = self.step  # steps that were done before this start
-        check_fits(config, len(images), world.size, self.step)
+        self.longest_skip = torch.zeros_like(learner.counters["longest_skip"])  # that this start has seen
         on_rank_0(self._begin)  # it may find the disk full
         self.plan = order(config, images, world, self.step)
         self.agreement = StopAgreement(world.device)
@@ -148,7 +157,6 @@ class Trainer:
         self.dataset = StepDataset(source, self.plan, self.view_settings, replace_bad=config.data.on_bad_sample == "replace")
         self.clock = Clock(world.device, self.learner.local_timer)
         self.checkpoint_seconds = 0.0
-        self.probe: OnlineProbe | None = None
         self.monitor = Monitor(
             self.folder,
             active=world.is_main,
@@ -195,8 +203,8 @@ class Trainer:
                 self.agreement.finish()
                 raise StoppedError(signals.name(stop))
 
-    def introduce(self) -> None:
-        """Describe the run in text and pictures, and read the probe's images."""
+    def introduce(self, problem: str) -> None:
+        """Describe the run in text and pictures. `problem`: why this rank lacks its kernels, or ''."""
         unfinished, config = self.step < self.total, self.config
         described = describe(config, self.plan, self.learner, self.world, self.step)
         if unfinished:
@@ -205,25 +213,20 @@ class Trainer:
             on_cpu, side = self.world.device.type == "cpu", self.view_settings.image_size
             for doubt in doubts(config, len(self.images), self.world.size, side, short_side, on_cpu=on_cpu):
                 self.monitor.say(f"WARNING: {doubt}")
-            problem = together(lambda: kernel_problem(config, embedding_size(config, self.learner.model), self.world))
             if self.world.device.type == "cuda":
                 problem = triton_problem(self.world.device)  # found when colour was chosen, which needs it in any case
             for why in sorted(set(all_gather_objects(problem)) - {""}):
                 self.monitor.say(f"WARNING: colour and loss are computed by plain torch operations, which are slower: {why}")
         self.monitor.card(run_card(config, described))
-        if config.probe.every_epochs:
-            assert isinstance(self.images, ShardDataset), "checked"
-            steps = self.plan.steps_per_epoch
-            self.probe = OnlineProbe(config, self.view_settings, self.images.manifest, self.world, steps_per_epoch=steps)
-            if unfinished:
-                self.monitor.say(f"  probe      {self.probe}")
+        if self.probe is not None and unfinished:
+            self.monitor.say(f"  probe      {self.probe}")
 
     def finish(self) -> None:
         """Export the last encoder if a kill prevented it. Say where it is."""
         self.agreement.finish()
         encoder = encoder_path(self.folder, self.step)
-        if not encoder.exists():
-            on_rank_0(self._export)  # killed between the last checkpoint and its encoder
+        # Killed between the last checkpoint and its encoder. What rank 0 sees decides: another may come late.
+        self._write([self._export] * (not encoder.exists()), required=True)
         already = " already" if self.first == self.total else ""
         self.monitor.say(f"done{already}: {self.step} steps; encoder {encoder}")
 
@@ -254,7 +257,8 @@ class Trainer:
             self.monitor.images("views", view_grid(*micro_batches[0], self.view_settings), self.step)
 
     def _note_step(self, views: Views) -> None:
-        """Give a sign of life, and keep the step's unreadable images."""
+        """Give a sign of life. Keep the step's unreadable images, and how long steps have been skipped."""
+        self.longest_skip = torch.maximum(self.longest_skip, self.learner.counters["skipped_in_a_row"])
         if self.step == self.first + 1:
             set_timeout(self.config.timeout_minutes)
         if self.claim is not None:
@@ -273,7 +277,7 @@ class Trainer:
         self.monitor.log(self.step, metrics, timing, (outcome["z_a"], outcome["z_b"]))
 
     def _end_if_diverged(self) -> None:
-        if (skipped := int(self.learner.counters["longest_skip"])) < self.config.max_skipped_steps:
+        if (skipped := int(self.longest_skip)) < self.config.max_skipped_steps:
             return
         checkpoints = self.folder / "checkpoints"
         # Checkpoints of the skipped steps hold the same dead parameters.

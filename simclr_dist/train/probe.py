@@ -14,11 +14,10 @@ from simclr_dist.data.views.draws import ViewSettings
 from simclr_dist.evaluate.protocols.knn import weighted_knn
 from simclr_dist.method.distributed import World, all_gather_rows, all_sum, together
 from simclr_dist.method.model import SimCLR
-from simclr_dist.system.errors import ConfigError
+from simclr_dist.train.inputs import choose
 
 K = 20  # of some hundred or thousand images that vote; the evaluation's 200 is for a whole training set
 TEMPERATURE = 0.1
-_ROWS = 1 << 18
 
 
 class OnlineProbe:
@@ -34,12 +33,7 @@ class OnlineProbe:
         self._batch = max(1, min(512, 2 * config.global_batch_size // (config.micro_batches * world.size)))
         self._device = world.device
         images = together(lambda: ShardDataset(config.probe.shards, checked=True, kind=config.data.kind))
-        rows, self.left_out = choose(images.manifest, train, config.probe.images)
-        if len(rows) < 4:
-            raise ConfigError(
-                f"probe.shards: {config.probe.shards!r} has {len(rows)} labelled images that the run does not train on"
-                f" ({self.left_out} that it does); name others, as `simclr-dist shard --split` makes them"
-            )
+        rows, self.left_out = choose(config.probe, images.manifest, train)
         self.images = len(rows)
         classes, places = np.unique(images.manifest.label[rows], return_inverse=True)
         self._labels, self.classes = torch.from_numpy(places), len(classes)
@@ -90,17 +84,3 @@ class OnlineProbe:
                 h = model.encoder(x.to(kind).contiguous(memory_format=order))
             parts.append(h.float())
         return torch.cat(parts)
-
-
-def choose(images: Manifest, train: Manifest, most: int) -> tuple[NDArray[np.int64], int]:
-    """Choose rows of at most `most` labelled images, evenly spread. Omits those in `train`; returns also their number."""
-    labelled = np.flatnonzero(images.label >= 0)
-    mine = images.sha256[labelled]
-    heads, trained = np.unique(mine.view("<u8")[:, 0]), set[bytes]()
-    for first in range(0, len(train), _ROWS):  # not all at once, of many millions
-        some = train.sha256[first : first + _ROWS]
-        trained.update(sha256.tobytes() for sha256 in some[np.isin(some.view("<u8")[:, 0], heads)])
-    trained_on = np.array([sha256.tobytes() in trained for sha256 in mine], dtype=bool)
-    free = labelled[~trained_on]
-    count = min(most, len(free))
-    return free[np.arange(count) * len(free) // max(count, 1)], int(trained_on.sum())

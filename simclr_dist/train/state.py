@@ -1,6 +1,5 @@
 """Move a run's state into a checkpoint and back. Share among ranks what they must know of the data."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.data.stream import StreamImages
 from simclr_dist.encoder.file import export_encoder
 from simclr_dist.method.distributed import World, all_equal, all_gather_objects, environment, together
-from simclr_dist.method.optim import OPTIMIZER_BUFFERS
+from simclr_dist.method.optim import numbers_kept
 from simclr_dist.run import checkpoint
 from simclr_dist.run.folder import check_same_images
 from simclr_dist.run.steps import step_name
@@ -26,10 +25,8 @@ from simclr_dist.train.monitor import Monitor
 
 
 def data_identity(images: RunImages) -> str:
-    """Return a digest of the images and their order. The same images in other shards are read in another order."""
-    if isinstance(images, StreamImages):
-        return images.digest
-    return hashlib.sha256(images.manifest.digest.encode() + images.manifest.shard_sizes.tobytes()).hexdigest()
+    """Return what a resumed run must find again."""
+    return images.digest if isinstance(images, StreamImages) else images.manifest.identity
 
 
 def surroundings(world: World) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def saved_bytes(config: Config) -> tuple[float, float]:
     model = build_shapes(config)
     weights = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    copies = OPTIMIZER_BUFFERS.get(config.optim.name, 0) if config.optim.momentum else 0
+    copies = numbers_kept(config.optim.name, config.optim.momentum) or 0
     # An encoder leaves as float32, whatever it was trained in.
     return float(weights * config.number_bytes * (1 + copies) + buffers), float(4 * weights + buffers)
 

@@ -744,6 +744,13 @@ def test_what_is_seldom_meant_is_said_with_its_numbers(
         assert line.startswith(begin)
 
 
+@pytest.mark.parametrize(("key", "value"), [("warmup_epochs", 1.0), ("warmup_steps", 10)])
+def test_a_run_that_is_all_warm_up_names_the_key_that_decides(key: str, value: float) -> None:
+    config = Config(global_batch_size=100, epochs=1.0, optim=OptimConfig(**{key: value}))  # type: ignore[arg-type]  # by name
+    (line,) = doubts(config, 1000, 1, 32, None, on_cpu=True)
+    assert line.startswith(f"optim.{key}: all 10 steps are warm-up")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("able", [False, True])

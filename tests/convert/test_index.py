@@ -88,11 +88,21 @@ def test_keys_that_two_tars_share(tmp_path: Path) -> None:
 def test_labels_may_lie_apart_from_their_images(tmp_path: Path, labels_first: bool) -> None:
     both = [sample(str(number), number, number + 3) for number in range(5)]
     apart = [[member for one in both for member in one if member[0].endswith(".cls") is last] for last in (False, True)]
-    write_tar(tmp_path / "a.tar", apart[1] + apart[0] if labels_first else apart[0] + apart[1])
+    others = [(f"{number}.json", b"{}") for number in range(5)]
+    write_tar(tmp_path / "a.tar", [*(apart[1] + apart[0] if labels_first else apart[0] + apart[1]), *others])
     summary = index_shards(tmp_path, processes=1)
     assert (summary.images, summary.rejected) == (5, ())
     assert load_manifest(tmp_path).label.tolist() == [3, 4, 5, 6, 7]
     assert verify_shards(tmp_path, processes=1).lines == 0
+
+
+def test_of_several_labels_of_a_key_the_first_counts_whoever_reads(tmp_path: Path) -> None:
+    members = [("0.png", encoded(0)), *sample("1", 1, 5), ("0.png", encoded(2)), ("0.cls", b"3"), ("0.cls", b"4")]
+    path = write_tar(tmp_path / "tars" / "a.tar", members)
+    assert index_shards(path.parent, processes=1).images == 2
+    write_shards(path, tmp_path / "out", processes=1, seed=0)
+    assert sorted(load_manifest(path.parent).label) == sorted(load_manifest(tmp_path / "out").label) == [3, 5]
+    assert verify_shards(path.parent, processes=1).lines == 0
 
 
 def test_what_cannot_be_used_is_left_out_and_listed(tmp_path: Path) -> None:

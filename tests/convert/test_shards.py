@@ -640,6 +640,7 @@ def test_a_folder_that_only_looks_like_a_leftover_is_left_alone(tmp_path: Path) 
         ({"seed": -1}, "seed: -1"),
         ({"short_side": 0}, "short_side: 0"),
         ({"quality": 101}, "quality: 101"),
+        ({"quality": 50, "channels": 1}, "quality: 50 has no effect on 1 channel of 8 bits, stored without loss"),
         ({"processes": 0}, "processes: 0"),
         ({"split": (0.8, 0.3)}, "split: 0.8/0.3"),
         ({"split": (1.0, 0.0)}, "split: 1/0"),

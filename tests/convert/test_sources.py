@@ -251,8 +251,47 @@ def test_a_damaged_and_a_compressed_tar(tmp_path: Path) -> None:
 
 
 def test_an_archive_with_splits(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", {f"set/{s}/cat/1.png": encoded() for s in ("train", "test")})
-    assert "holds the splits test, train" in refused(path, tmp_path / "out")
+    (tmp_path / "src").mkdir()
+    path = write_tar(tmp_path / "src/a.tar", {f"set/{s}/cat/1.png": encoded() for s in ("train", "test")})
+    for source in (path, path.parent):  # as one file, and as the only one of a folder, in which there is no such folder
+        assert "holds the splits test, train, not classes; unpack it and name one, or" in refused(source, tmp_path / "out")
+
+
+def test_a_split_alone_is_no_class(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "src", {f"train/{name}": content for name, content in class_folders().items()})
+    assert f"name one, like {source / 'train'}, or take" in refused(source, tmp_path / "out")
+    assert write_shards(source / "train", tmp_path / "out", processes=1).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("layout", ["{}.tar", "{}/x.tar", "{}/x/1.tar {}/y/1.tar", "{}/x.parquet"])
+def test_what_is_named_of_several_splits_can_be_given(tmp_path: Path, layout: str) -> None:
+    for name in layout.format("train", "train").split() + layout.format("test", "test").split():
+        (path := tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(path, {"1.png": encoded()}) if name.endswith("tar") else pq.write_table(table(), path)
+    cure = refused(tmp_path / "src", tmp_path / "out").rpartition("name one, like ")[2]
+    assert write_shards(cure.strip("'"), tmp_path / "out", processes=1).written
+
+
+def test_shards_in_splits_are_named_as_what_they_are(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "src", {f"{number}.png": encoded(number) for number in range(4)})
+    write_shards(source, tmp_path / "shards", split=(0.5, 0.5), processes=1)
+    assert refused(tmp_path / "shards", tmp_path / "out").endswith(f"name one, like {tmp_path / 'shards' / 'test'}")
+    cure = refused(tmp_path / "shards" / "test", tmp_path / "out").rpartition("like ")[2]
+    assert write_shards(cure.strip("'"), tmp_path / "out", processes=1).written == 2
+
+
+@pytest.mark.parametrize("what", ["link", "folder", "pipe"])
+def test_a_pattern_that_matches_what_is_no_file(tmp_path: Path, what: str) -> None:
+    write_tar(tmp_path / "x-1.tar", class_folders())
+    make: dict[str, Callable[[Path], Any]] = {
+        "link": lambda path: path.symlink_to("gone"),
+        "folder": Path.mkdir,
+        "pipe": os.mkfifo,
+    }
+    make[what](tmp_path / "x-2.tar")
+    said = refused(tmp_path / "x-*.tar", tmp_path / "out")
+    assert f"{tmp_path / 'x-2.tar'}: is no file" in said
+    assert ("remove it" in said) == (what != "folder"), "a folder may be the images"
 
 
 # ---- Arrow
@@ -380,6 +419,33 @@ def test_columns_and_labels_that_cannot_be_used(tmp_path: Path) -> None:
     assert problem.reason == f"label {2**64 - 1} is not one of the classes"
 
 
+@pytest.mark.parametrize("write", [write_folder, write_tar, write_zip])
+def test_no_labels_are_taken_of_folders_and_archives(tmp_path: Path, write: Callable[..., Path]) -> None:
+    source = write(
+        tmp_path / {write_tar: "a.tar", write_zip: "a.zip"}.get(write, "src"), {"1.png": encoded(), **class_folders()}
+    )
+    assert refused(source, tmp_path / "out").endswith("or take no labels, with `simclr-dist shard --label-column none`")
+    summary = write_shards(source, tmp_path / "out", label_column="none", processes=1)
+    assert (summary.written, summary.classes) == (1 + len(class_folders()), ())
+    assert set(load_manifest(tmp_path / "out").label.tolist()) == {-1}
+
+
+def test_labels_that_are_text_can_be_left_in_a_tar(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"1.png": encoded(), "1.cls": b"cat"})
+    assert "'cat' is no label" in (said := refused(path, tmp_path / "out"))
+    assert said.endswith("take none with --label-column none")
+    assert write_shards(path, tmp_path / "out", label_column="none", processes=1).written == 1
+
+
+def test_labels_without_sign_may_be_missing_beside_paths(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "src", {f"{number}.png": encoded(number) for number in range(3)})
+    pq.write_table(
+        pa.table({"path": [f"{n}.png" for n in range(3)], "label": pa.array([1, None, 0], pa.uint8())}), source / "x.parquet"
+    )
+    write_shards(source / "x.parquet", tmp_path / "out", processes=1)
+    assert sorted(load_manifest(tmp_path / "out").label.tolist()) == [-1, 0, 1]
+
+
 def test_columns_have_no_effect_elsewhere(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "src", class_folders())
     assert "--label-column: 'x' has no effect" in refused(source, tmp_path / "out", label_column="x")
@@ -439,6 +505,20 @@ def test_names_in_a_list_stay_in_its_folder_and_links_are_followed(tmp_path: Pat
         "im/gone.png": "No such file or directory",
         "pipe.png": "not a regular file",
     }
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_absolute_names_may_go_by_a_link_to_the_lists_folder(tmp_path: Path, kind: str) -> None:
+    source = write_folder(tmp_path / "disk" / "src", {f"im/{i}.png": encoded(i) for i in range(2)})
+    (tmp_path / "home").symlink_to("disk")
+    names = [f"{tmp_path}/home/src/im/{i}.png" for i in range(2)] + [f"{tmp_path}/home/src/../secret.png", "/\0/x.png"]
+    if kind == "csv":
+        (source / "list.csv").write_text("\n".join(names[:3]))
+    else:
+        pq.write_table(pa.table({"path": names}), source / "list.parquet")
+    summary = write_shards(tmp_path / "home" / "src" / f"list.{kind}", tmp_path / "out", processes=1)
+    assert set(stored(tmp_path / "out")) == {"im/0.png", "im/1.png"}
+    assert {problem.reason for problem in summary.rejected} == {"an absolute path"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -69,6 +69,7 @@ def test_a_folder_with_braces_in_its_name(tmp_path: Path) -> None:
         ("pipe:cat x.tar", r"a shell command has no manifest; it can only be read with data.reader: stream"),
         ("nowhere", r"nowhere: no such folder of shards"),
         ("nowhere/x-{0..3}.tar", r"nowhere: no such folder of shards"),
+        ("manifest.parquet", r"manifest.parquet: no such folder of shards; name its folder, \S+$"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(shards: Path, where: str, line: str) -> None:

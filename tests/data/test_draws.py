@@ -163,6 +163,13 @@ def test_the_crop_that_never_fits_is_torchvisions_central_one(height: int, width
     assert box.tolist() == list(expected)
 
 
+def test_no_crop_is_empty() -> None:
+    settings = ViewSettings(crop_ratio=(0.05, 0.1))
+    draws = draw_views(settings, seed=0, epoch=0, rows=np.arange(9), view=0, heights=[1, 4, 9] * 3, widths=[4] * 9)
+    assert draws.box[:, 2:].min() == 1
+    assert (draws.box[:, :2] + draws.box[:, 2:] <= [[1, 4], [4, 4], [9, 4]] * 3).all()
+
+
 def test_jitter_factors_and_orders_are_distributed_as_torchvisions() -> None:
     settings = ViewSettings(brightness=1.5)
     ours = draw(settings, np.arange(N))

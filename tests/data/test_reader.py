@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import resource
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.system.errors import DataError
+from small_shards import write_small_shards
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -103,6 +105,16 @@ def test_no_more_shards_are_open_than_asked_for(images: Path) -> None:
     assert open_files(images) - before == {dataset.manifest.shards[0], dataset.manifest.shards[2]}, "the least used goes first"
     del dataset
     assert open_files(images) == before
+
+
+def test_a_wide_window_opens_no_more_files_than_the_process_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_small_shards(tmp_path, [1] * 100)
+    for limit, most in ((90, 22), (2, 1), (resource.RLIM_INFINITY, 100)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        dataset = ShardDataset(tmp_path, open_shards=2 * 100)
+        assert [dataset[row].row for row in range(100)] == list(range(100))
+        assert len(open_files(tmp_path)) == most
+        del dataset
 
 
 def test_pickled_it_opens_its_own_files(images: Path) -> None:

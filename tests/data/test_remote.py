@@ -235,6 +235,7 @@ def test_redact() -> None:
                 check_url(f"http://{user}:{password}x@host/x")
     for plain in ("https://host/x@y", "https://host:8080/x@y", "http://host:80", "http://[::1]:80/x@y", "http://[::1]/x@y"):
         assert redact(plain) == plain
+        check_url(plain)
     assert redact("pipe:curl http://host:80/x | ssh me@there") == "pipe:curl http://host:80/x | ssh me@there"
     assert redact("/local/x#1") == "/local/x#1"
     assert is_url("s3://b/x")

@@ -15,10 +15,10 @@ from simclr_dist.data import portions
 from simclr_dist.data import steps as steps_module
 from simclr_dist.data.manifest import ManifestRow, write_manifest
 from simclr_dist.data.order import Plan
-from simclr_dist.data.reader import ShardDataset
+from simclr_dist.data.reader import Sample, ShardDataset
 from simclr_dist.data.steps import StepDataset, Views, coloured, load_steps, two_views
 from simclr_dist.data.views.draws import ViewSettings
-from simclr_dist.system.errors import DataError, RankError
+from simclr_dist.system.errors import DataError, RankError, UnreachableError
 
 # DataLoader forks its workers, as it does for users, and finds three too many for a small machine.
 pytestmark = [
@@ -122,6 +122,22 @@ def test_a_spare_takes_an_unreadable_images_place_at_any_world_size(damaged: Cal
         assert [entry for part in parts for entry in part.bad] == alone.bad
         for view in range(2):
             assert torch.equal(torch.cat([crops(part, view) for part in parts]), crops(alone, view))
+
+
+def test_a_server_that_fails_for_a_spare_ends_the_run(images: Path) -> None:
+    class Remote(ShardDataset):
+        def __getitem__(self, row: int) -> Sample:
+            if row == damaged:
+                raise DataError("damaged")
+            if row == spare:
+                raise UnreachableError("http://host/1.tar: cannot be fetched")
+            return super().__getitem__(row)
+
+    dataset = Remote(images)
+    damaged, spare = int(plan_for(dataset)[0][1][0]), next(plan_for(dataset).spares(0, 0))
+    steps = StepDataset(dataset, plan_for(dataset), SETTINGS, replace_bad=True)
+    with pytest.raises(RankError, match="cannot be fetched"):  # no image is at fault
+        steps[0]
 
 
 def test_without_a_readable_spare_the_run_ends(damaged: Callable[..., ShardDataset], images: Path) -> None:

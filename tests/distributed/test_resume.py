@@ -12,7 +12,9 @@ from simclr_dist.config.load import load_config
 from simclr_dist.data.order import Plan
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.steps import StepDataset, load_steps
+from simclr_dist.encoder.names import encoders
 from simclr_dist.train.describe import view_settings
+from simclr_dist.train.loop import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -84,3 +86,24 @@ def test_every_step_sees_the_same_images_at_any_world_size(shards: Path, tmp_pat
     for world_size in (2, 3, 4):
         assert np.array_equal(seen(world_size, range(6, 10)), alone)
         assert np.array_equal(seen(world_size, range(8, 10)), alone[2:])
+
+
+def _late_at_the_end() -> None:
+    """Hold rank 1 back until rank 0 has exported what was missing."""
+    finish = Trainer.finish
+
+    def late(self: Trainer) -> None:
+        runs.until(lambda: self.world.is_main or bool(encoders(self.folder)))
+        finish(self)
+
+    Trainer.finish = late  # type: ignore[method-assign]  # in a process of its own
+
+
+def test_a_missing_encoder_is_exported_also_where_a_rank_is_late(shards: Path, tmp_path: Path) -> None:
+    runs.write_config(tmp_path, shards, steps=2)
+    runs.train(tmp_path, 2)
+    for exported in (tmp_path / "run/encoders").iterdir():
+        exported.unlink()
+    with runs.started(tmp_path, 2, hook=_late_at_the_end) as ranks:
+        assert ranks.wait() == [0, 0], ranks.output
+    assert (tmp_path / "run/encoders/step-00000002.safetensors").exists()

@@ -423,13 +423,33 @@ def test_onnx_that_differs_is_not_written_nor_into_a_folder_that_is_not_there(
     assert not out.exists()
 
 
+def test_a_copy_is_of_an_encoder_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, notes = tmp_path / "mine" / "e.safetensors", tmp_path / "notes.json"
+    exported(path)
+    (other := tmp_path / "other.safetensors").write_bytes(b"another")
+    notes.write_text("{}")
+    there = "is there already, with other content; name a new file"
+    for words, line in (
+        ([path, other], f"export: {str(other)!r} {there}"),
+        ([path, notes.with_suffix(".safetensors")], f"export: {str(notes)!r} {there}"),  # where its card would go
+        ([path], f"export: {str(path)!r} is in no run folder; name OUT"),
+        ([other, tmp_path / "new.safetensors"], f"{other}: not an encoder that this program exported, or damaged"),
+    ):
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert cli.main(["export", *map(str, words)]) == 2
+        assert capsys.readouterr().err.startswith(f"simclr-dist: {line}")
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    exported(tmp_path / "run" / "encoders" / "step-00000007.safetensors")
+    monkeypatch.chdir(tmp_path / "run" / "encoders")
+    assert cli.main(["export", "step-00000007.safetensors"]) == 0
+    assert capsys.readouterr().out.startswith(f"there already: {tmp_path}/run/encoders/step-00000007.safetensors\n")
+
+
 def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "e.safetensors"
     exported(path)
-    (other := path.with_suffix(".other.safetensors")).write_bytes(b"another")
-    assert cli.main(["export", str(path), str(other)]) == 2
-    line = f"simclr-dist: export: {str(other)!r} is there already, and is another encoder; name a new file\n"
-    assert capsys.readouterr().err == line
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert cli.main(["export", str(path), str(tmp_path / "e.onnx")]) == 2
     assert capsys.readouterr().err == f"simclr-dist: export: ONNX needs onnxscript; {onnx.CURE}\n"

@@ -211,12 +211,13 @@ def of_convnexts_authors(state: State) -> State:
     return named
 
 
-def test_names_that_timm_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["model", "model."])
+def test_names_that_timm_knows(tmp_path: Path, prefix: str) -> None:
     network = made("test_convnext")
     theirs = of_convnexts_authors(network.state_dict())
     assert "downsample_layers.1.0.weight" in theirs
     torch.save({"model": theirs, "model_ema": plus_one(theirs)}, tmp_path / "w.pth")
-    encoder = load_foreign("timm/test_convnext", tmp_path / "w.pth", image_size=64, prefix="model.")
+    encoder = load_foreign("timm/test_convnext", tmp_path / "w.pth", image_size=64, prefix=prefix)
     x = images(2, 64)
     assert torch.equal(encoder(x), network.forward_head(network.forward_features(x), pre_logits=True))
     weights = encoder.card["weights"]

@@ -223,11 +223,17 @@ def test_the_split_is_stratified_seeded_and_complete() -> None:
 
 
 def test_too_few_rows_to_choose_on_are_refused_and_l2_helps() -> None:
-    train_h, train_y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+    train_h, train_y = torch.eye(4), torch.arange(4)
     with pytest.raises(DataError, match=r"4 labelled training images are too few to choose l2 on.*give l2"):
-        scored(linear_probe, (train_h, train_y), train_h, classes=2)
-    logits, _ = scored(linear_probe, (train_h, train_y), train_h, classes=2, l2=1e-2)
+        scored(linear_probe, (train_h, train_y), train_h, classes=4)
+    logits, _ = scored(linear_probe, (train_h, train_y), train_h, classes=4, l2=1e-2)
     assert torch.equal(logits.argmax(dim=1), train_y)
+
+
+def test_of_two_rows_a_class_each_is_held_out_once() -> None:
+    """The first of the five folds has none of them."""
+    choice = choose_l2(torch.eye(6), torch.arange(6) % 3, classes=3)
+    assert (choice["validation_rows"], choice["folds"]) == (6, 5)
 
 
 @pytest.mark.parametrize(("l2", "max_iter"), [(-1.0, 5), (1.0, 0)])

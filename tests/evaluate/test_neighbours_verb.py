@@ -78,7 +78,9 @@ def test_the_nearest_images(
 
     (kept,) = (encoder.parents[1] / "eval" / "features").glob("*.parquet")
     before = pq.read_table("neighbours/neighbours.parquet")
+    (leftover := tmp_path / "neighbours" / ".neighbours.html.0123abcd.tmp").touch()  # of a killed one
     assert typed(encoder, [pictures[0]], shards) == 0
+    assert not leftover.exists()
     said = capsys.readouterr()
     assert f"features of 30 images: {kept}" in said.err
     assert len(pq.read_table("neighbours/neighbours.parquet")) == 10

@@ -74,6 +74,17 @@ def test_the_table_says_what_a_reader_must_know() -> None:
     assert leak < next(number for number, line in enumerate(lines) if line.startswith("trained encoder")), "above the numbers"
 
 
+def test_what_nobody_asked_for_is_not_asked() -> None:
+    """Of ten images or fewer all vote, whatever k would be of more."""
+    few = result()
+    few["protocols"]["knn"]["settings"] |= {"k": 200, "k_used": 4}
+    few["train"]["labelled"] = 4
+    assert "kNN: k=4 (all training images), temperature 0.1" in table(few).splitlines()
+    few["protocols"]["knn"]["settings"] |= {"k": 200, "k_used": 11}
+    few["train"]["labelled"] = 11
+    assert "kNN: k=11 (all training images; 200 asked), temperature 0.1" in table(few).splitlines()
+
+
 def test_an_l2_at_the_end_of_its_grid_is_said() -> None:
     odd = result()
     choice = {"l2": 0.001, "grid": [10.0, 1.0, 0.001], "at_edge": True, "chosen_on": "a fifth of the training images"}
@@ -81,6 +92,46 @@ def test_an_l2_at_the_end_of_its_grid_is_said() -> None:
     odd["protocols"]["linear"]["results"]["trained"]["choice"] = choice | {"at_edge": False}
     lines = table(odd).splitlines()
     assert "linear: this l2 is an end of what was tried (10 to 0.001), a better one may lie beyond: raw pixels" in lines
+    rows = odd["protocols"]["linear"]["results"]
+    rows["raw_pixels"]["choice"] = choice | {"at_edge": False}
+    rows["untrained"]["choice"] = rows["trained"]["choice"] = choice | {"grid": [10.0, 1.0, 1e-6]}
+    end = "linear: this l2 is an end of what was tried"
+    line = f"{end} (10 to 1e-06), a better one may lie beyond: untrained encoder; trained encoder, step 7"
+    assert [one for one in table(odd).splitlines() if one.startswith(end)] == [line], "what these tried, not the first row"
+    rows["trained"]["choice"] = choice | {"grid": [10.0, 1e-5]}
+    assert [one.partition(")")[0] for one in table(odd).splitlines() if one.startswith(end)] == [
+        f"{end} (10 to 1e-06",
+        f"{end} (10 to 1e-05",
+    ]
+
+
+def test_a_choice_is_said_of_the_rows_that_made_it() -> None:
+    chosen = result()
+    part = chosen["protocols"]["knn"]
+    part["settings"]["k_used"] = None
+
+    def choice(k: int, temperature: float = 0.1) -> dict[str, Any]:
+        values = {"k": k, "temperature": temperature}
+        tried = [values, {"k": 10, "temperature": 0.2}]
+        return {"choice": {"chosen_on": "validation images", "values": values, "tried": tried}}
+
+    for row in part["results"].values():
+        row |= choice(20)
+    assert "kNN: k 20, temperature 0.1, chosen on validation images" in table(chosen).splitlines()
+    part["results"]["trained"] |= choice(50, 0.07)
+    both = "kNN: k 20, temperature 0.1 (raw pixels, untrained); k 50, temperature 0.07 (trained), chosen on validation images"
+    assert both in table(chosen).splitlines()
+    part["results"]["untrained"] |= {"subsets": [choice(20)] * 3}
+    part["results"]["trained"] |= {"subsets": [choice(50), choice(20), choice(50)]}
+    del part["results"]["raw_pixels"]
+    del chosen["protocols"]["linear"]
+    shares = result() | {"protocols": {"knn@0.1": part}}
+    line = "kNN, 10 % of the labels: k 20, temperature 0.1 (untrained, trained 2); k 50, temperature 0.1 (trained 1, trained 3)"
+    assert f"{line}, chosen on validation images" in table(shares).splitlines(), "each part of the labels has its own"
+    part["results"] = {"trained": part["results"]["trained"] | choice(10)}
+    del part["results"]["trained"]["subsets"]
+    line = "kNN: k 10 (fixed), temperature 0.1, chosen on validation images"
+    assert line in table(result() | {"protocols": {"knn": part}}).splitlines(), "nothing else was tried"
 
 
 def test_how_sure_the_choice_is_stands_below_it() -> None:

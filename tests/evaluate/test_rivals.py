@@ -130,7 +130,7 @@ def test_several_encoders_are_one_table_and_one_page(make_encoder: Make, sets: t
         assert 100 * row["right"][0].count("1") / 24 == pytest.approx(row["top1"])
     second = json.loads((other.parent.parent / "eval" / "step-00000007.json").read_text())
     assert second["baselines_measured_for"] == "step-00001200.safetensors", "measured once, for the first"
-    theirs = json.loads((folder / "rivals" / "torchvision-resnet18-resnet18-f37072fd.json").read_text())
+    theirs = json.loads((folder / "rivals" / "torchvision-resnet18-resnet18-f37072fd.pth.json").read_text())
     assert theirs["encoder"]["image_size"] == 224, "each at its own size"
     assert set(theirs["protocols"]["knn"]["results"]) == {"trained"}
     assert not list(published.parent.glob("*.json"))
@@ -167,6 +167,28 @@ def test_what_was_measured_is_not_measured_again(
     assert measured[2:] == [smaller], "the same file at another image size"
     compare_encoders([encoders[0]], *sets, val=sets[1], **HOW)
     assert measured[3:] == [encoders[0]], "chosen on validation images"
+
+
+def test_each_file_of_weights_has_a_result_of_its_own(
+    make_encoder: Make, sets: tuple[Path, Path], published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that differ in the suffix alone had one, and each comparison measured both anew. Its name is no hindrance now."""
+    suffixed, bare = published.with_name("w.pth"), published.with_name("w")
+    shutil.copy(published, suffixed)
+    torch.save({name: 2 * value for name, value in torch.load(published, weights_only=True).items()}, bare)
+    how: dict[str, Any] = {"protocols": ("knn",), **HOW}
+    encoders = [make_encoder(), *(Foreign("resnet18", str(file), 32) for file in (suffixed, bare))]
+    folder = encoders[0].parent.parent / "eval" / "rivals"
+    compare_encoders(encoders[:2], *sets, **how)
+    (folder / "resnet18-w.pth.json").rename(folder / "resnet18-w.json")  # as an earlier version named it
+    first = compare_encoders(encoders, *sets, **how)
+    results = {path.name: json.loads(path.read_text())["encoder"]["file"] for path in folder.glob("*.json")}
+    kept = next(name for name in results if ".kept-" in name)
+    assert results == {"resnet18-w.pth.json": str(suffixed), "resnet18-w.json": str(bare), kept: str(suffixed)}
+    links = re.findall(r'<a href="([^"]+)"', (folder.parent / "step-00001200.rivals.html").read_text())
+    assert links[1:] == [str(folder / "resnet18-w.pth.html"), str(folder / "resnet18-w.html")]
+    monkeypatch.setattr(rivals, "measure_one", None)
+    assert compare_encoders(encoders, *sets, **how) == first
 
 
 def test_the_command_line(make_encoder: Make, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +314,12 @@ def test_encoders_are_checked_before_the_first_is_measured(
     two = [Foreign("resnet18", str(tmp_path / folder / "weights.pth")) for folder in ("a", "b")]
     with pytest.raises(ConfigError, match=r"resnet18 \(weights.pth\): is named twice"):
         compare_encoders([encoder, *two], *sets, **HOW)
+    for measured in (
+        lambda: compare_encoders([encoder, two[0]], *sets, layer="z", **HOW),
+        lambda: job.evaluate(two[0], *sets, layer="z", **HOW),
+    ):
+        with pytest.raises(ConfigError, match=r"^layer: 'z': a published checkpoint has h alone$"):
+            measured()
 
 
 # How many labels an encoder saves
@@ -310,7 +338,7 @@ def test_shares_of_the_labels_in_one_command(
         r"^top-1 % +linear, 20 % of the labels  linear  finetuned, 20 % of the labels +finetuned$", out, re.MULTILINE
     )
     assert re.search(r"^its network, untrained +[\d.]+ ±[\d.]+ +[\d.]+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+$", out, re.MULTILINE)
-    assert "±: the standard deviation of three runs" in out
+    assert "±: the standard deviation of a row's runs" in out
     assert re.search(r"^finetuned, 20 % of the labels: .* its network, untrained", out, re.MULTILINE)
     folder = encoder.parent.parent / "eval"
     parts = json.loads((folder / "step-00001200.json").read_text())["protocols"]
@@ -343,7 +371,7 @@ def test_a_share_learns_from_its_subset_alone(
     how = {"protocols": ("knn",), "labels": (0.2,), "keep_features": False, "baselines": False, **HOW}
     encoder = make_encoder()
     whole = job.evaluate(encoder, *sets, **how)["protocols"]["knn@0.2"]["results"]["trained"]
-    kept = np.unique(np.concatenate(job._subsets(Sets(*sets), 0.2)))
+    kept = np.unique(np.concatenate(job._subsets(Sets(*sets), job.Settings(protocols=("knn",), labels=(0.2,)))[0.2]))
     seen: list[Any] = []
 
     def wrong(features: Any, *rest: Any, **how: Any) -> Any:
@@ -367,9 +395,30 @@ def test_one_class_cannot_be_finetuned(make_encoder: Make, make_shards: Make) ->
         job.evaluate(make_encoder(), one, one, protocols=("finetune",), labels=(0.17,), **HOW)
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept", "line"),
+    [
+        ({"protocols": ("linear", "finetune"), "labels": (0.1,)}, 3, "linear probe: 3 labelled training images are too few"),
+        ({"protocols": ("knn", "finetune")}, 2, "train: class 'striped' has no image, so it cannot be learned"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_work(
+    settings: dict[str, Any], kept: int, line: str, make_encoder: Make, make_shards: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the shares, nine finetunings came before the linear probe's refusal, and no number of them was kept."""
+    images, labels = draw_images(40, seed=0)
+    train = make_shards("train", images[labels < kept], labels[labels < kept])
+    test = make_shards("test", *draw_images(24, seed=1))
+    monkeypatch.setattr(job, "Collector", None)
+    with pytest.raises(DataError, match=line):
+        job.evaluate(make_encoder(), train, test, **settings, **HOW)
+
+
 def test_what_a_part_of_the_labels_decides_is_said_by_its_rows(make_encoder: Make, sets: tuple[Path, Path]) -> None:
     """A fifth of 40 images is 8; of three classes alike they are 9."""
-    part = job.evaluate(make_encoder(), *sets, protocols=("knn",), labels=(0.2,), **HOW)["protocols"]["knn@0.2"]
+    result = job.evaluate(make_encoder(), *sets, protocols=["knn"], labels=[0.2], **HOW)
+    assert "--protocols knn --labels 0.2" in " ".join(result["command"]), "of lists, too"
+    part = result["protocols"]["knn@0.2"]
     assert part["settings"]["k_used"] is None
     assert part["results"]["trained"]["k"] == 9
 
@@ -416,13 +465,15 @@ def test_validation_images_choose_all_that_is_not_set(make_encoder: Make, three:
         "chosen on validation images",
         "kNN: k ",
         "MLP: lr ",
-        "±: the standard deviation of three runs",
+        "±: the standard deviation of a row's runs",
         "SGD: 3 epochs of new crops",
     ):
         assert words in text
     fixed = job.evaluate(make_encoder(run="b"), three["train"], three["test"], val=three["val"], k=7, temperature=0.4, **HOW)
     row = fixed["protocols"]["knn"]["results"]["trained"]
-    assert (row["k"], row["temperature"]) == (7, 0.4), "what is set is not chosen"
+    assert (row["k"], row["temperature"], row["choice"]) == (7, 0.4, None), "what is set is not chosen"
+    assert "\nkNN: k=7, temperature 0.4\n" in result_table(fixed)
+    assert "chosen_on" not in fixed["protocols"]["knn"]["settings"]
 
 
 def test_no_test_image_has_a_say_in_the_choice(make_encoder: Make, make_shards: Make, three: dict[str, Path]) -> None:
@@ -450,6 +501,12 @@ def test_validation_images_that_cannot_be(make_encoder: Make, make_shards: Make,
         job.evaluate(make_encoder(), three["train"], three["test"], val=bare, **HOW)
     with pytest.raises(DataError, match="bare: no image has a label, so there is nothing to choose by it; leave --val out"):
         job.evaluate(make_encoder(), bare, bare, val=bare, **HOW)
+    for settings in (
+        {"protocols": ("sgd", "finetune")},
+        {"protocols": ("knn", "linear"), "k": 3, "temperature": 0.1, "l2": 0.1},
+    ):
+        with pytest.raises(ConfigError, match=r"^val: .*/val: there is nothing to choose by it, as all is set; leave it out$"):
+            job.evaluate(make_encoder(), three["train"], three["test"], val=three["val"], **settings, **HOW)
     classes = make_shards("classes", images, labels, classes=("a", "b", "c"))
     with pytest.raises(DataError, match=r"classes: its 3 classes are not the 3 of .*train"):
         job.evaluate(make_encoder(), three["train"], three["test"], val=classes, **HOW)

@@ -1,5 +1,6 @@
 """The watch over a run: each encoder once, whatever is there at the start, and what TensorBoard shows of it."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ from evaluated import CARD, draw_images
 from forkserver import Command
 from simclr_dist.cli.main import main
 from simclr_dist.encoder.file import export_encoder, untrained_encoder
+from simclr_dist.evaluate import finetune, job
 from simclr_dist.evaluate.job import evaluate
 from simclr_dist.evaluate.result.board import Curves
-from simclr_dist.evaluate.settings import Settings
+from simclr_dist.evaluate.settings import FinetuneSettings, Settings
 from simclr_dist.evaluate.watch import Orders, watch
 from simclr_dist.method.distributed import World, set_timeout
 from simclr_dist.run.claim import claim_run
@@ -157,6 +160,27 @@ def test_an_encoder_that_cannot_be_evaluated(run: Path, make_encoder: Make, sets
     assert lines[1].startswith(f"step-00000200: cannot be evaluated: {dead}: ")
     assert lines[1].endswith(": conv1.weight: has numbers that are not finite")
     assert lines[-1] == f"{run}: diverged; 1 encoders evaluated, 2 could not be"
+    assert set(results(run)) == {300}
+
+
+def test_a_finetuning_that_diverges_ends_no_watch(
+    run: Path, make_encoder: Make, sets: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next encoder's may not."""
+    for step in (100, 300):
+        make_encoder(seed=step, step=step)
+    write_status(run, "done", 0)
+
+    def train_and_test(encoder: Any, sets: Any, settings: FinetuneSettings, say: Any) -> Any:
+        rate = 1e9 if encoder.card["step"] == 100 else settings.base_lr
+        return finetune.train_and_test(encoder, sets, dataclasses.replace(settings, base_lr=rate), say)
+
+    monkeypatch.setattr(job, "train_and_test", train_and_test)
+    lines: list[str] = []
+    settings = dataclasses.replace(QUICK, protocols=("knn", "finetune"), finetune_epochs=1)
+    assert watch(run, *sets, settings, device="cpu", say=lines.append) == 2
+    assert lines[0].startswith("step-00000100: cannot be evaluated: base_lr: the scores of seed 0 are not finite after epoch 1")
+    assert lines[-1] == f"{run}: done; 1 encoders evaluated, 1 could not be"
     assert set(results(run)) == {300}
 
 

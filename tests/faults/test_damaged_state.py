@@ -21,6 +21,7 @@ from simclr_dist.cli import train
 from simclr_dist.cli.exits import exit_code
 from simclr_dist.cli.main import main
 from simclr_dist.config.load import load_config
+from simclr_dist.data.manifest import load_manifest
 from simclr_dist.evaluate.result.page import _charts
 from simclr_dist.launch.slurm.logs import tails
 from simclr_dist.launch.slurm.status import describe
@@ -49,7 +50,7 @@ def start(*_: object, **__: object) -> int:
     note_death(run)
 
     def rank() -> int:
-        claim = open_run(load_config("config.yaml"), {"data_digest": "of these images"})
+        claim = open_run(load_config("config.yaml"), {"data_digest": load_manifest("shards").identity})
         with recorded(run, claim):
             record_start(claim, STEP, 1)
             truncate_metrics(run, STEP)
@@ -123,7 +124,7 @@ def assert_mended(run: Path, name: str) -> None:
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     beat = json.loads((run / "heartbeat").read_text())
     assert (beat["generation"], beat["step"], beat["ended"]) == (newest_start(run), STEP, True)
-    assert json.loads((run / "env.json").read_text())["data_digest"] == "of these images"
+    assert json.loads((run / "env.json").read_text())["data_digest"] == load_manifest("shards").identity
     assert [entry["event"] for entry in read_ledger(run)][-2:] == ["start", "stop"]
     steps = [line["step"] for line in read_metrics(run)]
     if "metrics" not in name:

@@ -61,7 +61,7 @@ def test_it_is_the_runs_own(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert load_encoder("mine.safetensors").card["images"] == 205
     assert written(capsys, f"run/checkpoints/{NAME}.pt", "mine.safetensors").startswith("there already: mine.safetensors\n")
     assert refused(capsys, "run", "mine.safetensors") == (
-        "export: 'mine.safetensors' is there already, and is another encoder; name a new file"
+        "export: 'mine.safetensors' is there already, with other content; name a new file"
     )
     written(capsys, "mine.safetensors", "new/theirs.safetensors")
     assert Path("new/theirs.safetensors").read_bytes() == Path("mine.safetensors").read_bytes()

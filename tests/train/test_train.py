@@ -22,6 +22,7 @@ from simclr_dist.data.order import Plan
 from simclr_dist.data.pixels.decode import describe_decoders
 from simclr_dist.encoder.file import load_encoder, untrained_encoder
 from simclr_dist.launch.torchrun import torchrun
+from simclr_dist.system.errors import ConfigError
 from simclr_dist.train import loop, state
 from simclr_dist.train.monitor.board import SECOND
 
@@ -92,7 +93,7 @@ def our_lines(errors: str) -> list[str]:
 
 
 def files(*patterns: str) -> dict[str, tuple[int, bytes]]:
-    paths = [path for pattern in patterns for path in Path("run").glob(pattern)]
+    paths = [path for pattern in patterns for path in Path("run").glob(pattern) if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
@@ -238,6 +239,24 @@ def test_a_run_without_its_kernels_says_so(shards: Path, monkeypatch: pytest.Mon
     assert line in Path("run/train.log").read_text()
 
 
+def test_what_ranks_refuse_leaves_no_run_and_a_done_one_as_it_was(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> str:
+        raise ConfigError("compile: true: there is no Triton")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "kernel_problem", missing)
+        assert start(shards) == 2
+    assert not Path("run").exists()
+    assert start(shards) == 0
+    before = files("*")
+    capsys.readouterr()
+    assert start(shards, steps=4) == 2
+    assert "steps: 4: the run in run has done 6 already; " in capsys.readouterr().err
+    assert files("*") == before
+
+
 def test_bfloat16_on_a_cpu_without_it_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simclr_dist.config.together.has_bfloat16", lambda: False)
     assert start(shards, "--precision", "bf16", steps=2) == 0
@@ -361,6 +380,27 @@ def test_a_diverging_run_ends_and_names_the_last_good_checkpoint(shards: Path, c
     # The skipped steps have left nothing behind.
     for name, value in runs.checkpoint(Path("run"), last - 1)["model"].items():
         assert torch.equal(value, state["model"][name]) or name.endswith("num_batches_tracked")
+
+
+def test_a_lower_max_skipped_steps_counts_what_this_start_sees(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier start has survived ends no healthy run; what is logged is still of the whole run."""
+    backward, bad = loop.backward, {2, 3, 4}
+
+    def failing(*arguments: Any, step: int, **more: Any) -> tuple[torch.Tensor, ...]:
+        loss, *z = backward(*arguments, step=step, **more)
+        return (loss * torch.nan if step in bad else loss), *z
+
+    monkeypatch.setattr(loop, "backward", failing)
+    assert start(shards, steps=6, max_skipped_steps=5) == 0
+    assert start(shards, steps=9, max_skipped_steps=3) == 0
+    assert [line["optim/longest_skip"] for line in runs.metrics(Path("run"))] == [0, 0, 1, 2, 3, 3, 3, 3, 3]
+    bad |= {9, 10, 12}
+    assert start(shards, steps=13, max_skipped_steps=3) == 0
+    assert [line["optim/skipped_steps"] for line in runs.metrics(Path("run"))][9:] == [4, 5, 5, 6]
+    bad |= {13, 14}
+    assert start(shards, steps=20, max_skipped_steps=3) == 3, "one of the three before this start"
+    found = "step 15: 3 steps in a row were not finite; last good checkpoint: run/checkpoints/step-00000010.pt; "
+    assert found in status()["reason"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from simclr_dist.convert.sources.folders import is_hidden, labels_by_folder
 from simclr_dist.convert.sources.originals import (
     IMAGES_A_CHUNK,
+    NO_LABEL,
     OfOneFile,
     Original,
     Problem,
@@ -134,15 +135,15 @@ def why_unsafe(name: str) -> str | None:
     return "a name with a zero byte" if "\0" in name else None
 
 
-def archive_source(source: Path, archives: Sequence[Path]) -> Source:
+def archive_source(source: Path, archives: Sequence[Path], *, labelled: bool = True) -> Source:
     """Make a source of tars and zips. It keeps the order of `archives` and of each archive.
 
     Labels come from a tar's `KEY.cls` members (WebDataset) if there are any, -1 for an image without one. Else they come by
     class folder, as in a folder, after folders that hold everything; -1 where there are none. A tar in a tar that is named by a
-    WordNet id (`n01440764.tar`) is such a folder. Links, devices, absolute names, names with '..' and encrypted entries are
-    rejected. Raises DataError for a damaged archive and for one without images.
+    WordNet id (`n01440764.tar`) is such a folder. With `labelled` False all have -1. Links, devices, absolute names, names with
+    '..' and encrypted entries are rejected. Raises DataError for a damaged archive and for one without images.
     """
-    listings = [_list_zip(path) if path.suffix.lower() == ".zip" else _list_tar(path) for path in archives]
+    listings = [_list_zip(path) if path.suffix.lower() == ".zip" else _list_tar(path, labelled) for path in archives]
     names = [name for listing in listings for name in listing.names]
     rejected = tuple(problem for listing in listings for problem in listing.rejected)
     skipped = tuple(problem for listing in listings for problem in listing.skipped)
@@ -151,7 +152,9 @@ def archive_source(source: Path, archives: Sequence[Path]) -> Source:
         more = f"; the first of {len(others)} that are left out: {others[0]}" if others else ""
         raise DataError(f"{source}: no image found in it{more}")
     classes: tuple[str, ...] = ()
-    if any(listing.labels for listing in listings):
+    if not labelled:
+        labels = [-1] * len(names)
+    elif any(listing.labels for listing in listings):
         labels = [listing.labels.get(webdataset_key(name), -1) for listing in listings for name in listing.names]
     else:
         # A folder that holds all images belongs to the archive, and is no class.
@@ -187,9 +190,9 @@ def is_label(name: str) -> bool:
     return name.removeprefix(webdataset_key(name)).lower() == ".cls"
 
 
-def _list_tar(path: Path) -> _Listing:
-    listing = _Listing()
-    with path.open("rb") as file:
+def _list_tar(path: Path, labelled: bool) -> _Listing:
+    listing, cure = _Listing(), f"; or take none with --label-column {NO_LABEL}"
+    with refusing(f"{path}: cannot be read"), path.open("rb") as file:
         for member in tar_members(path):
             name = plain_path(member.name)
             if member.problem is None and (synset := _SYNSET.search(name)):
@@ -197,8 +200,9 @@ def _list_tar(path: Path) -> _Listing:
                     place = (image.offset, image.size, image.size, _STORED, -1)
                     listing.add(path.name, f"{synset[1]}/{image.name}", image.problem, place)
             elif is_label(name) and member.problem is None and not _is_hidden_path(name):
-                text = read_label(file.fileno(), member)
-                listing.labels.setdefault(webdataset_key(name), parse_label(text, f"{path}: {printable(member.name)}"))
+                if labelled:
+                    label = parse_label(read_label(file.fileno(), member), f"{path}: {printable(member.name)}", cure)
+                    listing.labels.setdefault(webdataset_key(name), label)
             else:
                 listing.add(path.name, member.name, member.problem, (member.offset, member.size, member.size, _STORED, -1))
     return listing
@@ -209,15 +213,16 @@ def read_label(descriptor: int, member: TarMember) -> bytes:
     return os.pread(descriptor, min(member.size, _LONGEST_LABEL), member.offset)
 
 
-def parse_label(text: bytes, where: str) -> int:
-    """Parse a label as WebDataset stores it: digits or -1. Raises DataError that begins with `where`."""
+def parse_label(text: bytes, where: str, cure: str = "") -> int:
+    """Parse a label as WebDataset stores it: digits or -1. Raises DataError from `where` to `cure`."""
     try:
         label = int(text.decode("ascii").strip())
         if -1 <= label < 2**31:
             return label
     except ValueError:
         pass
-    raise DataError(f"{where}: {printable(text.decode('ascii', 'replace'))!r} is no label; it takes an integer from 0, or -1")
+    what = f"{printable(text.decode('ascii', 'replace'))!r} is no label; it takes an integer from 0, or -1"
+    raise DataError(f"{where}: {what}{cure}")
 
 
 def _list_zip(path: Path) -> _Listing:

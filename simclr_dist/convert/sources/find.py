@@ -16,7 +16,7 @@ from simclr_dist.convert.sources.lists import list_source, path_table_source
 from simclr_dist.convert.sources.lmdb import lmdb_source
 from simclr_dist.convert.sources.npz import SUFFIX as NPZ
 from simclr_dist.convert.sources.npz import npz_source
-from simclr_dist.convert.sources.originals import PACKED_SUFFIXES, Files, Problem, Source, is_image_name, split_names
+from simclr_dist.convert.sources.originals import NO_LABEL, PACKED_SUFFIXES, Files, Problem, Source, is_image_name, split_names
 from simclr_dist.convert.sources.tables import table_source
 from simclr_dist.convert.sources.tfrecord import tfrecord_source
 from simclr_dist.data.manifest import MANIFEST_NAME
@@ -32,8 +32,8 @@ def _tables(files: Files) -> Source:
 
 
 def _archives(files: Files) -> Source:
-    files.refuse_columns()
-    return archive_source(files.source, files.paths)
+    files.refuse_columns(NO_LABEL)
+    return archive_source(files.source, files.paths, labelled=files.label_column is None)
 
 
 def _list(files: Files) -> Source:
@@ -102,6 +102,9 @@ def find_source(source: str | Path, *, image_column: str | None = None, label_co
     # Not Path's own: they raise for a name that is longer than any file's.
     if not os.path.exists(source) and "*" in source.name:
         paths = sorted(source.parent.glob(source.name))
+        if strange := next((path for path in paths if not os.path.isfile(path)), None):
+            cure = "name others, or the folder" if strange.is_dir() else "remove it, or name others"
+            raise DataError(f"{strange}: is no file that can be read, and {source.name} matches it; {cure}")
         kinds = {source_kind(path.name) for path in paths}
         if len(kinds) != 1 or None in kinds or any(kind and kind.alone for kind in kinds):
             raise DataError(
@@ -149,8 +152,8 @@ def _folder(files: Files) -> Source:
         used += [name for name in names if re.search(kind.beside, name.rpartition("/")[2])]
     else:
         kind, used = None, names
-        files.refuse_columns()
-        whole = folder_source(source, root, names, labelled=not downloaded)
+        files.refuse_columns(NO_LABEL)
+        whole = folder_source(source, root, names, labelled=not downloaded and files.label_column is None)
     listed = {name for chunk in whole.chunks if isinstance(chunk, FileChunk) for name, _ in chunk.files}
     for name in sorted(set(names) - set(used) - listed):
         reason = "no table" if tables else f"no {kind.what if kind else 'archive'}"
@@ -164,8 +167,10 @@ def _refuse_splits(source: Path, names: Sequence[str]) -> None:
     """Refuse files of several splits. Raises DataError that names those of the first one."""
     if len(splits := split_names(names, folders=False)) > 1:
         of_first = [name for name in names if split_names([name], folders=False) == splits[:1]]
-        one = str(source / of_first[0])
-        if len(of_first) > 1:
+        one, folder = str(source / of_first[0]), of_first[0].split("/")[0]
+        if split_names([folder], folders=True):
+            one = str(source / folder)
+        elif len(of_first) > 1:
             turned = [name[::-1] for name in of_first]
             start, end = os.path.commonprefix(of_first), os.path.commonprefix(turned)[::-1]  # noqa: RUF071 (it goes by letters, as is meant)
             one = f"'{source}/{start}*{end}'"

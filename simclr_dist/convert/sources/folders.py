@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from simclr_dist.convert.sources.originals import (
     IMAGE_SUFFIXES,
     IMAGES_A_CHUNK,
+    NO_LABEL,
     Original,
     Problem,
     Source,
@@ -144,13 +145,14 @@ def labels_by_folder(source: Path, names: Sequence[str]) -> tuple[tuple[str, ...
     """
     flat = next((name for name in names if "/" not in name), None)
     folders = sorted({name.split("/", 1)[0] for name in names if "/" in name})
+    no_labels = f"or take no labels, with `simclr-dist shard --label-column {NO_LABEL}`"  # others read such folders, too
     if flat and folders:
         raise DataError(
             f"{source}: holds both images ({printable(flat)}) and folders of images ({printable(folders[0])}); "
-            "put every image into a class folder, or none"
+            f"put every image into a class folder, or none, {no_labels}"
         )
-    if len(folders) > 1 and len(split_names(folders, folders=True)) == len(folders):
-        cure = f"shard each, like {source / folders[0]}" if source.is_dir() else "unpack it and shard each"
-        raise DataError(f"{source}: holds the splits {', '.join(folders)}, not classes; {cure}")
+    if folders and len(split_names(folders, folders=True)) == len(folders):
+        cure = f"name one, like {source / folders[0]}" if (source / folders[0]).is_dir() else "unpack it and name one"
+        raise DataError(f"{source}: holds the splits {', '.join(folders)}, not classes; {cure}, {no_labels}")
     label = {folder: i for i, folder in enumerate(folders)}
     return tuple(printable(folder) for folder in folders), [label.get(name.split("/", 1)[0], -1) for name in names]

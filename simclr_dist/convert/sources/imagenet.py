@@ -26,7 +26,7 @@ def validation_source(files: Files) -> Source:
     tar or in the devkit's folder there (scipy reads meta.mat). Raises DataError without them, unless `label_column` is 'none'.
     """
     files.refuse_columns(NO_LABEL)
-    source = archive_source(files.source, files.paths)
+    source = archive_source(files.source, files.paths, labelled=False)
     if files.label_column:
         return source
     path, ids = _ids(files.paths[0].parent)

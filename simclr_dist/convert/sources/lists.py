@@ -1,7 +1,9 @@
 """Read lists of images and labels: a CSV file, tables of paths."""
 
 import csv
+import functools
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -76,8 +78,12 @@ def _listed(path: Path, root: Path, rows: Iterable[tuple[str, str, int]], classe
     files: list[tuple[str, int]] = []
     rejected: list[Problem] = []
     seen: set[str] = set()
+    real = functools.cache(os.path.realpath)
     for place, given, label in rows:
         inside = given.removeprefix(f"{root}/")
+        if inside.startswith("/") and "\0" not in inside:  # it may lead there by links, as the user's own name of the root does
+            folder, slash, name = inside.rpartition("/")
+            inside = f"{real(folder)}{slash}{name}".removeprefix(f"{root}/")
         name = plain_path(inside)
         reason = why_unsafe(inside) or ("no path" if not name else "listed twice" if name in seen else None)
         reason = why_no_label(label, len(classes)) or reason

@@ -191,8 +191,9 @@ def read_paths(path: Path, image_column: str | None, label_column: str | None) -
     paths = table.column(column).to_pylist()
     if inner:
         paths = [cell and cell[inner] for cell in paths]
-    labels = table.column(label).fill_null(-1).to_pylist() if label else [-1] * len(paths)
-    return Paths(list(zip(paths, labels, strict=True)), label, _class_names(schema, label))
+    labels = table.column(label).to_pylist() if label else [None] * len(paths)
+    rows = [(name, -1 if number is None else number) for name, number in zip(paths, labels, strict=True)]
+    return Paths(rows, label, _class_names(schema, label))
 
 
 def _has_no_bytes(path: Path, column: str, parquet: bool) -> bool:

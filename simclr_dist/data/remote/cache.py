@@ -75,6 +75,7 @@ class ShardCache:
     def __init__(self, manifest: Manifest, settings: CacheSettings) -> None:
         self._manifest, self._settings = manifest, settings
         self._names: dict[int, str] = {}
+        self._began = time.time()
         largest = int(manifest.shard_bytes.max())
         self.check_room(largest, f"its largest shard has {largest / 2**30:.3g}")
         with refusing(f"data.cache: {settings.folder}: cannot be made", ConfigError, "; name another folder"):
@@ -128,10 +129,10 @@ class ShardCache:
             return not locked or self.has(shard) or self._fetch(shard, needed, wait=False, stopped=stopped)
 
     def again(self, shard: int) -> None:
-        """Remove a shard whose bytes are wrong, once. The next `open` fetches it anew."""
+        """Remove a shard whose bytes are wrong, once in a run. The next `open` fetches it anew."""
         marker = self._path(shard, "again")
         with self._lock(self._name(shard)):
-            if not marker.exists():
+            if not marker.exists() or marker.stat().st_mtime < self._began:  # the server may have been mended since
                 marker.touch()
                 self._path(shard).unlink(missing_ok=True)
 

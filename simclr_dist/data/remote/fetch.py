@@ -262,7 +262,7 @@ def check_url(url: str) -> None:
             f"{redact(url)}: a URL must hold no user, password, query or fragment, as it is written into the run's files; "
             "put a login into ~/.netrc, or where the protocol's package looks for it"
         )
-    if "::" in url:
+    if "::" in url and not _is_http(url):  # there it is a host of IPv6
         raise DataError(f"{redact(url)}: chained URLs are not read; name the folder that holds the shards")
     if (missing := missing_package(url)) is not None:
         raise DataError(f"{redact(url)}: {missing}")

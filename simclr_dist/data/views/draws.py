@@ -230,8 +230,8 @@ def _crop_boxes(
     aspect = width / height
     spare_height = np.where(aspect < smallest, np.rint(width / smallest).astype(np.int64), height)
     spare_width = np.where(aspect > largest, np.rint(height * largest).astype(np.int64), width)
-    crop_height = np.where(fitted, tried_height[first], spare_height)
-    crop_width = np.where(fitted, tried_width[first], spare_width)
+    crop_height = np.maximum(1, np.where(fitted, tried_height[first], spare_height))
+    crop_width = np.maximum(1, np.where(fitted, tried_width[first], spare_width))
     free_height, free_width = height - crop_height, width - crop_width
     top = np.where(fitted, (u[:, _TOP] * (free_height + 1)).astype(np.int64), free_height // 2)
     left = np.where(fitted, (u[:, _LEFT] * (free_width + 1)).astype(np.int64), free_width // 2)

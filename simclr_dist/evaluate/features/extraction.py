@@ -37,7 +37,7 @@ class Images(Protocol):
 
 
 class Features(NamedTuple):
-    """Features `h` [n, d], float32; of raw pixels of 8 bits uint8.
+    """Features `h` [n, d], float32; of raw pixels of 8 bits uint8. Those of 16 bits are on the same scale.
 
     `label` is int64 [n] (-1: none), and `row` int64 [n]: 0..n-1.
     """
@@ -104,13 +104,17 @@ def extract(
                     for name, encoder in encoders.items():
                         features[name][part] = encoder(x)
                 if pixels:
-                    features[RAW_PIXELS][part] = views[-1].flatten(1).to(device, non_blocking=True)
+                    features[RAW_PIXELS][part] = _as_8_bits(views[-1].flatten(1).to(device, non_blocking=True))
                 labels[part], done = label, part.stop
                 shown.done += len(row)
         assert done == len(mine), "each row exactly once"
         label = _gathered(labels[:, None].to(device), len(images))[:, 0]
         rows = torch.arange(len(images), device=device)
         return {name: Features(_checked(name, _gathered(features.pop(name), len(images))), label, rows) for name in shapes}
+
+
+def _as_8_bits(pixels: Tensor) -> Tensor:
+    return pixels if pixels.dtype == torch.uint8 else pixels.float() / 257
 
 
 def _gathered(mine: Tensor, count: int) -> Tensor:

@@ -107,8 +107,10 @@ def choose_l2(
         value), `margin` (by how much its top-1 or loss is worse), `margin_error` (the margin's standard error over rows), and
         `at_edge`: whether the best value is the first or last of `grid` as given, so that a better one may lie outside.
 
-    Raises DataError where the split leaves no rows to validate on.
+    Raises DataError as `check_choice` does.
     """
+    if val is None:
+        check_choice(train_y, seed)
     train_y, parts = train_y.to(train_h.device), list[tuple[_Problem, Tensor, Tensor]]()
     count, values = folds(len(train_y)) if val is None else 1, sorted(map(float, grid), reverse=True)
     by = 1 if count == 1 and (val is None or len(val[1]) >= FEW_HELD_OUT) else 0  # what `_judged` has there
@@ -122,9 +124,6 @@ def choose_l2(
         if len(held_out):
             problem = _standardised(copied(train_h, fit_rows, torch.float32), train_y[fit_rows], classes)
             parts.append((problem, problem.like(train_h, held_out), train_y[held_out]))
-        elif fold == 0:
-            few = f"{len(train_y)} labelled training images are too few to choose l2 on"
-            raise DataError(f"linear probe: {few} (no class has a row to spare for validation); give l2, or more images")
     fits, judged, worse = dict[int, _Fit](), list[Tensor](), list[float]()
     for value in values:
         for at, (problem, _, _) in enumerate(parts):
@@ -144,6 +143,14 @@ def choose_l2(
         "share": VALIDATION_SHARE if val is None else None, "runner_up": values[second], "margin": float(margins.mean()),
         "margin_error": float(margins.std(correction=0)) / math.sqrt(len(margins)), "at_edge": best in (0, len(values) - 1),
     }  # fmt: skip
+
+
+def check_choice(train_y: Tensor, seed: int = 0) -> None:
+    """Raise DataError where `choose_l2` would hold out no row of these labels."""
+    splits = (stratified_split(train_y, share=VALIDATION_SHARE, seed=seed, fold=fold) for fold in range(folds(len(train_y))))
+    if not any(len(held_out) for _, held_out in splits):
+        few = f"{len(train_y)} labelled training images are too few to choose l2 on"
+        raise DataError(f"linear probe: {few} (no class has a row to spare for validation); give l2, or more images")
 
 
 def _held_out(count: int) -> str:

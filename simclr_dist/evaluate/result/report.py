@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torchvision
 
 from simclr_dist.config.networks import titled
 from simclr_dist.evaluate.features.extraction import RAW_PIXELS
+from simclr_dist.evaluate.protocols.knn import neighbours
 from simclr_dist.evaluate.protocols.scores import DENSE, ON_VALIDATION, ClassScores, Scores, class_report
 from simclr_dist.evaluate.result.file import SETS, TRAINED, UNTRAINED, Result, title
 from simclr_dist.evaluate.signals import flat, meanings
@@ -18,7 +20,7 @@ from simclr_dist.method.distributed import World
 from simclr_dist.system.machine import cores
 
 Say = Callable[[str], None]
-DEVIATION = "±: the standard deviation of three runs (parts of the labels, or seeds); the number is their mean"
+DEVIATION = "±: the standard deviation of a row's runs (parts of the labels, seeds, or both); the number is their mean"
 
 
 def summary(result: Result) -> dict[str, dict[str, float]]:
@@ -113,14 +115,15 @@ def protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
     """Say what a reader must know of each protocol's settings."""
     lines, parts = [], result["protocols"]
     for name, part in parts.items():
-        if "values" in (choice := part["results"][TRAINED].get("choice") or {}):
-            values = ", ".join(f"{key} {value:g}" for key, value in choice["values"].items())
-            lines.append(f"{title(name)}: {values}, chosen on {choice['chosen_on']}")
+        if chosen := _chosen_values(part["results"]):
+            each = (f"{values} ({', '.join(by)})" for values, by in chosen.items())
+            lines.append(f"{title(name)}: {'; '.join(each if len(chosen) > 1 else chosen)}, chosen on {ON_VALIDATION}")
     if (knn := parts.get("knn")) and knn["settings"]["k_used"] is not None:
         k, used, temperature = (knn["settings"][name] for name in ("k", "k_used", "temperature"))
         images = result["train"]["labelled"]
         of = "" if used == k <= images / 2 else f" (of {images} training images)"
-        every = f" (all training images; {k} asked)" if used == images < k else of
+        wish = "" if used == neighbours(None, images) else f"; {k} asked"
+        every = f" (all training images{wish})" if used == images < k else of
         lines.append(f"kNN: k={used}{every}, temperature {temperature:g}")
     if linear := parts.get("linear"):
         rows = linear["results"]
@@ -128,10 +131,14 @@ def protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
         penalties = ", ".join(f"{row['l2']:.2g} ({name.replace('_', ' ')})" for name, row in rows.items())
         lines.append(f"linear: l2 {penalties}{f', chosen on {where}' if where else ''}")
         lines += _choices({name: row["choice"] for name, row in rows.items() if (row["choice"] or {}).get("runner_up")})
-        if ends := [labels[name] for name, row in rows.items() if row["choice"] and row["choice"]["at_edge"]]:
-            grid = next(row["choice"]["grid"] for row in rows.values() if row["choice"])
-            tried = f"what was tried ({grid[0]:.2g} to {grid[-1]:.2g})"
-            lines.append(f"linear: this l2 is an end of {tried}, a better one may lie beyond: {'; '.join(ends)}")
+        ends = defaultdict[str, list[str]](list)
+        for name, row in rows.items():
+            if row["choice"] and row["choice"]["at_edge"]:
+                grid = row["choice"]["grid"]
+                ends[f"{grid[0]:.2g} to {grid[-1]:.2g}"].append(labels[name])
+        for tried, named in ends.items():
+            end = f"an end of what was tried ({tried}), a better one may lie beyond"
+            lines.append(f"linear: this l2 is {end}: {'; '.join(named)}")
         if stopped := [labels[name] for name, row in rows.items() if not row["converged"]]:
             lines.append(f"linear probe stopped before it had converged: {'; '.join(stopped)}")
     if any(deviation(part["results"][TRAINED]) for part in parts.values()):
@@ -150,6 +157,24 @@ def protocol_notes(result: Result, labels: dict[str, str]) -> list[str]:
         first = Scores(**{**fields, "per_class": per_class, "top1": row["spread"]["top1"]["values"][0]})
         lines += ["", "MLP, the first seed, class by class:", *class_report(first, names).splitlines()]
     return lines
+
+
+def _chosen_values(rows: Mapping[str, Any]) -> dict[str, dict[str, None]]:
+    """Name the rows that have chosen the same values, by these. Parts of the labels that chose differently have numbers."""
+    chosen = defaultdict[str, dict[str, None]](dict)
+    for name, row in rows.items():
+        choices = [choice for part in row.get("subsets", [row]) if "values" in (choice := part.get("choice") or {})]
+        values = list(map(_spelled, choices))
+        for number, words in enumerate(values, 1):
+            chosen[words][name.replace("_", " ") + f" {number}" * (len(set(values)) > 1)] = None
+    return chosen
+
+
+def _spelled(choice: Mapping[str, Any]) -> str:
+    """Spell the values of a choice. Some were set, or alone."""
+    values, tried = choice["values"].items(), choice["tried"]
+    fixed = {key for key, value in values if all(one[key] == value for one in tried)}
+    return ", ".join(f"{key} {value:g}{' (fixed)' * (key in fixed)}" for key, value in values)
 
 
 def _choices(choices: dict[str, dict[str, Any]]) -> list[str]:

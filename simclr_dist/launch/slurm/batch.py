@@ -23,6 +23,14 @@ class Evaluation:
     train: str  # shards that kNN and the probe learn from
     test: str  # shards that the accuracy is measured on
     profile: Profile
+    val: str | None = None  # shards that choose what is not set
+    labels: str | None = None  # shares of the training labels, as they are typed
+
+    @property
+    def options(self) -> list[str]:
+        """Return the options of its `eval`."""
+        given = {"--train": self.train, "--val": self.val, "--test": self.test, "--labels": self.labels}
+        return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,7 @@ class Submission:
             command = ["simclr_dist.train", str(self.folder / "config.yaml"), *(self.profiled.options if self.profiled else [])]
             command += ["--data.allow_pipe", "true"] * self.config.data.allow_pipe  # which no file may set, and the user typed
         else:
-            shards = ["--train", self.evaluation.train, "--test", self.evaluation.test]
-            command = ["simclr_dist.evaluate", "--watch", str(self.run), *shards]
+            command = ["simclr_dist.evaluate", "--watch", str(self.run), *self.evaluation.options]
         return Job(kind, str(self.run), command, str(self.working_directory), self.profile_of(kind).max_restarts)
 
     def profile_of(self, kind: Kind) -> Profile:

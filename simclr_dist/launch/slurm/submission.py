@@ -16,8 +16,7 @@ import submitit
 
 from simclr_dist.config.load import load_config
 from simclr_dist.config.strict_yaml import write_yaml
-from simclr_dist.config.together import check_fits
-from simclr_dist.data.collection import count_images, load_collection
+from simclr_dist.data.collection import load_collection
 from simclr_dist.encoder.names import encoder_path
 from simclr_dist.launch.slurm import batch, scheduler
 from simclr_dist.launch.slurm.batch import Evaluation, Submission
@@ -28,6 +27,7 @@ from simclr_dist.run.folder import check_run_folder, newest_step
 from simclr_dist.run.status import record_event
 from simclr_dist.system.errors import ConfigError, reason_of, refusing
 from simclr_dist.system.files import read_object, write_atomically
+from simclr_dist.train.inputs import check_inputs
 from simclr_dist.train.profiling import Profile as StepProfile
 
 _RECORD = {
@@ -52,17 +52,16 @@ def prepare(
     config = dataclasses.replace(config, run_folder=str(run))
     check_paths(profile, "run_folder", run, folder)
     check_run_folder(config)
-    samples = count_images(config.data.shards, config.data.samples, beside=folder, kind=config.data.kind)
-    done, total = newest_step(run), config.total_steps(samples)
-    check_fits(config, samples, profile.world_size, done)
+    total = config.total_steps(check_inputs(config, profile.world_size, beside=folder))
     if profiled is not None:
         profiled.check(profile.world_size)
-        if not profiled.steps(done, total):
+        if not profiled.steps(done := newest_step(run), total):
             steps = f"the job has steps {done + 1} to {total}"
             raise ConfigError(f"--profile-steps: {profiled.options[1]!r}: {steps}: none to profile")
     if evaluation is not None:
-        for shards in (evaluation.train, evaluation.test):
-            load_collection(shards, beside=folder)
+        for shards in (evaluation.train, evaluation.val, evaluation.test):
+            if shards is not None:
+                load_collection(shards, beside=folder)
     return Submission(config, profile, folder, evaluation, source, tuple(overrides), total, profiled)
 
 

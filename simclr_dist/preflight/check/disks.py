@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from simclr_dist.config.settings import Config
-from simclr_dist.config.together import check_fits, doubts
-from simclr_dist.data.collection import count_images
+from simclr_dist.config.together import doubts
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.data.remote.cache import cache_settings
 from simclr_dist.method.distributed import World, all_gather_objects
@@ -20,6 +19,7 @@ from simclr_dist.run.folder import check_room, check_run_folder, existing_part, 
 from simclr_dist.system.errors import ConfigError, DataError, UserError, reason_of
 from simclr_dist.system.files import write_atomically
 from simclr_dist.train.describe import rate_doubt, view_settings
+from simclr_dist.train.inputs import check_inputs
 
 _SAMPLES = 64  # images that each rank reads and compares with their sha256
 _WRITTEN_BYTES = 64 * 2**20
@@ -27,36 +27,30 @@ _VISIBLE_SECONDS = 10.0  # network disks show new files late
 
 
 def shards(config: Config, world: World) -> list[Finding]:
-    """Check that all ranks see one manifest and whole images (by sha256)."""
-    if config.data.reader == "stream":
-        line, cure = "a stream has no manifest to compare with", "`simclr-dist shard --index` writes one"
-        return [Finding("shards", "warning", line, cure)]
-    problem, misfit, digest, rate, read = None, None, "", 0.0, 0
+    """Check that all ranks see one manifest and whole images (by sha256). Also what else `train` reads."""
+    problem, misfit, images, digest, rate, read = None, None, None, "", 0.0, 0
     try:
-        images = ShardDataset(config.data.shards, open_shards=4, cache=cache_settings(config.data.cache, config.data.cache_gib))
-        digest, misfit = images.manifest.digest, _misfit(config, len(images), world)
-        random = np.random.default_rng([config.seed, world.rank])
-        first, count = 0, len(images)
-        if isinstance(images.manifest.folder, str):  # a URL: fetch one shard into the cache, not all
-            shard = random.integers(len(images.manifest.shards))
-            count = int(images.manifest.shard_sizes[shard])
-            first = int(images.manifest.shard_ends[shard]) - count
-        read = min(_SAMPLES, count)
-        begin = time.perf_counter()
-        size = sum(len(images.read(first + int(row))) for row in random.choice(count, read, replace=False))
-        rate = size / (time.perf_counter() - begin) / 2**20
+        misfit = _misfit(config, world)
+        if config.data.reader == "manifest":
+            cache = cache_settings(config.data.cache, config.data.cache_gib)
+            images = ShardDataset(config.data.shards, open_shards=4, cache=cache)
+            digest = images.manifest.digest
+            read, rate = _read(images, np.random.default_rng([config.seed, world.rank]))
     except (DataError, ConfigError) as error:
         problem = f"{place_of(world.rank)}: {error}"
     except OSError as error:
         problem = f"{place_of(world.rank)}: {error.filename or config.data.shards}: {error.strerror}"
-    problems, digests, rates = zip(*all_gather_objects((problem, digest, rate)), strict=True)
+    problems, misfits, digests, rates = zip(*all_gather_objects((problem, misfit, digest, rate)), strict=True)
     if lines := sorted({problem for problem in problems if problem is not None}):
         cure = "every node needs all shards, whole and readable: copy them anew, or put them on a shared disk"
         return [Finding("shards", "failure", line, cure) for line in lines]
     if len(set(digests)) > 1:
         return [Finding("shards", "failure", f"{config.data.shards}: not the same images on every rank", "copy them anew")]
-    if misfit is not None:  # on every rank, since the manifest is the same
-        return [Finding("shards", "failure", *misfit)]
+    if lines := sorted({misfit for misfit in misfits if misfit is not None}):
+        return [Finding("shards", "failure", line, "nothing is wrong with the shards: change that setting") for line in lines]
+    if images is None:
+        line, cure = "a stream has no manifest to compare with", "`simclr-dist shard --index` writes one"
+        return [Finding("shards", "warning", line, cure)]
     side, short_side, on_cpu = view_settings(config).image_size, images.manifest.short_side, world.device.type == "cpu"
     doubted = doubts(config, len(images), world.size, side, short_side, on_cpu=on_cpu)
     return [
@@ -65,14 +59,26 @@ def shards(config: Config, world: World) -> list[Finding]:
     ]
 
 
-def _misfit(config: Config, images: int, world: World) -> tuple[str, str] | None:
-    """Say why images and ranks do not fit, and the cure."""
+def _misfit(config: Config, world: World) -> str | None:
+    """Say which setting does not fit what is there."""
     try:
-        check_fits(config, images, world.size, newest_step(Path(config.run_folder)))
+        check_inputs(config, world.size)
     except ConfigError as error:
-        cure = "lower global_batch_size, or shard more images" if config.global_batch_size > images else "change that setting"
-        return str(error), f"nothing is wrong with the shards: {cure}"
+        return str(error)
     return None
+
+
+def _read(images: ShardDataset, random: np.random.Generator) -> tuple[int, float]:
+    """Read some images. Returns (their number, MiB a second)."""
+    first, count = 0, len(images)
+    if isinstance(images.manifest.folder, str):  # a URL: fetch one shard into the cache, not all
+        shard = random.integers(len(images.manifest.shards))
+        count = int(images.manifest.shard_sizes[shard])
+        first = int(images.manifest.shard_ends[shard]) - count
+    read = min(_SAMPLES, count)
+    begin = time.perf_counter()
+    size = sum(len(images.read(first + int(row))) for row in random.choice(count, read, replace=False))
+    return read, size / (time.perf_counter() - begin) / 2**20
 
 
 def folder(config: Config, world: World, checkpoint_bytes: float, encoder_bytes: float) -> tuple[list[Finding], float]:
@@ -97,16 +103,16 @@ def folder(config: Config, world: World, checkpoint_bytes: float, encoder_bytes:
         return [Finding("folder", "failure", f"{rank}: {line}", cure) for rank in blind_ranks], seconds
     speed = checkpoint_bytes / seconds / 2**20
     line = f"{parent} is seen by all ranks; write + fsync {speed:.0f} MiB/s: a checkpoint takes {seconds:.1f} s"
-    amiss = _as_train_says(config, checkpoint_bytes, encoder_bytes) if world.is_main else []
+    amiss = _as_train_says(config, world.size, checkpoint_bytes, encoder_bytes) if world.is_main else []
     return all_gather_objects(amiss)[0] or [Finding("folder", "ok", line)], seconds
 
 
-def _as_train_says(config: Config, checkpoint_bytes: float, encoder_bytes: float) -> list[Finding]:
+def _as_train_says(config: Config, ranks: int, checkpoint_bytes: float, encoder_bytes: float) -> list[Finding]:
     """List what `train` would refuse of the run folder, or warn of."""
     run = Path(config.run_folder)
     try:
         before = stored_config(run) if check_run_folder(config, held=True) else None
-        samples = count_images(config.data.shards, config.data.samples, kind=config.data.kind)
+        samples = check_inputs(config, ranks)
         check_room(config, config.total_steps(samples), checkpoint_bytes, encoder_bytes)
     except UserError as error:
         return [Finding("folder", "failure", str(error), "`train` refuses it with this line")]

@@ -83,7 +83,8 @@ def gradient_report(config: Config, world: World) -> tuple[str, bool]:
 
 def _one_process(model: nn.Module, view_a: Tensor, view_b: Tensor, config: Config) -> Tensor:
     """Compute the gradient by definition. The whole batch on this rank, no gradient cache."""
-    plain = build_model(config).double()  # with torch's BatchNorm, which sees one process
+    # With torch's BatchNorm, which sees one process; a block that is computed again has its keys no more.
+    plain = build_model(dataclasses.replace(config, activation_checkpointing=False)).double()
     plain.load_state_dict(model.state_dict())
     plain.to(view_a.device)
     halves = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from simclr_dist.config.settings import Config
 from simclr_dist.method.distributed import GLOO_MESSAGE_BYTES
-from simclr_dist.method.optim import OPTIMIZER_BUFFERS
+from simclr_dist.method.optim import numbers_kept
 from simclr_dist.method.pieces import groups
 from simclr_dist.preflight.plan.trace import Footprint
 from simclr_dist.preflight.plan.traffic import BUCKET_BYTES
@@ -55,7 +55,7 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
     views = 2 * local // config.micro_batches  # of a micro-batch
     dim = footprint.embedding_size
     weights, gradient = footprint.parameters * number + footprint.buffers, footprint.parameters * number
-    buffers = OPTIMIZER_BUFFERS.get(config.optim.name)
+    buffers = numbers_kept(config.optim.name, config.optim.momentum)
     optimizer = None if buffers is None else gradient * buffers
     is_exact = config.deterministic == "exact"
     buckets = gradient if ranks > 1 and not is_exact else 0
@@ -98,5 +98,5 @@ def rank_memory(config: Config, footprint: Footprint, ranks: int, *, on_cuda: bo
 
 def checkpoint_bytes(config: Config, footprint: Footprint) -> float | None:
     """Predict a checkpoint's size; None where the optimizer's state is unknown."""
-    buffers = OPTIMIZER_BUFFERS.get(config.optim.name)
+    buffers = numbers_kept(config.optim.name, config.optim.momentum)
     return None if buffers is None else footprint.parameters * config.number_bytes * (1 + buffers) + footprint.buffers

@@ -8,7 +8,7 @@ from typing import Any
 
 from simclr_dist.config.settings import Config
 from simclr_dist.config.together import check_fits
-from simclr_dist.data.collection import count_images, names_tars
+from simclr_dist.data.collection import expand, load_collection, names_tars
 from simclr_dist.data.remote.fetch import is_url
 from simclr_dist.data.views.draws import view_side
 from simclr_dist.preflight.plan import scaling, trace
@@ -88,16 +88,23 @@ def make_plan(config: Config, *, world_size: int = 1, samples: int | None = None
     """
     machines = machines or Machines(on_cuda=config.device != "cpu")
     shards = config.data.shards
-    is_local = Path(shards).exists()
     samples = config.data.samples if samples is None else samples
-    if samples is None and not (is_local or is_url(shards) or names_tars(shards)):
+    if samples is None and not (Path(shards).exists() or is_url(shards) or names_tars(shards)):
         raise ConfigError(f"data.shards: {shards!r} is not here; give the number of images by --samples N")
-    samples = count_images(shards, samples, kind=config.data.kind)
+    samples = len(load_collection(shards, kind=config.data.kind)) if samples is None else samples
     check_fits(config, samples, world_size)
     footprint = trace.footprint(config, view_side(config.views.preset, config.views.image_size))
-    shard_bytes = sum(path.stat().st_size for path in Path(shards).glob("*.tar")) if is_local else None
     step = predict_step(config, footprint, world_size, machines)
-    return Plan(config, machines, world_size, samples, shard_bytes, footprint, step, None, []).on(machines)
+    return Plan(config, machines, world_size, samples, _shard_bytes(shards), footprint, step, None, []).on(machines)
+
+
+def _shard_bytes(shards: str) -> int | None:
+    """Return the size of the tars that `data.shards` names. None where they are not here."""
+    tars = map(Path, expand(shards)) if names_tars(shards) else Path(shards).glob("*.tar")
+    try:
+        return sum(tar.stat().st_size for tar in tars) or None
+    except OSError:
+        return None
 
 
 def text(plan: Plan) -> str:

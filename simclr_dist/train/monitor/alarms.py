@@ -63,11 +63,11 @@ class Alarms:
 
     collapse: embedding/uniformity above -0.3 or embedding/effective_rank below 1.5, once the warm-up is over or 200 steps are
     done. divergence: the gradient's norm is ten times its median over the twenty readings before while the loss is a tenth of
-    its chance level above theirs; or there are more skipped steps. above_chance: the loss above chance after the warm-up.
-    starving_loader: some rank waits for data for more than 30 % of the time. slow_rank: the local work of one rank takes 1.5
-    times the median of the others, and a fiftieth of a step longer, and it is the same rank all the time: of many ranks one
-    is always late. A rule must hold as long as PATIENCE says. Its alarm is raised once, and is over when the rule has failed
-    as long.
+    its chance level above theirs; or there are more skipped steps, other than those by which fp16 finds its scale.
+    above_chance: the loss above chance after the warm-up. starving_loader: some rank waits for data for more than 30 % of the
+    time. slow_rank: the local work of one rank takes 1.5 times the median of the others, and a fiftieth of a step longer, and
+    it is the same rank all the time: of many ranks one is always late. A rule must hold as long as PATIENCE says. Its alarm is
+    raised once, and is over when the rule has failed as long.
     """
 
     def __init__(self, *, warmup_steps: int = 0, hosts: Sequence[str] = ()) -> None:
@@ -124,6 +124,8 @@ class Alarms:
         norm, loss = metrics.get("optim/gradient_norm", 0.0), _loss(metrics)
         skipped = metrics.get("optim/skipped_steps", 0.0)
         more_skipped = self._skipped is not None and skipped > self._skipped
+        # At a scale above 1 fp16's gradient may overflow by the scale alone, which each such step lowers.
+        more_skipped = more_skipped and not (math.isfinite(loss) and metrics.get("optim/loss_scale", 0.0) > 1)
         self._skipped = skipped
         cure = "a lower optim.base_lr, a longer warm-up, or a smaller optim.clip_norm, in another run_folder"
         if more_skipped:

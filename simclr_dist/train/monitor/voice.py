@@ -71,7 +71,7 @@ class Monitor:
     def card(self, markdown: str) -> None:
         """Write the run's card and the dashboard's layout to TensorBoard. The other loggers start now."""
         if self._active and self._board is not None:
-            self._show(self._board, [layout(), text("run", markdown)], self._first_step)
+            self._show(self._board, [layout(), text("run", printable(markdown, keep=LAYOUT))], self._first_step)
         if self._active:
             self._followers = [Follower(name, self._run, lambda line: self.say(f"WARNING: {line}")) for name in self._loggers]
 

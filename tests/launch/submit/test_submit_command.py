@@ -92,6 +92,30 @@ def test_dry_run_shows_script_and_config_and_leaves_nothing(here: Path, no_slurm
     assert sorted(path.name for path in here.iterdir()) == ["config.yaml", "profile.yaml", "shards"]
 
 
+def test_an_evaluation_may_have_validation_images_and_shares(here: Path, slurm: StandIns, command: Command) -> None:
+    """In the dry run, in the job, and in that of a resumed run; a mistake is told before the queue."""
+    more = ("--val", "shards", "--labels", "0.1/1")
+    words = "--train shards --val shards --test shards --labels 0.1/1"
+    code, out, err = command("config.yaml", "--profile", "profile.yaml", "--dry-run", *EVAL, *more)
+    assert (code, err) == (0, "")
+    assert f"python -m simclr_dist.evaluate --watch {shlex.quote(f'{here}/run')} {words}\n" in out
+    for wrong, line in {
+        ("--val", "nowhere"): "nowhere: no such folder of shards",
+        ("--val", ""): "has no manifest.parquet",
+        ("--labels", "0.1/0.1"): "labels: 0.1/0.1 must be one share or more, each once",
+        ("--labels", "2"): "labels: (2.0,) must be above 0 and at most 1",
+        ("--labels", "few"): "argument --labels: invalid /-separated value: 'few'",
+    }.items():
+        assert line in refused(command("config.yaml", "--profile", "profile.yaml", *EVAL, *wrong))
+    assert "--val: has no effect without --eval" in refused(command("config.yaml", "--profile", "profile.yaml", *more))
+    assert not (here / "run").exists()
+    submitted(command, *EVAL, *more)
+    assert asked(here, 101)[3:] == words.split()
+    assert command("cancel", "run")[0] == 0
+    assert command("resume", "run", "--labels", "0.5")[0] == 0
+    assert asked(here, 103)[3:] == words.replace("0.1/1", "0.5").split()
+
+
 @pytest.mark.parametrize(
     ("profile", "evaluation"),
     [
@@ -629,7 +653,9 @@ def test_help_names_every_option(here: Path, no_slurm: StandIns, command: Comman
         "--local",
         "--eval",
         "--train",
+        "--val",
         "--test",
+        "--labels",
         "--eval-profile",
         "--allow-setup",
         "--profile-steps",

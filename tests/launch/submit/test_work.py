@@ -18,6 +18,7 @@ from stand_ins import Command, StandIns, refused
 
 SHARD = ["shard", "images", "out", "--profile", "cores.yaml"]
 CORES = "{gpus_per_node: 0, cpus_per_task: 3}"
+VALIDATED = ["--train", "shards", "--val", "shards", "--test", "shards"]
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +224,10 @@ def test_what_sbatch_refuses(here: Path, slurm: StandIns, command: Command) -> N
         (["eval", "encoder.safetensors", "--profile", "cores.yaml"], "the following arguments are required: --train, --test; "),
         (["eval", "--watch", "run", "--train", "shards", "--test", "shards", "--profile", "cores.yaml"], "--watch: `"),
         (["eval", "encoder.safetensors", "--train", "x", "--test", "shards", "--profile", "cores.yaml"], "/"),
+        (
+            ["eval", "encoder.safetensors", *VALIDATED, "--protocols", "sgd", "--profile", "cores.yaml"],
+            "val: shards: there is nothing to choose by it, as all is set; leave it out",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(here: Path, slurm: StandIns, command: Command, words: list[str], line: str) -> None:

@@ -68,6 +68,19 @@ def test_two_ranks_end_with_the_same_step() -> None:
     assert one["ranks"] == 2
 
 
+def test_shards_by_their_names_are_here_as_their_folder_is(shards: Path) -> None:
+    """So they are measured with, and their disk is known; one that lacks a part is not here."""
+    tars = sorted(shards.glob("*.tar"))
+    one, both = tars[0].stat().st_size, sum(tar.stat().st_size for tar in tars)
+    stream = DataConfig(f"{shards}/shard-{{000000..000001}}.tar", reader="stream", samples=12, workers=0)
+    places = {str(shards): both, f"{shards}/shard-{{000000..000001}}.tar": both, str(tars[0]): one}
+    for place, size in places.items():
+        assert make_plan(small(place), samples=12).shards == size, place
+    assert make_plan(dataclasses.replace(small(), data=stream)).shards == both
+    assert make_plan(small(f"{shards}/shard-{{000000..000002}}.tar"), samples=18).shards is None
+    assert make_plan(small("https://nowhere.invalid/shards"), samples=12).shards is None
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_the_shards_are_read_and_nothing_stays(shards: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Also where the first step takes all the time there is."""

@@ -105,6 +105,16 @@ def test_skipped_steps_and_numbers_that_are_none() -> None:
     assert "steps are skipped, 3 so far" in changes[0].line
 
 
+def test_steps_that_fp16_skips_while_it_finds_its_scale_are_none() -> None:
+    alarms = Alarms()
+    changes = [
+        change
+        for step in range(20)
+        for change in told(alarms, range(step, step + 1), {"optim/skipped_steps": step, "optim/loss_scale": 2.0 ** (16 - step)})
+    ]
+    assert [(change.alarm.kind, change.step) for change in changes] == [("divergence", 18)], "at a scale of 1, 1/2 and 1/4"
+
+
 def test_missing_numbers_raise_nothing() -> None:
     alarms = Alarms()
     assert [change for step in range(300) for change in alarms.see(step, {}, {})] == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from simclr_dist.cli.main import main as cli
 from simclr_dist.cli.train import main
 from simclr_dist.config.settings import Config
 from simclr_dist.data.views.draws import ViewSettings
+from simclr_dist.system.errors import printable
 from simclr_dist.system.ranks import TYPED
 from simclr_dist.train import loop
 from simclr_dist.train.describe import run_card, view_grid
@@ -153,6 +155,14 @@ def test_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "simclr-dist --version" in run_card(Config(), "10 images")
     monkeypatch.delenv(TYPED)
     assert shlex.join(sys.orig_argv) in run_card(Config(), "10 images")
+
+
+def test_a_run_folder_whose_name_is_no_text(shards: Path, tmp_path: Path) -> None:
+    """A byte of Latin-1, say. What Unix takes for a name, TensorBoard does not take for text."""
+    runs.write_config(tmp_path, shards, steps=2)
+    name = os.fsdecode(b"caf\xe9")
+    assert f"new run: {printable(name)}" in runs.train(tmp_path, 1, "--run_folder", name, "--log.tensorboard", "true")
+    assert runs.status(tmp_path / name)["state"] == "done"
 
 
 def test_the_views_of_an_image_touch() -> None:

@@ -10,12 +10,15 @@ import torch
 
 import training_runs as runs
 from simclr_dist.config.load import load_config
+from simclr_dist.config.settings import ProbeConfig
 from simclr_dist.data.manifest import load_manifest
 from simclr_dist.data.reader import ShardDataset
 from simclr_dist.method.distributed import World
+from simclr_dist.system.errors import ConfigError
 from simclr_dist.train.describe import view_settings
+from simclr_dist.train.inputs import choose
 from simclr_dist.train.learner import build_learner
-from simclr_dist.train.probe import OnlineProbe, choose
+from simclr_dist.train.probe import OnlineProbe
 
 HERE = World(0, 1, 0, torch.device("cpu"))
 
@@ -31,15 +34,21 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_which_images(shards: Path, held_out: Path) -> None:
-    train, test = load_manifest(shards), load_manifest(held_out)
-    rows, known = choose(test, train, 1000)
+    train, test, most = load_manifest(shards), load_manifest(held_out), ProbeConfig(images=1000)
+    rows, known = choose(most, test, train)
     assert (rows.tolist(), known) == (list(range(61)), 0)
-    rows, _ = choose(test, train, 7)
+    rows, _ = choose(ProbeConfig(images=7), test, train)
     assert len(set(rows.tolist())) == 7
     assert np.diff(rows).min() >= 8, "evenly spread"
-    assert choose(train, train, 1000)[1] == 205
     some = dataclasses.replace(test, label=np.where(np.arange(61) < 10, -1, test.label))
-    assert choose(some, train, 1000)[0].tolist() == list(range(10, 61))
+    assert choose(most, some, train)[0].tolist() == list(range(10, 61))
+    hashes = np.concatenate([test.sha256[:59], np.full((1, 32), 0, np.uint8), np.full((1, 32), 255, np.uint8)])
+    for row in range(61):  # found wherever it lies among the hashes, also at their ends
+        parted = dataclasses.replace(train, key=train.key.only([0]), sha256=hashes[[row]])
+        rows, known = choose(most, dataclasses.replace(test, sha256=hashes), parted)
+        assert (sorted({*range(61)} - {*rows.tolist()}), known) == ([row], 1)
+    with pytest.raises(ConfigError, match="has 3 labelled images"):
+        choose(most, dataclasses.replace(test, label=np.where(np.arange(61) < 58, -1, test.label)), train)
 
 
 def test_it_tells_good_features_from_bad_and_leaves_the_encoder_alone(shards: Path, held_out: Path, tmp_path: Path) -> None:
@@ -137,3 +146,4 @@ def test_what_is_refused(shards: Path, tmp_path: Path, probe: dict[str, Any], me
         assert message in ranks.output
         assert ranks.output.count("simclr-dist: ") == 1
         assert "Traceback" not in ranks.output
+        assert not (tmp_path / "run").exists()

@@ -142,6 +142,7 @@ def test_a_rank_that_there_is_not(shards: Path, tmp_path: Path) -> None:
     with runs.started(tmp_path, 1, "--profile", "1", "--profile-rank", "1") as ranks:
         assert ranks.wait() == [2]
         assert "simclr-dist: --profile-rank: there is no rank 1 of 1" in ranks.output
+    assert not (tmp_path / "run").exists(), "refused before the run begins"
 
 
 def test_through_the_launcher(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
