@@ -219,7 +219,7 @@ def test_a_folder_with_a_job_but_no_slurm(here: Path, slurm: StandIns, command: 
 
 def test_shell_commands_of_a_config_need_a_word(here: Path, slurm: StandIns, command: Command) -> None:
     """It goes to the job, which reads a file; and a resumed run needs it anew, for its folder's files too."""
-    data = "{shards: 'pipe:cat shards/shard-{000000..000001}.tar', reader: stream, samples: 24, workers: 0, allow_pipe: true}"
+    data = "{shards: 'pipe:cat shards/shard-{000000..000003}.tar', reader: stream, samples: 24, workers: 0, allow_pipe: true}"
     text = (here / "config.yaml").read_text().replace("{shards: shards, workers: 0}", data)
     (here / "config.yaml").write_text(text)
     why = "data.allow_pipe: true lets data.shards run shell commands"
