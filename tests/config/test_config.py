@@ -744,9 +744,11 @@ def test_what_is_seldom_meant_is_said_with_its_numbers(
         assert line.startswith(begin)
 
 
-@pytest.mark.parametrize(("key", "value"), [("warmup_epochs", 1.0), ("warmup_steps", 10)])
-def test_a_run_that_is_all_warm_up_names_the_key_that_decides(key: str, value: float) -> None:
-    config = Config(global_batch_size=100, epochs=1.0, optim=OptimConfig(**{key: value}))  # type: ignore[arg-type]  # by name
+@pytest.mark.parametrize(
+    ("key", "optim"), [("warmup_epochs", OptimConfig(warmup_epochs=1.0)), ("warmup_steps", OptimConfig(warmup_steps=10))]
+)
+def test_a_run_that_is_all_warm_up_names_the_key_that_decides(key: str, optim: OptimConfig) -> None:
+    config = Config(global_batch_size=100, epochs=1.0, optim=optim)
     (line,) = doubts(config, 1000, 1, 32, None, on_cpu=True)
     assert line.startswith(f"optim.{key}: all 10 steps are warm-up")
 
